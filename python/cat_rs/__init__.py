@@ -1,0 +1,59 @@
+"""Contrastive Adapter Training (arXiv 2404.07554): personalize a diffusion model without damaging it."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from cat_rs import errors
+from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
+from cat_rs.kps import KpsResult, bootstrap_interval, cross_similarity, harmonic_mean, kps, similarity
+from cat_rs.optim import FlatAdamW
+from cat_rs.prompts import remove_trigger
+from cat_rs.step import CatStep, StepMetrics
+
+if TYPE_CHECKING:
+    from cat_rs.evaluation import KpsEvaluator
+    from cat_rs.peft import adapter_disabled, patch_peft, unpatch_peft
+
+__all__ = [
+    "CatLossParts",
+    "CatStep",
+    "FlatAdamW",
+    "KpsEvaluator",
+    "KpsResult",
+    "StepMetrics",
+    "adapter_disabled",
+    "bootstrap_interval",
+    "cat_loss",
+    "cross_similarity",
+    "errors",
+    "harmonic_mean",
+    "kps",
+    "lora_linear",
+    "patch_peft",
+    "remove_trigger",
+    "similarity",
+    "snr_weights",
+    "unpatch_peft",
+]
+
+try:
+    __version__ = version("cat-rs")
+except PackageNotFoundError:  # an uninstalled source tree
+    __version__ = "0"
+
+# What needs PEFT, diffusers or transformers is imported when first used: cat_loss alone needs only PyTorch.
+_LAZY = {
+    "KpsEvaluator": "cat_rs.evaluation",
+    "adapter_disabled": "cat_rs.peft",
+    "patch_peft": "cat_rs.peft",
+    "unpatch_peft": "cat_rs.peft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

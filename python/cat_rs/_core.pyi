@@ -1,0 +1,78 @@
+"""The Rust extension. Shapes, dtypes and formulas are documented on the public functions of cat_rs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+def cat_loss(
+    model_pred: Tensor,
+    target: Tensor,
+    model_pred_no_trigger: Tensor,
+    base_pred: Tensor,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    cat_factor: float,
+    mask_normalize: bool,
+    scale: float,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
+def student_loss(
+    student: Tensor,
+    target: Tensor,
+    base: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    cat_factor: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def noising(
+    latents: Tensor,
+    noise: Tensor,
+    signal_rate: Tensor,
+    noise_rate: Tensor,
+    prediction_type: str,
+    copies: int,
+) -> tuple[Tensor, Tensor]: ...
+def lora_linear_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]: ...
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    hidden: Tensor,
+    scaling: float,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+def grad_norm(grad: Tensor) -> float: ...
+def adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_precision: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+    step: int,
+) -> None: ...
+def paired_similarity(a: Tensor, b: Tensor) -> Tensor: ...
+def cross_similarity(a: Tensor, b: Tensor, reduce: str) -> Tensor: ...
+def harmonic_mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> float: ...
+def bootstrap_interval(
+    groups: Sequence[np.ndarray[Any, np.dtype[np.float64]]],
+    *,
+    harmonic: bool,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]: ...
+def build_info() -> dict[str, str]: ...

@@ -1,0 +1,276 @@
+"""The operations as functions of tensors, differentiable through torch.autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from cat_rs._native import _core
+from cat_rs.errors import InvalidValueError, ShapeError
+
+__all__ = ["CatLossParts", "cat_loss", "lora_linear", "noising", "snr_weights"]
+
+
+class CatLossParts(NamedTuple):
+    """The CAT loss and its terms, 0-dim tensors.
+
+    Attributes:
+        total: diffusion + cat_factor * cat; the one to call ``backward()`` on.
+        diffusion: The diffusion term, detached.
+        cat: The preservation term without its factor, detached.
+    """
+
+    total: torch.Tensor
+    diffusion: torch.Tensor
+    cat: torch.Tensor
+
+
+class CatLossFunction(torch.autograd.Function):
+    """Values and both gradients in one pass; backward multiplies by the upstream gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        model_pred: torch.Tensor,
+        model_pred_no_trigger: torch.Tensor,
+        target: torch.Tensor,
+        base_pred: torch.Tensor,
+        sample_weight: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        cat_factor: float,
+        mask_normalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = ctx.needs_input_grad[:2]
+        # Unscaled, a float16 gradient of a mean over many elements is subnormal: it waits for the loss scale.
+        deferred = torch.float16 in (model_pred.dtype, model_pred_no_trigger.dtype)
+        total, parts, *grads = _core.cat_loss(
+            model_pred,
+            target,
+            model_pred_no_trigger,
+            base_pred,
+            sample_weight,
+            mask,
+            cat_factor,
+            mask_normalize,
+            1.0,
+            (False, False) if deferred else wanted,
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(parts)
+        ctx.deferred = (cat_factor, mask_normalize, wanted) if deferred else None
+        if deferred:
+            ctx.save_for_backward(model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask)
+        else:
+            ctx.save_for_backward(*grads)
+        return total, parts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: torch.Tensor | None, _parts: None) -> tuple[torch.Tensor | None, ...]:
+        if grad_total is None:
+            return (None,) * 8
+        scale = grad_total.item()
+        if ctx.deferred is not None:
+            cat_factor, mask_normalize, wanted = ctx.deferred
+            _, _, *grads = _core.cat_loss(*ctx.saved_tensors, cat_factor, mask_normalize, scale, wanted)
+        elif scale == 1.0:
+            grads = ctx.saved_tensors
+        else:
+            # Out of place: the saved gradients serve a second backward.
+            grads = [None if grad is None else grad * scale for grad in ctx.saved_tensors]
+        return (*grads, None, None, None, None, None, None)
+
+
+def cat_loss(
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    model_pred_no_trigger: torch.Tensor,
+    base_pred: torch.Tensor,
+    *,
+    cat_factor: float = 1.0,
+    sample_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    mask_normalize: bool = False,
+    return_parts: bool = False,
+) -> torch.Tensor | CatLossParts:
+    r"""The Contrastive Adapter Training loss (Park et al., arXiv 2404.07554).
+
+    .. math::
+        L = \frac1B \sum_i w_i \,\overline{m\,(f(c) - y)^2}
+          + \text{cat\_factor} \cdot \frac1B \sum_i w_i \,\overline{m\,(f(c_0) - f_{base}(c_0))^2}
+
+    where the bars are means over a sample's elements. Values and both gradients come from one pass over the
+    inputs. Sums accumulate in float32 lanes and float64 totals (float64 throughout if an input is float64) in an
+    order that does not depend on the number of threads. Inputs that are not contiguous are copied once.
+
+    Args:
+        model_pred: f(z_t, t, c), the prediction for the prompt with the trigger word, [B, ...]; float32, float64,
+            bfloat16 or float16. Each of the four tensors may have its own of these dtypes.
+        target: y, the diffusion target (noise, velocity or flow), of the same shape; a constant.
+        model_pred_no_trigger: f(z_t, t, c0), the prediction for the prompt without the trigger word.
+        base_pred: f_base(z_t, t, c0), the base model's prediction for that prompt; a constant.
+        cat_factor: Weight of the preservation term, >= 0.
+        sample_weight: w, [B], >= 0; shared by both terms (min-SNR, for example).
+        mask: m, of the predictions' shape up to dimensions of size 1; bool or float; shared by both terms.
+        mask_normalize: Divide each sample by the mask's sum instead of by its number of elements. A sample masked
+            out whole counts as zero.
+        return_parts: Return a :class:`CatLossParts` instead of the total alone.
+
+    Returns:
+        The loss, a 0-dim float32 tensor (float64 if an input is float64), or its parts.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
+    """
+    total, parts = CatLossFunction.apply(
+        model_pred,
+        model_pred_no_trigger,
+        target,
+        base_pred,
+        sample_weight,
+        mask,
+        float(cat_factor),
+        mask_normalize,
+    )
+    return CatLossParts(total, *parts.unbind()) if return_parts else total
+
+
+def snr_weights(
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    gamma: float,
+    prediction_type: str = "epsilon",
+) -> torch.Tensor:
+    """Min-SNR loss weights (Hang et al., arXiv 2303.09556).
+
+    min(SNR, gamma) / SNR for "epsilon" and min(SNR, gamma) / (SNR + 1) for "v_prediction", where
+    SNR = alphas_cumprod[t] / (1 - alphas_cumprod[t]). At SNR = 0 the first is its limit, 1.
+
+    Args:
+        timesteps: [B], integers.
+        alphas_cumprod: The scheduler's table, [T].
+        gamma: The bound, > 0; 5 is usual.
+        prediction_type: "epsilon" or "v_prediction".
+
+    Returns:
+        [B], in the table's dtype.
+
+    Raises:
+        ShapeError, InvalidValueError: Naming the argument, what was expected and what came.
+    """
+    if not gamma > 0:
+        raise InvalidValueError(f"snr_weights: `gamma` must be > 0, got {gamma}")
+    if timesteps.dim() != 1 or alphas_cumprod.dim() != 1:
+        raise ShapeError(
+            "snr_weights: `timesteps` must have shape [B] and `alphas_cumprod` [T], "
+            f"got {list(timesteps.shape)} and {list(alphas_cumprod.shape)}"
+        )
+    alphas = alphas_cumprod[timesteps]
+    inverse_snr = (1 - alphas) / alphas
+    if prediction_type == "epsilon":
+        return (gamma * inverse_snr).clamp(max=1)
+    if prediction_type == "v_prediction":
+        snr = alphas / (1 - alphas)
+        return torch.where(snr < gamma, alphas, gamma * (1 - alphas))
+    raise InvalidValueError(
+        f"snr_weights: `prediction_type` must be 'epsilon' or 'v_prediction', got {prediction_type!r}"
+    )
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """y = x W^T + b + scaling (x A^T) B^T with W and b frozen; saves x and scaling * x A^T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        y, hidden = _core.lora_linear_forward(x, weight, bias, lora_A, lora_B, scaling)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, lora_A, lora_B, hidden = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dx, dA, dB = _core.lora_linear_backward(
+            grad, x, weight, lora_A, lora_B, hidden, ctx.scaling, (needs[0], needs[3], needs[4])
+        )
+        return dx, None, None, dA, dB, None
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """A frozen linear layer with a LoRA branch (Hu et al., arXiv 2106.09685).
+
+    y = x W^T + b + scaling (x A^T) B^T. Gradients, with g = dL/dy: dB = scaling g^T (x A^T),
+    dA = scaling (g B)^T x, dx = g W + scaling (g B) A, the last only where x needs it. Saves x and the [M, r]
+    product scaling x A^T for the backward pass.
+
+    Args:
+        x: [..., in]; float32, float64, bfloat16 or float16.
+        weight: W, [out, in], frozen, in x's dtype.
+        bias: b, [out], frozen, or None.
+        lora_A: A, [r, in].
+        lora_B: B, [out, r].
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+
+    Returns:
+        y, [..., out], in x's dtype.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        name = "weight" if weight.requires_grad else "bias"
+        raise InvalidValueError(
+            f"lora_linear: `{name}` must be frozen, got a tensor with requires_grad=True: call requires_grad_(False)"
+        )
+    return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, float(scaling))
+
+
+def noising(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    signal_rate: torch.Tensor,
+    noise_rate: torch.Tensor,
+    prediction_type: str,
+    *,
+    copies: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noisy latents and the training target in one pass.
+
+    z_t = signal_rate * x + noise_rate * n. The target is n for "epsilon", signal_rate * n - noise_rate * x for
+    "v_prediction" (Salimans & Ho, arXiv 2202.00512) and n - x for "flow".
+
+    Args:
+        latents: x, [B, ...]; float32, float64, bfloat16 or float16; computed in float32 or float64.
+        noise: n, of the same shape.
+        signal_rate: [B], for example sqrt(alphas_cumprod[t]), or 1 - sigma for flows.
+        noise_rate: [B], for example sqrt(1 - alphas_cumprod[t]), or sigma for flows.
+        prediction_type: "epsilon", "v_prediction" or "flow".
+        copies: How often z_t is repeated along the batch; 2 makes the doubled student batch.
+
+    Returns:
+        z_t, [copies * B, ...] in the latents' dtype, and the target, [B, ...] in the noise's dtype (for "epsilon"
+        the noise itself).
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
+    """
+    return _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies)

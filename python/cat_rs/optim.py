@@ -1,0 +1,234 @@
+"""AdamW with clipping over flat buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cat_rs._native import _core
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError
+
+__all__ = ["FlatAdamW"]
+
+
+@dataclass
+class _Flat:
+    """The parameters of one group and dtype, as views of flat buffers."""
+
+    params: list[torch.nn.Parameter]
+    grads: list[torch.Tensor]
+    master: torch.Tensor
+    grad: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    low_precision: torch.Tensor | None
+    step: torch.Tensor
+    # The version of `grad` when the kernel last zeroed it: autograd's additions raise it.
+    zeroed_version: int = -1
+
+    def attach_grads(self) -> None:
+        """Makes every .grad a view again where somebody replaced it; None counts as zero."""
+        for param, grad in zip(self.params, self.grads, strict=True):
+            if param.grad is not grad:
+                if param.grad is None:
+                    grad.zero_()
+                else:
+                    grad.copy_(param.grad)
+                param.grad = grad
+
+
+def _views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    pieces = flat.split([param.numel() for param in params])
+    return [piece.view(param.shape) for piece, param in zip(pieces, params, strict=True)]
+
+
+def _flatten(params: list[torch.nn.Parameter]) -> _Flat:
+    dtype, size = params[0].dtype, sum(param.numel() for param in params)
+    master = torch.empty(size, dtype=dtype if dtype == torch.float64 else torch.float32)
+    for view, param in zip(_views(master, params), params, strict=True):
+        view.copy_(param.detach())
+    low_precision = None if dtype == master.dtype else master.to(dtype)
+    grad = torch.zeros(size, dtype=dtype)
+    flat = _Flat(
+        params=params,
+        grads=_views(grad, params),
+        master=master,
+        grad=grad,
+        exp_avg=torch.zeros_like(master),
+        exp_avg_sq=torch.zeros_like(master),
+        low_precision=low_precision,
+        step=torch.zeros((), dtype=torch.float32),
+    )
+    for param, view in zip(params, _views(master if low_precision is None else low_precision, params), strict=True):
+        param.data = view
+    flat.attach_grads()
+    return flat
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient-norm clipping in one pass over flat memory.
+
+    The parameters become views of one flat buffer a group and dtype, and so do their gradients: the norm is one
+    pass, and clipping, decay, moments, update, the low-precision copy and zeroing are a second one. Equal, step by
+    step and up to rounding, to ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW``. Parameters in
+    bfloat16 or float16 keep a float32 master copy and float32 moments.
+
+    ``step()`` leaves the gradients zero. A step whose gradient norm is not finite changes nothing but the
+    gradients, which become zero, and raises ``skipped_steps`` by one. A parameter whose ``.grad`` is None counts as
+    having a gradient of zero. The state dict has the layout of ``torch.optim.AdamW``.
+
+    Args:
+        params: Parameters or parameter groups, dense, on the CPU, of a float dtype.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are scaled so that their joint L2 norm is at most this; None does not clip.
+
+    Attributes:
+        grad_norm: The norm before clipping at the last step, a float; NaN before the first.
+        skipped_steps: Steps skipped because their gradient norm was not finite.
+
+    Raises:
+        DtypeError, DeviceError, InvalidValueError: Naming what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise InvalidValueError(f"FlatAdamW: `{name}` must be a finite number >= 0, got {value}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise InvalidValueError(f"FlatAdamW: `betas` must be two numbers in [0, 1), got {betas}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InvalidValueError(f"FlatAdamW: `max_grad_norm` must be > 0 or None, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm = math.nan
+        self.skipped_steps = 0
+        self._flats: list[tuple[dict[str, Any], _Flat]] = []
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group and moves its parameters into flat buffers."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for param in group["params"]:
+            if not param.is_floating_point():
+                raise DtypeError(f"FlatAdamW: `params` must have a float dtype, got {param.dtype}")
+            if param.device.type != "cpu":
+                raise DeviceError(f"FlatAdamW: `params` must be on the CPU, got a parameter on {param.device}")
+            by_dtype.setdefault(param.dtype, []).append(param)
+        for params in by_dtype.values():
+            flat = _flatten(params)
+            self._flats.append((group, flat))
+            self._bind_state(flat)
+
+    def _bind_state(self, flat: _Flat) -> None:
+        moments = zip(flat.params, _views(flat.exp_avg, flat.params), _views(flat.exp_avg_sq, flat.params), strict=True)
+        for param, exp_avg, exp_avg_sq in moments:
+            self.state[param] = {"step": flat.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        if flat.low_precision is not None:
+            for param, master in zip(flat.params, _views(flat.master, flat.params), strict=True):
+                self.state[param]["master"] = master
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step; the gradients are zero afterwards.
+
+        Args:
+            closure: Recomputes the loss and the gradients first, as for every torch optimizer.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for _, flat in self._flats:
+            flat.attach_grads()
+        self.grad_norm = math.hypot(*(_core.grad_norm(flat.grad) for _, flat in self._flats))
+        if not math.isfinite(self.grad_norm):
+            self.skipped_steps += 1
+            for _, flat in self._flats:
+                flat.grad.zero_()
+            return loss
+        # As clip_grad_norm_: the 1e-6 keeps a zero norm from dividing.
+        limit = self.max_grad_norm
+        grad_scale = 1.0 if limit is None else min(1.0, limit / (self.grad_norm + 1e-6))
+        for group, flat in self._flats:
+            flat.step += 1
+            beta1, beta2 = group["betas"]
+            _core.adamw_step(
+                flat.master,
+                flat.grad,
+                flat.exp_avg,
+                flat.exp_avg_sq,
+                flat.low_precision,
+                lr=float(group["lr"]),
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                grad_scale=grad_scale,
+                step=int(flat.step),
+            )
+            # The kernel writes behind autograd's back: a graph that saved the old weights must notice.
+            torch.autograd.graph.increment_version(flat.params)
+            flat.zeroed_version = flat.grad._version
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zeroes the gradients; free after ``step()``. They stay views, so ``set_to_none`` has no effect."""
+        for _, flat in self._flats:
+            attached = all(param.grad is grad for param, grad in zip(flat.params, flat.grads, strict=True))
+            if attached and flat.grad._version == flat.zeroed_version:
+                continue
+            for param, grad in zip(flat.params, flat.grads, strict=True):
+                param.grad = grad
+            flat.grad.zero_()
+            flat.zeroed_version = flat.grad._version
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of FlatAdamW or torch.optim.AdamW into the flat buffers, without rounding the moments."""
+        saved_groups = state_dict["param_groups"]
+        sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups))
+        if sizes != saved_sizes:
+            raise InvalidValueError(
+                f"FlatAdamW: `state_dict` must have parameter groups of sizes {sizes}, got {saved_sizes}"
+            )
+        saved: dict[torch.nn.Parameter, dict[str, Any]] = {}
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved_group.items() if key != "params"})
+            for param, key in zip(group["params"], saved_group["params"], strict=True):
+                saved[param] = state_dict["state"].get(key, {})
+        for _, flat in self._flats:
+            self._load_flat(flat, [saved[param] for param in flat.params])
+
+    def _load_flat(self, flat: _Flat, states: list[dict[str, Any]]) -> None:
+        steps = {float(state.get("step", 0.0)) for state in states}
+        if len(steps) > 1:
+            raise InvalidValueError(f"FlatAdamW: `state_dict` must have one step count a group, got {sorted(steps)}")
+        flat.step.fill_(steps.pop())
+        for key, buffer in (("exp_avg", flat.exp_avg), ("exp_avg_sq", flat.exp_avg_sq), ("master", flat.master)):
+            for view, state in zip(_views(buffer, flat.params), states, strict=True):
+                if key in state:
+                    view.copy_(state[key])
+                elif key != "master":
+                    view.zero_()
+        if flat.low_precision is not None:
+            flat.low_precision.copy_(flat.master)

@@ -1,0 +1,83 @@
+"""What training needs of a diffusers scheduler: timesteps to draw and the rates of signal and noise at each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.functional import snr_weights
+
+__all__ = ["NoiseSchedule"]
+
+
+class NoiseSchedule:
+    """The noise schedule of a diffusers scheduler.
+
+    Args:
+        scheduler: One with a table ``alphas_cumprod`` (DDPM, DDIM and their kin) or a flow-matching one
+            (FlowMatchEulerDiscreteScheduler and its kin).
+        prediction_type: "epsilon", "v_prediction" or "flow"; by default the scheduler's own.
+
+    Raises:
+        InvalidValueError: The scheduler has no such table, or the prediction type does not fit it.
+    """
+
+    def __init__(self, scheduler: Any, prediction_type: str | None = None) -> None:
+        config = getattr(scheduler, "config", {})
+        self.alphas_cumprod: torch.Tensor | None = getattr(scheduler, "alphas_cumprod", None)
+        if self.alphas_cumprod is not None:
+            self.alphas_cumprod = self.alphas_cumprod.to("cpu", torch.float32)
+            self.signal_rates = self.alphas_cumprod.sqrt()
+            self.noise_rates = (1 - self.alphas_cumprod).sqrt()
+            self.prediction_type = prediction_type or config.get("prediction_type", "epsilon")
+            expected = ("epsilon", "v_prediction")
+        elif type(scheduler).__name__.startswith("FlowMatch") and hasattr(scheduler, "timesteps"):
+            self.timesteps: torch.Tensor = scheduler.timesteps.to("cpu", torch.float32)
+            self.num_train_timesteps: int = config["num_train_timesteps"]
+            self.prediction_type = prediction_type or "flow"
+            expected = ("flow",)
+        else:
+            raise InvalidValueError(
+                "CatStep: `scheduler` must be a diffusers scheduler with a table alphas_cumprod or a FlowMatch one, "
+                f"got {type(scheduler).__name__}"
+            )
+        if self.prediction_type not in expected:
+            raise InvalidValueError(
+                f"CatStep: `prediction_type` must be {' or '.join(map(repr, expected))} for "
+                f"{type(scheduler).__name__}, got {self.prediction_type!r}"
+            )
+
+    def draw(self, batch: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Timesteps drawn uniformly from the schedule, [batch]."""
+        if self.alphas_cumprod is not None:
+            return torch.randint(len(self.alphas_cumprod), (batch,), generator=generator)
+        return self.timesteps[torch.randint(len(self.timesteps), (batch,), generator=generator)]
+
+    def rates(self, timesteps: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of latent and noise in z_t at each timestep, [batch] each."""
+        if timesteps.shape != (batch,):
+            raise ShapeError(f"CatStep: `timesteps` must have shape [{batch}], got {list(timesteps.shape)}")
+        if self.alphas_cumprod is None:
+            noise_rate = timesteps.to(torch.float32) / self.num_train_timesteps
+            self._check_range(timesteps, self.num_train_timesteps)
+            return 1 - noise_rate, noise_rate
+        if timesteps.is_floating_point():
+            raise InvalidValueError(f"CatStep: `timesteps` must be integers, got {timesteps.dtype}")
+        self._check_range(timesteps, len(self.alphas_cumprod) - 1)
+        return self.signal_rates[timesteps], self.noise_rates[timesteps]
+
+    @staticmethod
+    def _check_range(timesteps: torch.Tensor, last: int) -> None:
+        low, high = timesteps.min().item(), timesteps.max().item()
+        if not 0 <= low <= high <= last:
+            raise InvalidValueError(f"CatStep: `timesteps` must be in 0..{last}, got {low}..{high}")
+
+    def weights(self, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor | None:
+        """Min-SNR weights, [B], or None without ``snr_gamma``."""
+        if snr_gamma is None:
+            return None
+        if self.alphas_cumprod is None:
+            raise InvalidValueError("CatStep: `snr_gamma` must be None for a flow-matching scheduler")
+        return snr_weights(timesteps, self.alphas_cumprod, snr_gamma, self.prediction_type)

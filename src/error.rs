@@ -1,0 +1,127 @@
+//! Every failure of the crate. Each variant names the operation, the argument, what was expected and what came.
+
+use tch::TchError;
+use thiserror::Error;
+
+/// The result of every fallible function of the crate.
+pub type Result<T> = std::result::Result<T, CatError>;
+
+/// A failure with enough context to fix the call that caused it.
+#[derive(Debug, Error)]
+pub enum CatError {
+    /// A tensor has another shape than the operation needs.
+    #[error("{op}: `{argument}` must have shape {expected}, got {got}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// The argument at fault.
+        argument: &'static str,
+        /// The shape that was expected.
+        expected: String,
+        /// The shape that came.
+        got: String,
+    },
+    /// A tensor has an element type that the operation does not handle.
+    #[error("{op}: `{argument}` must have dtype {expected}, got {got}")]
+    Dtype {
+        /// The operation.
+        op: &'static str,
+        /// The argument at fault.
+        argument: &'static str,
+        /// The dtypes that are handled.
+        expected: &'static str,
+        /// The dtype that came.
+        got: String,
+    },
+    /// A tensor lives on a device that the operation does not handle.
+    #[error("{op}: `{argument}` must be on {expected}, got a tensor on {got}")]
+    Device {
+        /// The operation.
+        op: &'static str,
+        /// The argument at fault.
+        argument: &'static str,
+        /// The device that was expected.
+        expected: &'static str,
+        /// The device that came.
+        got: String,
+    },
+    /// A tensor has a memory layout that the operation does not handle.
+    #[error("{op}: `{argument}` must be {expected}, got {got}")]
+    Layout {
+        /// The operation.
+        op: &'static str,
+        /// The argument at fault.
+        argument: &'static str,
+        /// The layout that was expected.
+        expected: &'static str,
+        /// The layout that came.
+        got: String,
+    },
+    /// A value is outside its domain.
+    #[error("{op}: `{argument}` must be {expected}, got {got}")]
+    Value {
+        /// The operation.
+        op: &'static str,
+        /// The argument at fault.
+        argument: &'static str,
+        /// The domain.
+        expected: String,
+        /// The value that came.
+        got: String,
+    },
+    /// libtorch reported a failure.
+    #[error("{op}: libtorch: {message}")]
+    Torch {
+        /// The operation.
+        op: &'static str,
+        /// The first line of libtorch's message; the rest is a C++ backtrace.
+        message: String,
+    },
+    /// The operating system refused the worker threads.
+    #[error("{op}: could not start {threads} worker threads: {message}")]
+    Threads {
+        /// The operation.
+        op: &'static str,
+        /// How many threads were asked for.
+        threads: usize,
+        /// The system's message.
+        message: String,
+    },
+}
+
+impl CatError {
+    /// A value outside its domain.
+    pub fn value(
+        op: &'static str,
+        argument: &'static str,
+        expected: impl Into<String>,
+        got: impl ToString,
+    ) -> Self {
+        Self::Value { op, argument, expected: expected.into(), got: got.to_string() }
+    }
+
+    /// A shape that does not fit; shapes print as Python lists.
+    pub fn shape(op: &'static str, argument: &'static str, expected: impl Into<String>, got: &[i64]) -> Self {
+        Self::Shape { op, argument, expected: expected.into(), got: format!("{got:?}") }
+    }
+
+    /// A libtorch message without its backtrace.
+    pub fn torch_message(op: &'static str, message: &str) -> Self {
+        Self::Torch { op, message: message.lines().next().unwrap_or_default().to_owned() }
+    }
+}
+
+/// Names the operation in which libtorch failed.
+pub trait TorchContext<T> {
+    /// Turns a libtorch failure into a [`CatError`] of operation `op`.
+    fn during(self, op: &'static str) -> Result<T>;
+}
+
+impl<T> TorchContext<T> for std::result::Result<T, TchError> {
+    fn during(self, op: &'static str) -> Result<T> {
+        self.map_err(|error| match error {
+            TchError::Torch(message) => CatError::torch_message(op, &message),
+            other => CatError::torch_message(op, &other.to_string()),
+        })
+    }
+}

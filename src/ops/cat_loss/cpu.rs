@@ -1,0 +1,212 @@
+//! CPU kernel of the CAT loss: one pass that reads every prediction and target once and writes the gradients.
+
+use crate::cpu::{for_each_task, vectorized, DisjointMut, Elements, ElementsMut, Real};
+use crate::error::Result;
+
+/// Elements a task handles: enough to hide its start, few enough to balance.
+const TASK: usize = 16 * 1024;
+/// Elements a block holds: its scratch stays in the first-level cache.
+const BLOCK: usize = 1024;
+/// Independent partial sums: fixes the order of additions and fills the SIMD lanes.
+const LANES: usize = 16;
+/// Below this many elements a second thread costs more than it saves.
+const MIN_PARALLEL: usize = 48 * 1024;
+
+/// One squared-error term, mean_i w_i * mean_x m * (pred - target)^2.
+#[derive(Debug)]
+pub struct Term<'a> {
+    /// The prediction.
+    pub pred: Elements<'a>,
+    /// What it is compared with.
+    pub target: Elements<'a>,
+    /// Where the gradient with respect to `pred` goes, if wanted.
+    pub grad: Option<ElementsMut<'a>>,
+    /// The gradient's factor, d(loss)/d(term).
+    pub factor: f64,
+}
+
+/// A mask that repeats over each sample's channels.
+#[derive(Clone, Copy, Debug)]
+pub struct Mask<'a> {
+    /// One row of `period` elements, or one a sample.
+    pub elements: Elements<'a>,
+    /// Elements a row; it divides the elements of a sample.
+    pub period: usize,
+    /// Whether every sample has its own row.
+    pub per_sample: bool,
+}
+
+/// Everything of the loss but the dtype it is computed in.
+#[derive(Debug)]
+pub struct Problem<'a> {
+    /// The terms; all share weights and mask.
+    pub terms: Vec<Term<'a>>,
+    /// Samples.
+    pub batch: usize,
+    /// Elements a sample.
+    pub per_sample: usize,
+    /// Per-sample weights.
+    pub weights: Option<Vec<f64>>,
+    /// The mask.
+    pub mask: Option<Mask<'a>>,
+    /// Whether the mean is over the mask's weight instead of over all elements.
+    pub mask_normalize: bool,
+}
+
+/// The terms' values, in f64; writes the gradients that are wanted.
+pub fn cat_loss<T: Real>(op: &'static str, threads: usize, problem: &Problem) -> Result<Vec<f64>> {
+    let Problem { terms, batch, per_sample, .. } = problem;
+    let scales = sample_scales::<T>(problem);
+    let tasks_per_sample = per_sample.div_ceil(TASK);
+    let tasks = terms.len() * batch * tasks_per_sample;
+    let threads = if terms.len() * batch * per_sample < MIN_PARALLEL { 1 } else { threads };
+
+    let mut sums = vec![0.0f64; tasks];
+    let slots = DisjointMut::new(&mut sums);
+    for_each_task(op, threads, tasks, |task| {
+        let (row, part) = (task / tasks_per_sample, task % tasks_per_sample);
+        let (term, sample) = (&terms[row / batch], row % batch);
+        let start = part * TASK;
+        let len = TASK.min(per_sample - start);
+        let sum = vectorized(|| task_sum::<T>(term, problem.mask, sample, *per_sample, start, len, scales[sample]));
+        // SAFETY: every task writes its own slot.
+        let slot = unsafe { slots.range(task, 1) };
+        slot[0] = sum;
+    })?;
+
+    let per_term = batch * tasks_per_sample;
+    let value = |sums: &[f64]| -> f64 {
+        sums.chunks(tasks_per_sample).zip(&scales).map(|(parts, scale)| scale * parts.iter().sum::<f64>()).sum()
+    };
+    Ok(sums.chunks(per_term).map(value).collect())
+}
+
+/// w_i / (B * denominator_i): what turns a sample's sum of squares into its share of the term.
+fn sample_scales<T: Real>(problem: &Problem) -> Vec<f64> {
+    (0..problem.batch)
+        .map(|sample| {
+            let weight = problem.weights.as_ref().map_or(1.0, |weights| weights[sample]);
+            let denominator = match problem.mask {
+                Some(mask) if problem.mask_normalize => {
+                    let repeats = (problem.per_sample / mask.period) as f64;
+                    repeats * mask_row_sum::<T>(mask, sample)
+                }
+                _ => problem.per_sample as f64,
+            };
+            // A sample that is masked out whole has nothing to learn from: it counts as zero.
+            if denominator == 0.0 {
+                0.0
+            } else {
+                weight / (problem.batch as f64 * denominator)
+            }
+        })
+        .collect()
+}
+
+fn mask_row_sum<T: Real>(mask: Mask, sample: usize) -> f64 {
+    let mut scratch = [T::ZERO; BLOCK];
+    let row = mask_row_start(mask, sample);
+    (0..mask.period)
+        .step_by(BLOCK)
+        .map(|start| {
+            let len = BLOCK.min(mask.period - start);
+            mask.elements.load(row + start, len, &mut scratch).iter().map(|value| value.to_f64()).sum::<f64>()
+        })
+        .sum()
+}
+
+#[inline(always)]
+fn mask_row_start(mask: Mask, sample: usize) -> usize {
+    if mask.per_sample {
+        sample * mask.period
+    } else {
+        0
+    }
+}
+
+/// The sum of m * (pred - target)^2 over a task's elements of one sample; writes their gradients.
+#[inline(always)]
+fn task_sum<T: Real>(
+    term: &Term,
+    mask: Option<Mask>,
+    sample: usize,
+    per_sample: usize,
+    start: usize,
+    len: usize,
+    scale: f64,
+) -> f64 {
+    let gradient_scale = T::from_f64(2.0 * term.factor * scale);
+    let mut pred_scratch = [T::ZERO; BLOCK];
+    let mut target_scratch = [T::ZERO; BLOCK];
+    let mut mask_scratch = [T::ZERO; BLOCK];
+    let mut grad_scratch = [T::ZERO; BLOCK];
+    let mut sum = 0.0;
+    let mut at = start;
+    while at < start + len {
+        let mut size = BLOCK.min(start + len - at);
+        if let Some(mask) = mask {
+            size = size.min(mask.period - at % mask.period);
+        }
+        let offset = sample * per_sample + at;
+        let pred = term.pred.load(offset, size, &mut pred_scratch);
+        let target = term.target.load(offset, size, &mut target_scratch);
+        let mask_block = mask.map(|mask| {
+            mask.elements.load(mask_row_start(mask, sample) + at % mask.period, size, &mut mask_scratch)
+        });
+        sum += match &term.grad {
+            Some(grad) => {
+                // SAFETY: tasks cover disjoint ranges, and this one holds a single block at a time.
+                let block = unsafe { grad.block(offset, size) };
+                block.fill(size, &mut grad_scratch, |grad| block_sum_grad(pred, target, mask_block, grad, gradient_scale))
+            }
+            None => block_sum(pred, target, mask_block),
+        };
+        at += size;
+    }
+    sum
+}
+
+#[inline(always)]
+fn block_sum<T: Real>(pred: &[T], target: &[T], mask: Option<&[T]>) -> f64 {
+    match mask {
+        None => lane_sum(pred.len(), |i| {
+            let error = pred[i] - target[i];
+            error * error
+        }),
+        Some(mask) => lane_sum(pred.len(), |i| {
+            let error = pred[i] - target[i];
+            mask[i] * error * error
+        }),
+    }
+}
+
+#[inline(always)]
+fn block_sum_grad<T: Real>(pred: &[T], target: &[T], mask: Option<&[T]>, grad: &mut [T], scale: T) -> f64 {
+    match mask {
+        None => lane_sum(pred.len(), |i| {
+            let error = pred[i] - target[i];
+            grad[i] = scale * error;
+            error * error
+        }),
+        Some(mask) => lane_sum(pred.len(), |i| {
+            let error = pred[i] - target[i];
+            let masked = mask[i] * error;
+            grad[i] = scale * masked;
+            masked * error
+        }),
+    }
+}
+
+/// Sums `value(i)` for i < len in [`LANES`] interleaved partial sums.
+#[inline(always)]
+fn lane_sum<T: Real>(len: usize, mut value: impl FnMut(usize) -> T) -> f64 {
+    let mut lanes = [T::ZERO; LANES];
+    let whole = len - len % LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum = *sum + value(start + lane);
+        }
+    }
+    let tail: f64 = (whole..len).map(|i| value(i).to_f64()).sum();
+    tail + lanes.iter().map(|lane| lane.to_f64()).sum::<f64>()
+}

@@ -1,0 +1,118 @@
+//! A linear layer with a LoRA branch (Hu et al., arXiv 2106.09685): y = x W^T + b + scaling (x A^T) B^T.
+//!
+//! The products run in libtorch's matrix library; what is saved is everything around them: the branch is added
+//! into the products' outputs in place, scaling is applied to [M, r] tensors only, and dx is skipped where unused.
+
+use tch::Tensor;
+
+use crate::error::{CatError, Result, TorchContext};
+use crate::tensor::{check_float, check_shape, dtype_name};
+
+const OP: &str = "lora_linear";
+
+/// The layer's weights: W [out, in] and b [out] frozen, A [r, in] and B [out, r] trained.
+#[derive(Debug)]
+pub struct Layer {
+    /// W
+    pub weight: Tensor,
+    /// b
+    pub bias: Option<Tensor>,
+    /// A
+    pub lora_a: Tensor,
+    /// B
+    pub lora_b: Tensor,
+    /// lora_alpha / r, or lora_alpha / sqrt(r)
+    pub scaling: f64,
+}
+
+/// The gradients that were asked for.
+#[derive(Debug)]
+pub struct Gradients {
+    /// dL/dx, of x's shape.
+    pub x: Option<Tensor>,
+    /// dL/dA
+    pub lora_a: Option<Tensor>,
+    /// dL/dB
+    pub lora_b: Option<Tensor>,
+}
+
+impl Layer {
+    fn check(&self, x: &Tensor) -> Result<()> {
+        let kind = check_float(OP, "x", x)?;
+        let weight = self.weight.size();
+        let (&[out, inner], Some(&last)) = (weight.as_slice(), x.size().last()) else {
+            return Err(CatError::shape(OP, "weight", "[out, in] and x [..., in]", &weight));
+        };
+        if last != inner {
+            return Err(CatError::shape(OP, "x", format!("[..., {inner}]"), &x.size()));
+        }
+        let rank = *self.lora_a.size().first().unwrap_or(&0);
+        check_shape(OP, "lora_A", &self.lora_a, &[rank, inner])?;
+        check_shape(OP, "lora_B", &self.lora_b, &[out, rank])?;
+        if let Some(bias) = &self.bias {
+            check_shape(OP, "bias", bias, &[out])?;
+        }
+        let weights =
+            [("weight", Some(&self.weight)), ("bias", self.bias.as_ref()), ("lora_A", Some(&self.lora_a)), ("lora_B", Some(&self.lora_b))];
+        for (argument, tensor) in weights {
+            let Some(tensor) = tensor else { continue };
+            let got = check_float(OP, argument, tensor)?;
+            if got != kind {
+                let got = format!("{} beside x of {}", dtype_name(got), dtype_name(kind));
+                return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `x`", got });
+            }
+        }
+        if !self.scaling.is_finite() {
+            return Err(CatError::value(OP, "scaling", "a finite number", self.scaling));
+        }
+        Ok(())
+    }
+
+    /// y [..., out] and h = scaling * x A^T [M, r], which the backward pass needs.
+    pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.check(x)?;
+        let rows = flatten(x)?;
+        let hidden = scaled(rows.f_mm(&self.lora_a.f_tr().during(OP)?).during(OP)?, self.scaling)?;
+        let mut y = rows.f_linear(&self.weight, self.bias.as_ref()).during(OP)?;
+        let _ = y.f_addmm_(&hidden, &self.lora_b.f_tr().during(OP)?).during(OP)?;
+        let mut shape = x.size();
+        if let (Some(last), Some(&out)) = (shape.last_mut(), self.weight.size().first()) {
+            *last = out;
+        }
+        Ok((y.f_view(shape.as_slice()).during(OP)?, hidden))
+    }
+
+    /// The gradients that `wanted` names (x, A, B), from dL/dy, x and the forward's h.
+    pub fn backward(&self, grad: &Tensor, x: &Tensor, hidden: &Tensor, wanted: [bool; 3]) -> Result<Gradients> {
+        let [x_wanted, a_wanted, b_wanted] = wanted;
+        let grad_rows = flatten(grad)?;
+        let lora_b = b_wanted.then(|| grad_rows.f_tr()?.f_mm(hidden)).transpose().during(OP)?;
+        let mut gradients = Gradients { x: None, lora_a: None, lora_b };
+        if x_wanted || a_wanted {
+            let inner = scaled(grad_rows.f_mm(&self.lora_b).during(OP)?, self.scaling)?;
+            if a_wanted {
+                gradients.lora_a = Some(inner.f_tr().during(OP)?.f_mm(&flatten(x)?).during(OP)?);
+            }
+            if x_wanted {
+                let mut dx = grad_rows.f_mm(&self.weight).during(OP)?;
+                let _ = dx.f_addmm_(&inner, &self.lora_a).during(OP)?;
+                gradients.x = Some(dx.f_view(x.size().as_slice()).during(OP)?);
+            }
+        }
+        Ok(gradients)
+    }
+}
+
+/// [..., d] as [M, d]: a view where the strides allow it.
+fn flatten(tensor: &Tensor) -> Result<Tensor> {
+    let last = tensor.size().last().copied().unwrap_or(1);
+    let rows: i64 = tensor.size().iter().rev().skip(1).product();
+    tensor.f_reshape([rows, last]).during(OP)
+}
+
+fn scaled(mut tensor: Tensor, scaling: f64) -> Result<Tensor> {
+    if scaling != 1.0 {
+        let _ = tensor.f_mul_scalar_(scaling).during(OP)?;
+    }
+    Ok(tensor)
+}

@@ -1,0 +1,140 @@
+//! Similarities of embeddings and their statistics: the parts of the Knowledge Preservation Score.
+
+mod cpu;
+
+use tch::{Kind, Tensor};
+
+pub use self::cpu::Statistic;
+use self::cpu::{quantile, Rows};
+use super::{compute_kind, threads};
+use crate::error::{CatError, Result, TorchContext};
+use crate::tensor::{check_float, contiguous, elements};
+
+const OP: &str = "similarity";
+
+/// What becomes of the similarities of a row of `a` with all rows of `b`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduce {
+    /// Their mean.
+    Mean,
+    /// Their maximum.
+    Max,
+}
+
+impl Reduce {
+    /// From "mean" or "max".
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "mean" => Ok(Self::Mean),
+            "max" => Ok(Self::Max),
+            _ => Err(CatError::value(OP, "reduce", "'mean' or 'max'", format!("'{name}'"))),
+        }
+    }
+}
+
+/// s(a_i, b_i) = (1 + cos(a_i, b_i)) / 2 in [0, 1]; a, b: [N, D]; returns [N].
+///
+/// Sums accumulate in f32 lanes and f64 totals; the result is float32, or float64 where an input is.
+pub fn similarity(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let (a_shape, _) = (check_rows("a", a)?, check_rows("b", b)?);
+    if b.size() != a_shape {
+        return Err(CatError::shape(OP, "b", format!("{a_shape:?}"), &b.size()));
+    }
+    with_rows(a, b, |kind, a, b| match kind {
+        Kind::Double => cpu::paired::<f64>(OP, threads(), a, b),
+        _ => cpu::paired::<f32>(OP, threads(), a, b),
+    })
+}
+
+/// The mean or maximum over j of s(a_i, b_j); a: [N, D], b: [M, D]; returns [N]. No N x M matrix is formed.
+pub fn cross_similarity(a: &Tensor, b: &Tensor, reduce: Reduce) -> Result<Tensor> {
+    let (a_shape, b_shape) = (check_rows("a", a)?, check_rows("b", b)?);
+    if a_shape[1] != b_shape[1] {
+        return Err(CatError::shape(OP, "b", format!("[M, {}]", a_shape[1]), &b_shape));
+    }
+    with_rows(a, b, |kind, a, b| match (kind, reduce) {
+        (Kind::Double, Reduce::Mean) => cpu::cross_mean::<f64>(OP, threads(), a, b),
+        (Kind::Double, Reduce::Max) => cpu::cross_max::<f64>(OP, threads(), a, b),
+        (_, Reduce::Mean) => cpu::cross_mean::<f32>(OP, threads(), a, b),
+        (_, Reduce::Max) => cpu::cross_max::<f32>(OP, threads(), a, b),
+    })
+}
+
+fn check_rows(argument: &'static str, tensor: &Tensor) -> Result<Vec<i64>> {
+    check_float(OP, argument, tensor)?;
+    let shape = tensor.size();
+    if shape.len() != 2 || shape.contains(&0) {
+        return Err(CatError::shape(OP, argument, "[N, D] with N, D >= 1", &shape));
+    }
+    Ok(shape)
+}
+
+fn with_rows(
+    a: &Tensor,
+    b: &Tensor,
+    kernel: impl FnOnce(Kind, Rows, Rows) -> Result<Vec<f64>>,
+) -> Result<Tensor> {
+    let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
+    let (a, b) = (contiguous(OP, a)?, contiguous(OP, b)?);
+    let rows = |tensor| Ok(Rows { elements: elements(OP, tensor)?, dim: tensor.size()[1] as usize });
+    let (a_rows, b_rows) = (rows(&a)?, rows(&b)?);
+    let values = kernel(kind, a_rows, b_rows)?;
+    if let Some(row) = values.iter().position(|value| value.is_nan()) {
+        let got = format!("a zero, infinite or NaN row in the pair of row {row}");
+        return Err(CatError::value(OP, "a and b", "finite with no zero row", got));
+    }
+    Tensor::f_from_slice(&values).during(OP)?.f_to_kind(kind).during(OP)
+}
+
+fn check_values(op: &'static str, values: &[f64]) -> Result<()> {
+    if values.is_empty() {
+        return Err(CatError::value(op, "values", "at least one number", "none"));
+    }
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(CatError::value(op, "values", "finite", format!("{} at index {index}", values[index]))),
+        None => Ok(()),
+    }
+}
+
+fn check_positive(op: &'static str, values: &[f64], statistic: Statistic) -> Result<()> {
+    check_values(op, values)?;
+    match values.iter().position(|value| statistic == Statistic::HarmonicMean && *value < 0.0) {
+        Some(index) => {
+            let got = format!("{} at index {index}", values[index]);
+            Err(CatError::value(op, "values", ">= 0 for a harmonic mean", got))
+        }
+        None => Ok(()),
+    }
+}
+
+/// n / sum(1 / v_i); 0 where a value is 0.
+pub fn harmonic_mean(values: &[f64]) -> Result<f64> {
+    check_positive("harmonic_mean", values, Statistic::HarmonicMean)?;
+    Ok(Statistic::HarmonicMean.of(values))
+}
+
+/// A percentile bootstrap interval of the statistic of one group, or of the harmonic mean over several.
+pub fn bootstrap_interval(
+    groups: &[&[f64]],
+    statistic: Statistic,
+    confidence: f64,
+    resamples: usize,
+    seed: u64,
+) -> Result<(f64, f64)> {
+    const OP: &str = "bootstrap_interval";
+    for group in groups {
+        check_positive(OP, group, statistic)?;
+    }
+    if groups.is_empty() {
+        return Err(CatError::value(OP, "values", "at least one group", "none"));
+    }
+    if !(confidence > 0.0 && confidence < 1.0) {
+        return Err(CatError::value(OP, "confidence", "in (0, 1)", confidence));
+    }
+    if resamples < 2 {
+        return Err(CatError::value(OP, "resamples", "at least 2", resamples));
+    }
+    let sorted = cpu::bootstrap(OP, threads(), groups, statistic, resamples, seed)?;
+    let tail = (1.0 - confidence) / 2.0;
+    Ok((quantile(&sorted, tail), quantile(&sorted, 1.0 - tail)))
+}

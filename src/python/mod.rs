@@ -1,0 +1,257 @@
+//! The Python module `cat_rs._core`: argument conversion, the GIL, and the one map from errors to exceptions.
+//!
+//! Shapes, dtypes and formulas are documented once, on the Python functions of `cat_rs` that call these.
+
+mod convert;
+
+use numpy::PyReadonlyArray1;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use pyo3_tch::PyTensor;
+use tch::Tensor;
+
+use self::convert::{detached, optional, raise, wrap};
+use crate::cpu::simd_level;
+use crate::error::Result;
+use crate::ops;
+use crate::ops::adamw::{AdamW, FlatBuffers};
+use crate::ops::cat_loss::{CatLoss, Pair};
+use crate::ops::lora_linear::Layer;
+use crate::ops::noising::PredictionType;
+use crate::ops::similarity::{Reduce, Statistic};
+use crate::step::StudentLoss;
+
+/// Runs `work` without the GIL and raises its error.
+fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+    py.allow_threads(work).map_err(|error| raise(py, &error))
+}
+
+/// See `cat_rs.cat_loss`. Returns (total, [diffusion, cat], gradient, gradient).
+#[pyfunction]
+#[pyo3(signature = (
+    model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask, cat_factor, mask_normalize,
+    scale, wanted
+))]
+#[allow(clippy::too_many_arguments, clippy::type_complexity)]
+fn cat_loss(
+    py: Python<'_>,
+    model_pred: PyTensor,
+    target: PyTensor,
+    model_pred_no_trigger: PyTensor,
+    base_pred: PyTensor,
+    sample_weight: Option<PyTensor>,
+    mask: Option<PyTensor>,
+    cat_factor: f64,
+    mask_normalize: bool,
+    scale: f64,
+    wanted: (bool, bool),
+) -> PyResult<(PyObject, PyObject, Option<PyObject>, Option<PyObject>)> {
+    let tensors = [model_pred.0, target.0, model_pred_no_trigger.0, base_pred.0];
+    let (sample_weight, mask) = (optional(sample_weight), optional(mask));
+    let (total, parts, [first, second]) = released(py, move || {
+        let [model_pred, target, model_pred_no_trigger, base_pred] = &tensors;
+        let loss = CatLoss {
+            diffusion: Pair { pred: model_pred, target },
+            preservation: Some(Pair { pred: model_pred_no_trigger, target: base_pred }),
+            cat_factor,
+            sample_weight: sample_weight.as_ref(),
+            mask: mask.as_ref(),
+            mask_normalize,
+        };
+        let (values, grads) = ops::cat_loss::cat_loss(&loss, scale, [wanted.0, wanted.1])?;
+        Ok((values.total()?, values.parts()?, grads))
+    })?;
+    let wrapped = |tensor: Option<Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
+    Ok((wrap(py, total)?, wrap(py, parts)?, wrapped(first)?, wrapped(second)?))
+}
+
+/// The loss of a step over the doubled batch: (total, [diffusion, cat], dL/dstudent).
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn student_loss(
+    py: Python<'_>,
+    student: PyTensor,
+    target: PyTensor,
+    base: Option<PyTensor>,
+    sample_weight: Option<PyTensor>,
+    mask: Option<PyTensor>,
+    cat_factor: f64,
+    scale: f64,
+) -> PyResult<(PyObject, PyObject, PyObject)> {
+    let loss = StudentLoss {
+        student: detached(py, student)?,
+        target: target.0,
+        base: optional(base),
+        sample_weight: optional(sample_weight),
+        mask: optional(mask),
+        cat_factor,
+        scale,
+    };
+    let (total, parts, grad) = released(py, move || {
+        let (values, grad) = loss.evaluate()?;
+        Ok((values.total()?, values.parts()?, grad))
+    })?;
+    Ok((wrap(py, total)?, wrap(py, parts)?, wrap(py, grad)?))
+}
+
+/// See `cat_rs.functional.noising`.
+#[pyfunction]
+fn noising(
+    py: Python<'_>,
+    latents: PyTensor,
+    noise: PyTensor,
+    signal_rate: PyTensor,
+    noise_rate: PyTensor,
+    prediction_type: &str,
+    copies: usize,
+) -> PyResult<(PyObject, PyObject)> {
+    let prediction_type = PredictionType::parse(prediction_type).map_err(|error| raise(py, &error))?;
+    let (noisy, target) = released(py, move || {
+        ops::noising::noising(&latents, &noise, &signal_rate, &noise_rate, prediction_type, copies)
+    })?;
+    Ok((wrap(py, noisy)?, wrap(py, target)?))
+}
+
+/// See `cat_rs.lora_linear`. Returns (y, scaling * x A^T).
+#[pyfunction]
+fn lora_linear_forward(
+    py: Python<'_>,
+    x: PyTensor,
+    weight: PyTensor,
+    bias: Option<PyTensor>,
+    lora_a: PyTensor,
+    lora_b: PyTensor,
+    scaling: f64,
+) -> PyResult<(PyObject, PyObject)> {
+    let layer =
+        Layer { weight: weight.0, bias: optional(bias), lora_a: lora_a.0, lora_b: lora_b.0, scaling };
+    let (y, hidden) = released(py, move || layer.forward(&x))?;
+    Ok((wrap(py, y)?, wrap(py, hidden)?))
+}
+
+/// The gradients of `lora_linear_forward`: (dx, dA, dB), each where wanted.
+#[pyfunction]
+#[allow(clippy::too_many_arguments, clippy::type_complexity)]
+fn lora_linear_backward(
+    py: Python<'_>,
+    grad: PyTensor,
+    x: PyTensor,
+    weight: PyTensor,
+    lora_a: PyTensor,
+    lora_b: PyTensor,
+    hidden: PyTensor,
+    scaling: f64,
+    wanted: (bool, bool, bool),
+) -> PyResult<(Option<PyObject>, Option<PyObject>, Option<PyObject>)> {
+    let layer = Layer { weight: weight.0, bias: None, lora_a: lora_a.0, lora_b: lora_b.0, scaling };
+    let gradients =
+        released(py, move || layer.backward(&grad, &x, &hidden, [wanted.0, wanted.1, wanted.2]))?;
+    let wrapped = |tensor: Option<Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
+    Ok((wrapped(gradients.x)?, wrapped(gradients.lora_a)?, wrapped(gradients.lora_b)?))
+}
+
+/// The L2 norm of a flat gradient buffer.
+#[pyfunction]
+fn grad_norm(py: Python<'_>, grad: PyTensor) -> PyResult<f64> {
+    released(py, move || ops::adamw::grad_norm(&grad))
+}
+
+/// One AdamW step over flat buffers, in place; see `cat_rs.FlatAdamW`.
+#[pyfunction]
+#[pyo3(signature = (
+    param, grad, exp_avg, exp_avg_sq, low_precision, *, lr, beta1, beta2, eps, weight_decay, grad_scale, step
+))]
+#[allow(clippy::too_many_arguments)]
+fn adamw_step(
+    py: Python<'_>,
+    mut param: PyTensor,
+    mut grad: PyTensor,
+    mut exp_avg: PyTensor,
+    mut exp_avg_sq: PyTensor,
+    low_precision: Option<PyTensor>,
+    lr: f64,
+    beta1: f64,
+    beta2: f64,
+    eps: f64,
+    weight_decay: f64,
+    grad_scale: f64,
+    step: i64,
+) -> PyResult<()> {
+    let settings = AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step };
+    let mut low_precision = optional(low_precision);
+    released(py, move || {
+        let buffers = FlatBuffers {
+            param: &mut param.0,
+            grad: &mut grad.0,
+            exp_avg: &mut exp_avg.0,
+            exp_avg_sq: &mut exp_avg_sq.0,
+            low_precision: low_precision.as_mut(),
+        };
+        ops::adamw::adamw(buffers, settings)
+    })
+}
+
+/// See `cat_rs.similarity`.
+#[pyfunction]
+fn paired_similarity(py: Python<'_>, a: PyTensor, b: PyTensor) -> PyResult<PyObject> {
+    let values = released(py, move || ops::similarity::similarity(&a, &b))?;
+    wrap(py, values)
+}
+
+/// See `cat_rs.cross_similarity`.
+#[pyfunction]
+fn cross_similarity(py: Python<'_>, a: PyTensor, b: PyTensor, reduce: &str) -> PyResult<PyObject> {
+    let reduce = Reduce::parse(reduce).map_err(|error| raise(py, &error))?;
+    let values = released(py, move || ops::similarity::cross_similarity(&a, &b, reduce))?;
+    wrap(py, values)
+}
+
+/// See `cat_rs.harmonic_mean`.
+#[pyfunction]
+fn harmonic_mean(py: Python<'_>, values: PyReadonlyArray1<'_, f64>) -> PyResult<f64> {
+    let values = values.as_slice()?;
+    released(py, || ops::similarity::harmonic_mean(values))
+}
+
+/// See `cat_rs.bootstrap_interval`; several groups are resampled apart and joined by their harmonic mean.
+#[pyfunction]
+#[pyo3(signature = (groups, *, harmonic, confidence, resamples, seed))]
+fn bootstrap_interval(
+    py: Python<'_>,
+    groups: Vec<PyReadonlyArray1<'_, f64>>,
+    harmonic: bool,
+    confidence: f64,
+    resamples: usize,
+    seed: u64,
+) -> PyResult<(f64, f64)> {
+    let groups = groups.iter().map(|group| Ok(group.as_slice()?)).collect::<PyResult<Vec<&[f64]>>>()?;
+    let statistic = if harmonic { Statistic::HarmonicMean } else { Statistic::Mean };
+    released(py, || ops::similarity::bootstrap_interval(&groups, statistic, confidence, resamples, seed))
+}
+
+/// What this module was built with and runs on.
+#[pyfunction]
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("torch", env!("CAT_RS_TORCH"))?;
+    info.set_item("simd", simd_level())?;
+    Ok(info)
+}
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(cat_loss, module)?)?;
+    module.add_function(wrap_pyfunction!(student_loss, module)?)?;
+    module.add_function(wrap_pyfunction!(noising, module)?)?;
+    module.add_function(wrap_pyfunction!(lora_linear_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(lora_linear_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(grad_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(adamw_step, module)?)?;
+    module.add_function(wrap_pyfunction!(paired_similarity, module)?)?;
+    module.add_function(wrap_pyfunction!(cross_similarity, module)?)?;
+    module.add_function(wrap_pyfunction!(harmonic_mean, module)?)?;
+    module.add_function(wrap_pyfunction!(bootstrap_interval, module)?)?;
+    module.add_function(wrap_pyfunction!(build_info, module)?)?;
+    Ok(())
+}

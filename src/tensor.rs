@@ -1,0 +1,163 @@
+//! Checked views of libtorch tensors: what the kernels may assume about dtype, device, layout and shape.
+
+use std::ffi::CStr;
+
+use half::{bf16, f16};
+use tch::{Kind, Tensor};
+use torch_sys::c_generated::atg_is_neg;
+use torch_sys::{at_data_ptr, at_device, get_and_reset_last_err};
+
+use crate::cpu::{Elements, ElementsMut};
+use crate::error::{CatError, Result, TorchContext};
+
+/// The float dtypes that every operation handles.
+pub const FLOAT_DTYPES: &str = "float32, float64, bfloat16 or float16";
+
+/// libtorch's code for the CPU in its device index.
+const CPU: i32 = -1;
+
+/// Takes the pending libtorch error; the calls below bypass tch's wrappers because those panic.
+fn take_torch_error(op: &'static str) -> Result<()> {
+    // SAFETY: libtorch's shim returns null or a malloc'ed C string that becomes ours.
+    unsafe {
+        let message = get_and_reset_last_err();
+        if message.is_null() {
+            return Ok(());
+        }
+        let text = CStr::from_ptr(message).to_string_lossy().into_owned();
+        libc::free(message.cast());
+        Err(CatError::torch_message(op, &text))
+    }
+}
+
+/// PyTorch's name of a dtype.
+pub fn dtype_name(kind: Kind) -> String {
+    match kind {
+        Kind::Float => "float32".into(),
+        Kind::Double => "float64".into(),
+        Kind::BFloat16 => "bfloat16".into(),
+        Kind::Half => "float16".into(),
+        Kind::Int64 => "int64".into(),
+        Kind::Int => "int32".into(),
+        Kind::Bool => "bool".into(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+fn device_index(op: &'static str, tensor: &Tensor) -> Result<i32> {
+    // SAFETY: the pointer is a live tensor owned by `tensor`.
+    let index = unsafe { at_device(tensor.as_ptr().cast_mut()) };
+    take_torch_error(op)?;
+    Ok(index)
+}
+
+/// Checks that `tensor` is a dense CPU tensor.
+pub fn check_dense_cpu(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
+    let index = device_index(op, tensor)?;
+    if index != CPU {
+        let got = if index >= 0 { format!("cuda:{index}") } else { "another device".into() };
+        return Err(CatError::Device { op, argument, expected: "the CPU", got });
+    }
+    if tensor.is_sparse() || tensor.is_mkldnn() {
+        return Err(CatError::Layout { op, argument, expected: "a dense tensor", got: "a sparse or opaque one".into() });
+    }
+    // SAFETY: as above.
+    let negated = unsafe { atg_is_neg(tensor.as_ptr().cast_mut()) };
+    take_torch_error(op)?;
+    if negated != 0 {
+        let got = "a lazily negated view (call .resolve_neg())".into();
+        return Err(CatError::Layout { op, argument, expected: "a plain tensor", got });
+    }
+    Ok(())
+}
+
+/// Checks that `tensor` is a dense CPU tensor of a float dtype, and returns that dtype.
+pub fn check_float(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<Kind> {
+    check_dense_cpu(op, argument, tensor)?;
+    let kind = tensor.f_kind().during(op)?;
+    match kind {
+        Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half => Ok(kind),
+        other => Err(CatError::Dtype { op, argument, expected: FLOAT_DTYPES, got: dtype_name(other) }),
+    }
+}
+
+/// Checks that nothing is asked to flow into a tensor that the operation treats as a constant.
+pub fn check_constant(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.requires_grad() {
+        let expected = "a constant (no gradient flows into it)";
+        return Err(CatError::value(op, argument, expected, "a tensor with requires_grad=True: detach it"));
+    }
+    Ok(())
+}
+
+/// Checks that `tensor` has exactly the shape `expected`.
+pub fn check_shape(op: &'static str, argument: &'static str, tensor: &Tensor, expected: &[i64]) -> Result<()> {
+    let got = tensor.size();
+    if got != expected {
+        return Err(CatError::shape(op, argument, format!("{expected:?}"), &got));
+    }
+    Ok(())
+}
+
+/// The tensor itself where it is contiguous, else a contiguous copy.
+pub fn contiguous(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
+    if tensor.is_contiguous() {
+        Ok(tensor.shallow_clone())
+    } else {
+        tensor.f_contiguous().during(op)
+    }
+}
+
+fn data_pointer(op: &'static str, tensor: &Tensor) -> Result<*mut libc::c_void> {
+    // SAFETY: the pointer is a live tensor owned by `tensor`.
+    let data = unsafe { at_data_ptr(tensor.as_ptr().cast_mut()) };
+    take_torch_error(op)?;
+    if data.is_null() && tensor.numel() > 0 {
+        return Err(CatError::torch_message(op, "a tensor without storage was passed"));
+    }
+    let size = tensor.f_kind().during(op)?.elt_size_in_bytes().max(1);
+    if data as usize % size != 0 {
+        return Err(CatError::torch_message(op, "a tensor whose memory is not aligned to its dtype was passed"));
+    }
+    Ok(data)
+}
+
+/// The elements of a contiguous CPU float tensor.
+pub fn elements<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Elements<'a>> {
+    let kind = tensor.f_kind().during(op)?;
+    let (data, len) = (data_pointer(op, tensor)?, tensor.numel());
+    if len == 0 {
+        return Ok(Elements::F32(&[]));
+    }
+    // SAFETY: the callers checked device and contiguity, so `data` points at `len` elements of this dtype, aligned
+    // by libtorch's allocator, and alive as long as `tensor` is borrowed.
+    Ok(unsafe {
+        match kind {
+            Kind::Double => Elements::F64(std::slice::from_raw_parts(data.cast(), len)),
+            Kind::BFloat16 => Elements::BF16(std::slice::from_raw_parts(data.cast::<bf16>(), len)),
+            Kind::Half => Elements::F16(std::slice::from_raw_parts(data.cast::<f16>(), len)),
+            _ => Elements::F32(std::slice::from_raw_parts(data.cast(), len)),
+        }
+    })
+}
+
+/// The elements of a contiguous CPU float tensor, for writing.
+///
+/// The caller holds the only use of the tensor's memory for the lifetime of the view: outputs are freshly
+/// allocated, and in-place operations document which arguments they write.
+pub fn elements_mut<'a>(op: &'static str, tensor: &'a mut Tensor) -> Result<ElementsMut<'a>> {
+    let kind = tensor.f_kind().during(op)?;
+    let (data, len) = (data_pointer(op, tensor)?, tensor.numel());
+    // SAFETY: as in `elements`; exclusive use is the caller's contract above.
+    Ok(unsafe { ElementsMut::new(kind_to_element(kind), data.cast(), len) })
+}
+
+fn kind_to_element(kind: Kind) -> crate::cpu::ElementKind {
+    use crate::cpu::ElementKind;
+    match kind {
+        Kind::Double => ElementKind::F64,
+        Kind::BFloat16 => ElementKind::BF16,
+        Kind::Half => ElementKind::F16,
+        _ => ElementKind::F32,
+    }
+}
