@@ -77,26 +77,19 @@ pub enum CatError {
         /// The first line of libtorch's message; the rest is a C++ backtrace.
         message: String,
     },
-    /// The operating system refused the worker threads.
-    #[error("{op}: could not start {threads} worker threads: {message}")]
-    Threads {
+    /// A kernel failed on one of its threads.
+    #[error("{op}: the kernel failed: {message}")]
+    Kernel {
         /// The operation.
         op: &'static str,
-        /// How many threads were asked for.
-        threads: usize,
-        /// The system's message.
+        /// What failed.
         message: String,
     },
 }
 
 impl CatError {
     /// A value outside its domain.
-    pub fn value(
-        op: &'static str,
-        argument: &'static str,
-        expected: impl Into<String>,
-        got: impl ToString,
-    ) -> Self {
+    pub fn value(op: &'static str, argument: &'static str, expected: impl Into<String>, got: impl ToString) -> Self {
         Self::Value { op, argument, expected: expected.into(), got: got.to_string() }
     }
 

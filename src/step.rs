@@ -44,7 +44,8 @@ impl StudentLoss {
         let mut second_grad = self.base.is_some().then(|| half(&grad, 1)).transpose()?;
         let pred = half(&self.student, 0)?;
         let pred_no_trigger = self.base.is_some().then(|| half(&self.student, 1)).transpose()?;
-        let preservation = pred_no_trigger.as_ref().zip(self.base.as_ref()).map(|(pred, target)| Pair { pred, target });
+        let preservation =
+            pred_no_trigger.as_ref().zip(self.base.as_ref()).map(|(pred, target)| Pair { pred, target });
         let loss = CatLoss {
             diffusion: Pair { pred: &pred, target: &self.target },
             preservation,

@@ -59,7 +59,12 @@ pub fn check_dense_cpu(op: &'static str, argument: &'static str, tensor: &Tensor
         return Err(CatError::Device { op, argument, expected: "the CPU", got });
     }
     if tensor.is_sparse() || tensor.is_mkldnn() {
-        return Err(CatError::Layout { op, argument, expected: "a dense tensor", got: "a sparse or opaque one".into() });
+        return Err(CatError::Layout {
+            op,
+            argument,
+            expected: "a dense tensor",
+            got: "a sparse or opaque one".into(),
+        });
     }
     // SAFETY: as above.
     let negated = unsafe { atg_is_neg(tensor.as_ptr().cast_mut()) };

@@ -17,7 +17,7 @@ def cat_loss(
     mask_normalize: bool,
     scale: float,
     wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]: ...
+) -> tuple[Tensor, tuple[float, float], Tensor | None, Tensor | None]: ...
 def student_loss(
     student: Tensor,
     target: Tensor,

@@ -28,7 +28,7 @@ class CatLossParts(NamedTuple):
 
 
 class CatLossFunction(torch.autograd.Function):
-    """Values and both gradients in one pass; backward multiplies by the upstream gradient."""
+    """Values and both gradients in one pass; the first backward hands the gradients over, a later one recomputes."""
 
     @staticmethod
     def forward(
@@ -41,11 +41,12 @@ class CatLossFunction(torch.autograd.Function):
         mask: torch.Tensor | None,
         cat_factor: float,
         mask_normalize: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts: list[float],
+    ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[:2]
         # Unscaled, a float16 gradient of a mean over many elements is subnormal: it waits for the loss scale.
         deferred = torch.float16 in (model_pred.dtype, model_pred_no_trigger.dtype)
-        total, parts, *grads = _core.cat_loss(
+        total, parts[:], *grads = _core.cat_loss(
             model_pred,
             target,
             model_pred_no_trigger,
@@ -57,30 +58,37 @@ class CatLossFunction(torch.autograd.Function):
             1.0,
             (False, False) if deferred else wanted,
         )
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(parts)
-        ctx.deferred = (cat_factor, mask_normalize, wanted) if deferred else None
-        if deferred:
-            ctx.save_for_backward(model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask)
-        else:
-            ctx.save_for_backward(*grads)
-        return total, parts
+        ctx.save_for_backward(model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask)
+        ctx.settings = cat_factor, mask_normalize
+        ctx.grads = None if deferred else grads
+        return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: torch.Tensor | None, _parts: None) -> tuple[torch.Tensor | None, ...]:
-        if grad_total is None:
-            return (None,) * 8
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale = grad_total.item()
-        if ctx.deferred is not None:
-            cat_factor, mask_normalize, wanted = ctx.deferred
-            _, _, *grads = _core.cat_loss(*ctx.saved_tensors, cat_factor, mask_normalize, scale, wanted)
-        elif scale == 1.0:
-            grads = ctx.saved_tensors
-        else:
-            # Out of place: the saved gradients serve a second backward.
-            grads = [None if grad is None else grad * scale for grad in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None, None)
+        # Nobody else holds the precomputed gradients, so they may be scaled in place and given away.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask = ctx.saved_tensors
+            cat_factor, mask_normalize = ctx.settings
+            _, _, *grads = _core.cat_loss(
+                model_pred,
+                target,
+                model_pred_no_trigger,
+                base_pred,
+                sample_weight,
+                mask,
+                cat_factor,
+                mask_normalize,
+                scale,
+                ctx.needs_input_grad[:2],
+            )
+        elif scale != 1.0:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(scale)
+        return (*grads, None, None, None, None, None, None, None)
 
 
 def cat_loss(
@@ -124,7 +132,8 @@ def cat_loss(
     Raises:
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
-    total, parts = CatLossFunction.apply(
+    parts: list[float] = []
+    total = CatLossFunction.apply(
         model_pred,
         model_pred_no_trigger,
         target,
@@ -133,8 +142,9 @@ def cat_loss(
         mask,
         float(cat_factor),
         mask_normalize,
+        parts,
     )
-    return CatLossParts(total, *parts.unbind()) if return_parts else total
+    return CatLossParts(total, *total.new_tensor(parts).unbind()) if return_parts else total
 
 
 def snr_weights(

@@ -110,9 +110,7 @@ def bootstrap_interval(
     return _bootstrap([_vector(values)], statistic, confidence, resamples, seed)
 
 
-def _bootstrap(
-    groups: Sequence[np.ndarray], statistic: str, confidence: float, resamples: int, seed: int
-) -> Interval:
+def _bootstrap(groups: Sequence[np.ndarray], statistic: str, confidence: float, resamples: int, seed: int) -> Interval:
     if statistic not in ("mean", "harmonic_mean"):
         raise InvalidValueError(
             f"bootstrap_interval: `statistic` must be 'mean' or 'harmonic_mean', got {statistic!r}"

@@ -137,7 +137,9 @@ class FlatAdamW(torch.optim.Optimizer):
             self._bind_state(flat)
 
     def _bind_state(self, flat: _Flat) -> None:
-        moments = zip(flat.params, _views(flat.exp_avg, flat.params), _views(flat.exp_avg_sq, flat.params), strict=True)
+        moments = zip(
+            flat.params, _views(flat.exp_avg, flat.params), _views(flat.exp_avg_sq, flat.params), strict=True
+        )
         for param, exp_avg, exp_avg_sq in moments:
             self.state[param] = {"step": flat.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
         if flat.low_precision is not None:
@@ -206,7 +208,9 @@ class FlatAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of FlatAdamW or torch.optim.AdamW into the flat buffers, without rounding the moments."""
         saved_groups = state_dict["param_groups"]
-        sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups))
+        sizes, saved_sizes = (
+            [len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups)
+        )
         if sizes != saved_sizes:
             raise InvalidValueError(
                 f"FlatAdamW: `state_dict` must have parameter groups of sizes {sizes}, got {saved_sizes}"

@@ -46,7 +46,9 @@ class FusedLinear(PeftLinear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self._cat_rs_switch.enabled:
             if self.merged:
-                raise AdapterError("adapter_disabled: the adapter must not be merged, got merged weights: unmerge first")
+                raise AdapterError(
+                    "adapter_disabled: the adapter must not be merged, got merged weights: unmerge first"
+                )
             return self.base_layer(x, *args, **kwargs)
         adapter = self.active_adapters[0] if len(self.active_adapters) == 1 else None
         if adapter is None or args or kwargs or not self._fusable(x, adapter):

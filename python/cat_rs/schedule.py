@@ -32,7 +32,7 @@ class NoiseSchedule:
             self.signal_rates = self.alphas_cumprod.sqrt()
             self.noise_rates = (1 - self.alphas_cumprod).sqrt()
             self.prediction_type = prediction_type or config.get("prediction_type", "epsilon")
-            expected = ("epsilon", "v_prediction")
+            expected: tuple[str, ...] = ("epsilon", "v_prediction")
         elif type(scheduler).__name__.startswith("FlowMatch") and hasattr(scheduler, "timesteps"):
             self.timesteps: torch.Tensor = scheduler.timesteps.to("cpu", torch.float32)
             self.num_train_timesteps: int = config["num_train_timesteps"]

@@ -70,7 +70,8 @@ def _join(name: str, first: Any, second: Any) -> Any:
 
 def _denoiser_predict(model: torch.nn.Module) -> Predict:
     """How to call a diffusers denoiser: its first argument is the latent, and it takes ``timestep``."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Callable[[], torch.nn.Module] | None = getattr(model, "get_base_model", None)
+    inner = unwrap() if unwrap else model
     parameters = list(inspect.signature(inner.forward).parameters)
     if not parameters or "timestep" not in parameters:
         raise InvalidValueError(
@@ -164,9 +165,7 @@ class CatStep:
         self._predict = predict or _denoiser_predict(model)
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
         peft.patch_peft(model)
-        self.optimizer = FlatAdamW(
-            self.trainable.values(), lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm
-        )
+        self.optimizer = FlatAdamW(self.trainable.values(), lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
         self._accumulated = 0
 
     @property
@@ -255,9 +254,7 @@ class CatStep:
             "parameters": {name: param.detach().clone() for name, param in self.trainable.items()},
             "optimizer": self.optimizer.state_dict(),
             "accumulated": self._accumulated,
-            "gradients": {
-                name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None
-            }
+            "gradients": {name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None}
             if self._accumulated
             else {},
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -284,7 +281,9 @@ class CatStep:
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.optimizer.zero_grad()
         self._accumulated = state_dict["accumulated"]
-        for name, grad in state_dict["gradients"].items():
-            self.trainable[name].grad.copy_(grad)
+        for name, saved_grad in state_dict["gradients"].items():
+            grad = self.trainable[name].grad
+            if grad is not None:
+                grad.copy_(saved_grad)
         if self.generator is not None and state_dict["generator"] is not None:
             self.generator.set_state(state_dict["generator"])

@@ -157,13 +157,19 @@ impl<'a> Elements<'a> {
             return values;
         }
         let scratch = &mut scratch[..len];
-        match block {
-            Self::F32(values) => convert(values, scratch, |value| T::from_f32(value)),
-            Self::F64(values) => convert(values, scratch, |value| T::from_f64(value)),
-            Self::BF16(values) => convert(values, scratch, |value| T::from_f32(bf16_to_f32(value))),
-            Self::F16(values) => convert(values, scratch, |value| T::from_f32(f16_to_f32(value))),
-        }
+        block.copy_into(scratch);
         scratch
+    }
+
+    /// Converts all elements into `target`, which has as many.
+    #[inline(always)]
+    pub fn copy_into<T: Real>(&self, target: &mut [T]) {
+        match *self {
+            Self::F32(values) => convert(values, target, |value| T::from_f32(value)),
+            Self::F64(values) => convert(values, target, |value| T::from_f64(value)),
+            Self::BF16(values) => convert(values, target, |value| T::from_f32(bf16_to_f32(value))),
+            Self::F16(values) => convert(values, target, |value| T::from_f32(f16_to_f32(value))),
+        }
     }
 }
 

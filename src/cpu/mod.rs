@@ -4,7 +4,7 @@ mod element;
 mod threads;
 
 pub use element::{DisjointMut, ElementKind, Elements, ElementsMut, Real};
-pub use threads::for_each_task;
+pub use threads::{for_each_task, parallel_available};
 
 /// Runs `work` compiled for the widest SIMD of this processor.
 ///

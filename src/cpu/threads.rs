@@ -1,70 +1,104 @@
-//! A pool that follows PyTorch's thread count.
+//! Parallel loops on the threads that PyTorch itself uses.
+//!
+//! libtorch's CPU operations run on an OpenMP runtime whose workers stay awake between operations. Running on the
+//! same workers costs no wake-up, and no second pool competes with them for the cores.
 
-use std::num::NonZeroUsize;
+use std::any::Any;
+use std::ffi::{c_uint, c_void, CStr};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::process;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::error::{CatError, Result};
 
-struct Pool {
+/// Runs `body(data)` once on each of `threads` threads of the runtime (libgomp's ABI, which LLVM's and Intel's
+/// runtimes provide too).
+type Parallel =
+    unsafe extern "C" fn(body: extern "C" fn(*mut c_void), data: *mut c_void, threads: c_uint, flags: c_uint);
+
+const RUNTIMES: [&CStr; 3] = [c"libgomp.so.1", c"libiomp5.so", c"libomp.so"];
+
+/// The entry point of the OpenMP runtime that is already loaded with libtorch, and the process it belongs to.
+struct Runtime {
+    parallel: Option<Parallel>,
     process: u32,
-    helpers: usize,
-    threads: Arc<ThreadPool>,
 }
 
-static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| Runtime { parallel: find_parallel(), process: process::id() })
+}
 
-/// The pool with `helpers` workers; rebuilt when the count changes and after a fork, which copies no threads.
-fn pool(op: &'static str, helpers: usize) -> Result<Arc<ThreadPool>> {
-    let process = std::process::id();
-    let mut current = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pool) = current.as_ref() {
-        if pool.process == process && pool.helpers == helpers {
-            return Ok(pool.threads.clone());
+fn find_parallel() -> Option<Parallel> {
+    // SAFETY: RTLD_NOLOAD only finds libraries that are loaded already, and the symbol has the ABI of `Parallel`.
+    unsafe {
+        let loaded = RUNTIMES.iter().map(|name| libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD));
+        let handles = std::iter::once(libc::RTLD_DEFAULT).chain(loaded.filter(|handle| !handle.is_null()));
+        let mut symbols = handles.map(|handle| libc::dlsym(handle, c"GOMP_parallel".as_ptr()));
+        symbols.find(|symbol| !symbol.is_null()).map(|symbol| std::mem::transmute::<*mut c_void, Parallel>(symbol))
+    }
+}
+
+/// What the threads of one loop share.
+struct Loop<'a> {
+    next: AtomicUsize,
+    count: usize,
+    task: &'a (dyn Fn(usize) + Sync),
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+impl Loop<'_> {
+    /// Takes tasks until none is left.
+    fn work(&self) {
+        loop {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.count {
+                return;
+            }
+            (self.task)(index);
         }
     }
-    let threads = ThreadPoolBuilder::new()
-        .num_threads(helpers)
-        .thread_name(|index| format!("cat-rs-{index}"))
-        .build()
-        .map_err(|error| CatError::Threads { op, threads: helpers, message: error.to_string() })?;
-    let threads = Arc::new(threads);
-    if let Some(old) = current.replace(Pool { process, helpers, threads: threads.clone() }) {
-        if old.process != process {
-            // After a fork the old pool's threads do not exist: joining them would wait for ever.
-            std::mem::forget(old);
-        }
+}
+
+extern "C" fn work(data: *mut c_void) {
+    // SAFETY: `for_each_task` passes a `Loop` that outlives the parallel region.
+    let tasks = unsafe { &*data.cast::<Loop>() };
+    // A panic must not unwind through the runtime's C frames.
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(|| tasks.work())) {
+        tasks.next.store(tasks.count, Ordering::Relaxed);
+        *tasks.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
     }
-    Ok(threads)
 }
 
 /// Runs `task(0) .. task(count - 1)`, each once, on up to `threads` threads, the caller's among them.
 ///
-/// Which thread runs which task is not fixed, so a task writes only what is its own.
+/// Which thread runs which task is not fixed, so a task writes only what is its own. After a fork the runtime's
+/// workers do not exist: a forked child runs its tasks on its own thread.
 pub fn for_each_task(op: &'static str, threads: usize, count: usize, task: impl Fn(usize) + Sync) -> Result<()> {
-    let helpers = NonZeroUsize::new(threads.min(count).saturating_sub(1));
-    let Some(helpers) = helpers else {
+    let runtime = runtime();
+    let threads = threads.min(count);
+    let parallel = runtime.parallel.filter(|_| threads > 1 && runtime.process == process::id());
+    let Some(parallel) = parallel else {
         (0..count).for_each(task);
         return Ok(());
     };
-    let next = AtomicUsize::new(0);
-    let work = || loop {
-        let index = next.fetch_add(1, Ordering::Relaxed);
-        if index >= count {
-            break;
+    let tasks = Loop { next: AtomicUsize::new(0), count, task: &task, panic: Mutex::new(None) };
+    let threads = c_uint::try_from(threads).unwrap_or(c_uint::MAX);
+    // SAFETY: the region ends before `tasks` goes, and `work` shares it only through atomics and locks.
+    unsafe { parallel(work, (&raw const tasks).cast_mut().cast(), threads, 0) };
+    match tasks.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        None => Ok(()),
+        Some(panic) => {
+            let message = panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a task panicked".into());
+            Err(CatError::Kernel { op, message })
         }
-        task(index);
-    };
-    let pool = pool(op, threads.saturating_sub(1))?;
-    pool.in_place_scope(|scope| {
-        for _ in 0..helpers.get() {
-            scope.spawn(|_| work());
-        }
-        work();
-    });
-    Ok(())
+    }
+}
+
+/// Whether loops can run on PyTorch's threads: whether its OpenMP runtime was found.
+pub fn parallel_available() -> bool {
+    runtime().parallel.is_some()
 }
 
 #[cfg(test)]
@@ -73,6 +107,7 @@ mod tests {
 
     #[test]
     fn every_task_runs_once_whatever_the_thread_count() {
+        assert!(parallel_available());
         for threads in [1, 2, 3, 8] {
             for count in [0, 1, 2, 7, 1000] {
                 let runs: Vec<AtomicUsize> = (0..count).map(|_| AtomicUsize::new(0)).collect();
@@ -83,5 +118,11 @@ mod tests {
                 assert!(runs.iter().all(|run| run.load(Ordering::Relaxed) == 1), "{threads} threads, {count} tasks");
             }
         }
+    }
+
+    #[test]
+    fn a_panicking_task_is_an_error() {
+        let error = for_each_task("test", 2, 64, |index| assert!(index != 40, "task {index} failed")).unwrap_err();
+        assert!(error.to_string().contains("task 40 failed"), "{error}");
     }
 }

@@ -32,7 +32,7 @@ pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
         CatError::Device { .. } => "DeviceError",
         CatError::Layout { .. } => "LayoutError",
         CatError::Value { .. } => "InvalidValueError",
-        CatError::Torch { .. } | CatError::Threads { .. } => "KernelError",
+        CatError::Torch { .. } | CatError::Kernel { .. } => "KernelError",
     };
     let instance = py
         .import("cat_rs.errors")

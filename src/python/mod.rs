@@ -11,7 +11,7 @@ use pyo3_tch::PyTensor;
 use tch::Tensor;
 
 use self::convert::{detached, optional, raise, wrap};
-use crate::cpu::simd_level;
+use crate::cpu::{parallel_available, simd_level};
 use crate::error::Result;
 use crate::ops;
 use crate::ops::adamw::{AdamW, FlatBuffers};
@@ -26,7 +26,7 @@ fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) ->
     py.allow_threads(work).map_err(|error| raise(py, &error))
 }
 
-/// See `cat_rs.cat_loss`. Returns (total, [diffusion, cat], gradient, gradient).
+/// See `cat_rs.cat_loss`. Returns (total, (diffusion, cat), gradient, gradient).
 #[pyfunction]
 #[pyo3(signature = (
     model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask, cat_factor, mask_normalize,
@@ -45,10 +45,10 @@ fn cat_loss(
     mask_normalize: bool,
     scale: f64,
     wanted: (bool, bool),
-) -> PyResult<(PyObject, PyObject, Option<PyObject>, Option<PyObject>)> {
+) -> PyResult<(PyObject, (f64, f64), Option<PyObject>, Option<PyObject>)> {
     let tensors = [model_pred.0, target.0, model_pred_no_trigger.0, base_pred.0];
     let (sample_weight, mask) = (optional(sample_weight), optional(mask));
-    let (total, parts, [first, second]) = released(py, move || {
+    let (total, values, [first, second]) = released(py, move || {
         let [model_pred, target, model_pred_no_trigger, base_pred] = &tensors;
         let loss = CatLoss {
             diffusion: Pair { pred: model_pred, target },
@@ -59,10 +59,10 @@ fn cat_loss(
             mask_normalize,
         };
         let (values, grads) = ops::cat_loss::cat_loss(&loss, scale, [wanted.0, wanted.1])?;
-        Ok((values.total()?, values.parts()?, grads))
+        Ok((values.total()?, values, grads))
     })?;
     let wrapped = |tensor: Option<Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
-    Ok((wrap(py, total)?, wrap(py, parts)?, wrapped(first)?, wrapped(second)?))
+    Ok((wrap(py, total)?, (values.diffusion, values.cat), wrapped(first)?, wrapped(second)?))
 }
 
 /// The loss of a step over the doubled batch: (total, [diffusion, cat], dL/dstudent).
@@ -123,8 +123,7 @@ fn lora_linear_forward(
     lora_b: PyTensor,
     scaling: f64,
 ) -> PyResult<(PyObject, PyObject)> {
-    let layer =
-        Layer { weight: weight.0, bias: optional(bias), lora_a: lora_a.0, lora_b: lora_b.0, scaling };
+    let layer = Layer { weight: weight.0, bias: optional(bias), lora_a: lora_a.0, lora_b: lora_b.0, scaling };
     let (y, hidden) = released(py, move || layer.forward(&x))?;
     Ok((wrap(py, y)?, wrap(py, hidden)?))
 }
@@ -144,8 +143,7 @@ fn lora_linear_backward(
     wanted: (bool, bool, bool),
 ) -> PyResult<(Option<PyObject>, Option<PyObject>, Option<PyObject>)> {
     let layer = Layer { weight: weight.0, bias: None, lora_a: lora_a.0, lora_b: lora_b.0, scaling };
-    let gradients =
-        released(py, move || layer.backward(&grad, &x, &hidden, [wanted.0, wanted.1, wanted.2]))?;
+    let gradients = released(py, move || layer.backward(&grad, &x, &hidden, [wanted.0, wanted.1, wanted.2]))?;
     let wrapped = |tensor: Option<Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
     Ok((wrapped(gradients.x)?, wrapped(gradients.lora_a)?, wrapped(gradients.lora_b)?))
 }
@@ -236,6 +234,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("torch", env!("CAT_RS_TORCH"))?;
     info.set_item("simd", simd_level())?;
+    info.set_item("threads", if parallel_available() { "PyTorch's OpenMP" } else { "single" })?;
     Ok(info)
 }
 

@@ -102,6 +102,43 @@ impl CatLoss<'_> {
 /// throughout for f64 inputs), in an order that does not depend on the number of threads.
 pub fn cat_loss_into(loss: &CatLoss, scale: f64, grads: [Option<&mut Tensor>; 2]) -> Result<Values> {
     let kind = loss.check()?;
+    evaluate(loss, kind, scale, grads)
+}
+
+/// As [`cat_loss_into`], allocating the gradients that `wanted` names, in their predictions' dtypes.
+pub fn cat_loss(loss: &CatLoss, scale: f64, wanted: [bool; 2]) -> Result<(Values, [Option<Tensor>; 2])> {
+    let kind = loss.check()?;
+    let mut grads = allocate_grads(loss, wanted)?;
+    let [first, second] = &mut grads;
+    let values = evaluate(loss, kind, scale, [first.as_mut(), second.as_mut()])?;
+    Ok((values, grads))
+}
+
+/// Gradients for the predictions that `wanted` names. Two of one dtype share an allocation: the C library returns
+/// memory to the system by the block, and pages that come back cost more than the kernel.
+fn allocate_grads(loss: &CatLoss, wanted: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
+    let mut shape = loss.diffusion.pred.size();
+    let kinds = loss
+        .pairs()
+        .zip(wanted)
+        .map(|((pair, _), wanted)| if wanted { pair.pred.f_kind().map(Some) } else { Ok(None) })
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .during(OP)?;
+    if let [Some(first), Some(second)] = kinds[..] {
+        if first == second {
+            shape.insert(0, 2);
+            let both = Tensor::f_empty(&shape, (first, Device::Cpu)).during(OP)?;
+            return Ok([Some(both.f_select(0, 0).during(OP)?), Some(both.f_select(0, 1).during(OP)?)]);
+        }
+    }
+    let mut grads = [None, None];
+    for (grad, kind) in grads.iter_mut().zip(kinds) {
+        *grad = kind.map(|kind| Tensor::f_empty(&shape, (kind, Device::Cpu))).transpose().during(OP)?;
+    }
+    Ok(grads)
+}
+
+fn evaluate(loss: &CatLoss, kind: Kind, scale: f64, grads: [Option<&mut Tensor>; 2]) -> Result<Values> {
     let shape = loss.diffusion.pred.size();
     let batch = shape[0];
     let dense = loss
@@ -139,26 +176,15 @@ pub fn cat_loss_into(loss: &CatLoss, scale: f64, grads: [Option<&mut Tensor>; 2]
     Ok(Values { total: diffusion + loss.cat_factor * cat, diffusion, cat, kind })
 }
 
-/// As [`cat_loss_into`], allocating the gradients that `wanted` names, in their predictions' dtypes.
-pub fn cat_loss(loss: &CatLoss, scale: f64, wanted: [bool; 2]) -> Result<(Values, [Option<Tensor>; 2])> {
-    loss.check()?;
-    let mut grads = [None, None];
-    for ((grad, (pair, _)), _) in grads.iter_mut().zip(loss.pairs()).zip(wanted).filter(|(_, wanted)| *wanted) {
-        let kind = pair.pred.f_kind().during(OP)?;
-        *grad = Some(Tensor::f_empty(pair.pred.size(), (kind, Device::Cpu)).during(OP)?);
-    }
-    let [first, second] = &mut grads;
-    let values = cat_loss_into(loss, scale, [first.as_mut(), second.as_mut()])?;
-    Ok((values, grads))
-}
-
 /// The weights as f64: finite, >= 0, one a sample.
 fn check_weights(weight: &Tensor, batch: i64) -> Result<Vec<f64>> {
     const NAME: &str = "sample_weight";
     check_float(OP, NAME, weight)?;
     check_shape(OP, NAME, weight, &[batch])?;
     check_constant(OP, NAME, weight)?;
-    let weights = Vec::<f64>::try_from(weight.f_to_kind(Kind::Double).during(OP)?).during(OP)?;
+    let weight = contiguous(OP, weight)?;
+    let mut weights = vec![0.0f64; batch as usize];
+    elements(OP, &weight)?.copy_into(&mut weights);
     match weights.iter().position(|weight| !(*weight >= 0.0 && weight.is_finite())) {
         Some(index) => {
             let got = format!("{} at index {index}", weights[index]);

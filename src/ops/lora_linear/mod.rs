@@ -52,8 +52,12 @@ impl Layer {
         if let Some(bias) = &self.bias {
             check_shape(OP, "bias", bias, &[out])?;
         }
-        let weights =
-            [("weight", Some(&self.weight)), ("bias", self.bias.as_ref()), ("lora_A", Some(&self.lora_a)), ("lora_B", Some(&self.lora_b))];
+        let weights = [
+            ("weight", Some(&self.weight)),
+            ("bias", self.bias.as_ref()),
+            ("lora_A", Some(&self.lora_a)),
+            ("lora_B", Some(&self.lora_b)),
+        ];
         for (argument, tensor) in weights {
             let Some(tensor) = tensor else { continue };
             let got = check_float(OP, argument, tensor)?;

@@ -29,7 +29,9 @@ impl PredictionType {
             "epsilon" => Ok(Self::Epsilon),
             "v_prediction" | "velocity" => Ok(Self::Velocity),
             "flow" => Ok(Self::Flow),
-            _ => Err(CatError::value(OP, "prediction_type", "'epsilon', 'v_prediction' or 'flow'", format!("'{name}'"))),
+            _ => {
+                Err(CatError::value(OP, "prediction_type", "'epsilon', 'v_prediction' or 'flow'", format!("'{name}'")))
+            }
         }
     }
 
@@ -97,5 +99,8 @@ pub fn noising(
 fn rates(rate: &Tensor, name: &'static str, batch: i64) -> Result<Vec<f64>> {
     check_float(OP, name, rate)?;
     check_shape(OP, name, rate, &[batch])?;
-    Vec::<f64>::try_from(rate.f_to_kind(Kind::Double).during(OP)?).during(OP)
+    let rate = contiguous(OP, rate)?;
+    let mut rates = vec![0.0f64; batch as usize];
+    elements(OP, &rate)?.copy_into(&mut rates);
+    Ok(rates)
 }

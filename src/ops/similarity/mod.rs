@@ -69,11 +69,7 @@ fn check_rows(argument: &'static str, tensor: &Tensor) -> Result<Vec<i64>> {
     Ok(shape)
 }
 
-fn with_rows(
-    a: &Tensor,
-    b: &Tensor,
-    kernel: impl FnOnce(Kind, Rows, Rows) -> Result<Vec<f64>>,
-) -> Result<Tensor> {
+fn with_rows(a: &Tensor, b: &Tensor, kernel: impl FnOnce(Kind, Rows, Rows) -> Result<Vec<f64>>) -> Result<Tensor> {
     let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
     let (a, b) = (contiguous(OP, a)?, contiguous(OP, b)?);
     let rows = |tensor| Ok(Rows { elements: elements(OP, tensor)?, dim: tensor.size()[1] as usize });

@@ -1,0 +1,138 @@
+"""The command line: `cat-rs COMMAND --option ...`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cat_rs.errors import CatRsError
+from cat_rs.options import add_options, from_mapping, given_options, read_config_file
+
+EXIT_ERROR = 2
+# A shell reports a program ended by signal N as 128 + N.
+EXIT_SIGNAL = 128
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A sub-command; its module defines `Settings` and `run`."""
+
+    module: str
+    help: str
+    description: str
+
+
+_COMMANDS = {
+    "demo": _Command(
+        "cat_rs.commands.demo",
+        "train plain LoRA and CAT on the bundled emoji model, and compare",
+        "Trains an adapter without and one with the preservation term on pictures of one emoji, evaluates both, "
+        "prints the table, and writes results.json, contact_sheet.png and curves.png.",
+    ),
+    "train": _Command(
+        "cat_rs.commands.train",
+        "train a LoRA from a folder of pictures",
+        "Trains a LoRA with Contrastive Adapter Training: with the trigger in the prompt the model learns the concept "
+        "(L_diff), without it the model keeps predicting what the base model predicts (L_cat). "
+        "pipe.load_lora_weights(output_dir) reads the result.",
+    ),
+    "generate": _Command(
+        "cat_rs.commands.generate",
+        "draw pictures, with or without an adapter",
+        "Draws one picture for each prompt and seed.",
+    ),
+    "evaluate": _Command(
+        "cat_rs.commands.evaluate",
+        "compare adapters with the base model: KPS, identity, diversity",
+        "Draws the same prompts and seeds with the base model and with each adapter, and scores what was learned and "
+        "what was kept: UPS, TPS and KPS (this project's reading of the paper's score), identity, prompt similarity, "
+        "drift and diversity, each with its 95 % interval.",
+    ),
+    "info": _Command(
+        "cat_rs.info",
+        "versions, build, operations and processor features",
+        "Prints what is installed and what this build can do; add it to bug reports.",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        arguments: Without the program's name; those of the process if None.
+
+    Returns:
+        The exit status: 0, 2 after an error (printed as one line), 128 + N after the signal N.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Hints of the libraries below, such as which of their optional parts are missing, are not news to our user.
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    try:
+        _run(_parse(given))
+    except KeyboardInterrupt:
+        print("cat-rs: interrupted", file=sys.stderr)
+        return EXIT_SIGNAL + signal.SIGINT
+    except (CatRsError, OSError, ImportError) as error:
+        if "--debug" in given:
+            traceback.print_exc()
+        print(f"cat-rs: {_message(error)}", file=sys.stderr)
+        number = getattr(error, "signal_number", None)
+        return EXIT_ERROR if number is None else EXIT_SIGNAL + number
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """The error's text in one line."""
+    hint = "; pip install 'cat-rs[train]' brings it" if isinstance(error, ModuleNotFoundError) else ""
+    return " ".join(str(error).split()) + hint
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """Find the command first, because each command's options live in its module, which is slow to import."""
+    parser = argparse.ArgumentParser(
+        prog="cat-rs", description="Contrastive Adapter Training: LoRAs that keep the base model's knowledge."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    named = next((word for word in given if word in _COMMANDS), None)
+    for name, command in _COMMANDS.items():
+        options = commands.add_parser(
+            name,
+            usage=f"cat-rs {name} [--config FILE] [options]",
+            help=command.help,
+            description=command.description,
+            allow_abbrev=False,
+        )
+        if name == named:
+            _add_command_options(options, command)
+    return parser.parse_args(given)
+
+
+def _add_command_options(parser: argparse.ArgumentParser, command: _Command) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; the command line wins over it")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
+    add_options(parser, _module(command).Settings)
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    module = _module(_COMMANDS[parsed.command])
+    values: dict[str, Any] = {} if parsed.config is None else read_config_file(parsed.config)
+    values |= given_options(parsed, module.Settings)
+    source = f"cat-rs {parsed.command}" if parsed.config is None else os.fspath(parsed.config)
+    module.run(from_mapping(module.Settings, values, source))
+
+
+def _module(command: _Command) -> Any:
+    return importlib.import_module(command.module)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""`cat-rs evaluate`: what adapters learned and what they destroyed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cat_rs.commands.sampling import SamplingSettings
+from cat_rs.options import ConfigError, option
+
+_WHAT = "model and adapters"
+_PROMPTS = "prompts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(SamplingSettings):
+    """What to compare."""
+
+    model: str = option(group=_WHAT, help="the base model: a folder or a hub id", metavar="DIR_OR_ID")
+    adapters: tuple[str, ...] = option(
+        group=_WHAT, help="adapter files, or folders that hold one; NAME=PATH names it in the table", metavar="PATH"
+    )
+    data: str = option(group=_WHAT, help="folder of the concept's pictures, for identity", metavar="FOLDER")
+    encoder: str = option(
+        "openai/clip-vit-large-patch14", group=_WHAT, help="CLIP model: a folder or a hub id", metavar="DIR_OR_ID"
+    )
+    output_dir: str = option("evaluation", group=_WHAT, help="folder for the results", metavar="DIR")
+
+    prompts: str = option(
+        group=_PROMPTS,
+        help="file of prompts with the trigger, one a line; or JSON with the lists trigger and no_trigger",
+        metavar="FILE",
+    )
+    trigger: tuple[str, ...] = option((), group=_PROMPTS, help="trigger words, if the file lacks them", metavar="WORD")
+    class_word: str | None = option(None, group=_PROMPTS, help="what the concept is an example of", metavar="WORD")
+    concept: str | None = option(None, group=_PROMPTS, help="which concept of a file with several", metavar="NAME")
+
+    def named_adapters(self) -> dict[str, str]:
+        """Name -> path."""
+        pairs = [adapter.partition("=") for adapter in self.adapters]
+        named = {name if path else Path(name).stem: path or name for name, _, path in pairs}
+        if len(named) < len(pairs):
+            raise ConfigError(f"adapters: expected different names, got {' '.join(self.adapters)}; give NAME=PATH")
+        return named
+
+
+def run(settings: Settings) -> None:
+    """Print the table; write results.json and contact_sheet.png."""
+    from cat_rs.evaluation import ClipEncoder, EvaluationPrompts, evaluate
+    from cat_rs.report import contact_sheet, print_table
+
+    adapters = settings.named_adapters()
+    config = settings.evaluation_config()
+    prompts = EvaluationPrompts.load(
+        settings.prompts, trigger_words=settings.trigger, class_word=settings.class_word, concept=settings.concept
+    )
+    pipeline = settings.load_pipeline(settings.model)
+    encoder = ClipEncoder.from_pretrained(settings.encoder, device=pipeline.device)
+    result = evaluate(pipeline, adapters, prompts, encoder, concept_images=settings.data, config=config)
+    output = Path(settings.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    result.save(output / "results.json")
+    contact_sheet(result, output / "contact_sheet.png")
+    print_table(result)
+    print(f"results: {output / 'results.json'}, pictures: {output / 'contact_sheet.png'}")

@@ -1,0 +1,48 @@
+"""Options that every command which draws pictures shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cat_rs.options import option
+
+SAMPLING = "sampling"
+MACHINE = "machine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """How pictures are drawn, and where."""
+
+    picture_seeds: tuple[int, ...] = option(
+        (0, 1), group=SAMPLING, help="one picture for each prompt and seed", metavar="N"
+    )
+    inference_steps: int = option(16, group=SAMPLING, help="denoising steps of a picture")
+    guidance_scale: float = option(3.0, group=SAMPLING, help="classifier-free guidance; 1 is none")
+    height: int | None = option(None, group=SAMPLING, help="in pixels; the model's own if not given")
+    width: int | None = option(None, group=SAMPLING, help="in pixels; the model's own if not given")
+    picture_batch: int = option(8, group=SAMPLING, help="pictures drawn at once")
+    device: str = option("auto", group=MACHINE, help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", group=MACHINE, help="of the weights")
+
+    def evaluation_config(self) -> Any:
+        """The same settings as `cat_rs.evaluation` takes them."""
+        from cat_rs.evaluation import EvaluationConfig
+
+        return EvaluationConfig(
+            num_inference_steps=self.inference_steps,
+            guidance_scale=self.guidance_scale,
+            seeds=self.picture_seeds,
+            height=self.height,
+            width=self.width,
+            batch_size=self.picture_batch,
+        )
+
+    def load_pipeline(self, model: str) -> Any:
+        """Load a model onto the chosen device."""
+        import torch
+
+        from cat_rs.training.model import choose_device, load_pipeline
+
+        return load_pipeline(model, getattr(torch, self.dtype), choose_device(self.device))

@@ -1,0 +1,44 @@
+"""What an adapter learned, and what it destroyed: pictures, embeddings and scores behind `cat-rs evaluate`."""
+
+from __future__ import annotations
+
+from cat_rs.evaluation.config import EvaluationConfig
+from cat_rs.evaluation.encoder import CallableEncoder, ClipEncoder, Encoder
+from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
+from cat_rs.evaluation.generation import PictureGrid, adapter_loaded, generate_pictures, save_pictures
+from cat_rs.evaluation.kps_evaluator import KpsEvaluator
+from cat_rs.evaluation.pictures import Pictures, load_pictures
+from cat_rs.evaluation.prompts import EvaluationPrompts
+from cat_rs.evaluation.result import (
+    EvaluationPictures,
+    EvaluationResult,
+    Interval,
+    ModelPictures,
+    PromptScores,
+    Scores,
+)
+from cat_rs.evaluation.runner import evaluate
+
+__all__ = [
+    "CallableEncoder",
+    "ClipEncoder",
+    "Encoder",
+    "EvaluationConfig",
+    "EvaluationFileError",
+    "EvaluationInputError",
+    "EvaluationPictures",
+    "EvaluationPrompts",
+    "EvaluationResult",
+    "Interval",
+    "KpsEvaluator",
+    "ModelPictures",
+    "PictureGrid",
+    "Pictures",
+    "PromptScores",
+    "Scores",
+    "adapter_loaded",
+    "evaluate",
+    "generate_pictures",
+    "load_pictures",
+    "save_pictures",
+]

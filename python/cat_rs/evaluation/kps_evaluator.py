@@ -1,0 +1,116 @@
+"""Knowledge Preservation Score of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cat_rs.evaluation.encoder import EncoderSource, check_embeddings, embed_in_batches, make_encoder
+from cat_rs.evaluation.errors import EvaluationInputError
+from cat_rs.evaluation.pictures import Pictures, PictureSource, load_pictures
+from cat_rs.kps import KpsResult, kps
+
+
+class KpsEvaluator:
+    """Embed pictures and scores how much of the base model an adapter preserved.
+
+    With e the image embedding and s(a, b) = (1 + cos(e_a, e_b)) / 2 for a picture a of the base model and the
+    picture b of the adapted model for the same prompt, seed and sampler:
+
+        UPS = harmonic mean of s over prompts without the trigger
+        TPS = harmonic mean of s over prompts with the trigger
+        KPS = harmonic mean of TPS and UPS
+
+    This is this project's reading of the score: the paper (arXiv 2404.07554) describes it in words, and its code
+    publishes only s. A model that learned nothing has KPS 1: read KPS beside identity similarity.
+
+    Args:
+        encoder: A folder or hub name of a transformers CLIPModel with its CLIPProcessor, the pair
+            (model, processor), or a callable that takes a list of RGB PIL images and returns embeddings [N, D].
+        batch_size: Pictures or texts embedded together.
+        device: Where the encoder runs; where its model is if None.
+
+    Example:
+        >>> evaluator = cat_rs.KpsEvaluator("openai/clip-vit-base-patch32")  # doctest: +SKIP
+        >>> evaluator.score("base/plain", "adapted/plain", "base/trigger", "adapted/trigger").ups  # doctest: +SKIP
+        0.97
+    """
+
+    def __init__(
+        self, encoder: EncoderSource, *, batch_size: int = 32, device: torch.device | str | None = None
+    ) -> None:
+        if batch_size < 1:
+            raise EvaluationInputError(f"batch_size: expected at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self._encoder = make_encoder(encoder, device=device)
+
+    @property
+    def name(self) -> str:
+        """The encoder's name, for reports."""
+        return self._encoder.name
+
+    @property
+    def has_text(self) -> bool:
+        """Whether `embed_texts` works."""
+        return self._encoder.has_text
+
+    def embed_images(self, images: PictureSource | Pictures) -> torch.Tensor:
+        """Embed pictures.
+
+        Args:
+            images: A folder, a list of PIL images, or a tensor [N, 3, H, W] with values in [0, 1].
+
+        Returns:
+            Embeddings [N, D], float32 on the CPU, not normalized.
+
+        Raises:
+            EvaluationInputError: There is no picture, or an embedding is zero or not finite; names the picture.
+            EvaluationFileError: A picture cannot be read.
+        """
+        pictures = load_pictures(images)
+        embeddings = embed_in_batches(self._encoder.encode_images, pictures.images, self.batch_size)
+        check_embeddings(embeddings, pictures.names, "picture")
+        return embeddings
+
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embed texts in the space of the pictures; [N, D], float32 on the CPU."""
+        if not texts:
+            raise EvaluationInputError("texts: expected at least one, got none")
+        embeddings = embed_in_batches(self._encoder.encode_texts, list(texts), self.batch_size)
+        check_embeddings(embeddings, [repr(text) for text in texts], "text")
+        return embeddings
+
+    def score(
+        self,
+        base_no_trigger: PictureSource,
+        adapted_no_trigger: PictureSource,
+        base_trigger: PictureSource,
+        adapted_trigger: PictureSource,
+    ) -> KpsResult:
+        """Score pictures in pairs: picture i of the base model with picture i of the adapted model.
+
+        Args:
+            base_no_trigger: The base model's pictures for prompts without the trigger.
+            adapted_no_trigger: The adapted model's, for the same prompts and seeds.
+            base_trigger: The base model's pictures for prompts with the trigger.
+            adapted_trigger: The adapted model's.
+
+        Returns:
+            KPS, UPS and TPS, each with an interval.
+
+        Raises:
+            EvaluationInputError: The two sides of a pair differ in number, or a picture cannot be embedded.
+        """
+        no_trigger = self._embed_pair("no_trigger", base_no_trigger, adapted_no_trigger)
+        trigger = self._embed_pair("trigger", base_trigger, adapted_trigger)
+        return kps(*no_trigger, *trigger)
+
+    def _embed_pair(self, name: str, base: PictureSource, adapted: PictureSource) -> tuple[torch.Tensor, torch.Tensor]:
+        base_pictures, adapted_pictures = load_pictures(base), load_pictures(adapted)
+        if len(base_pictures) != len(adapted_pictures):
+            raise EvaluationInputError(
+                f"score: expected as many pictures in base_{name} as in adapted_{name}, "
+                f"got {len(base_pictures)} and {len(adapted_pictures)}"
+            )
+        return self.embed_images(base_pictures), self.embed_images(adapted_pictures)

@@ -1,0 +1,119 @@
+"""Pictures from folders, lists and tensors, as RGB PIL images with a name for error messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+PictureSource: TypeAlias = str | os.PathLike[str] | Sequence[Image.Image] | torch.Tensor
+"""A folder (or one picture file), a list of PIL images, or a tensor [N, 3, H, W] with values in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """RGB pictures, each with a name: the file's name, or its number in the list."""
+
+    images: tuple[Image.Image, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def load_pictures(source: PictureSource | Pictures) -> Pictures:
+    """Read pictures from any supported source.
+
+    Folders are read in the order of the file names, without sub-folders. Transparent parts are laid on white.
+    Tensors are rounded to 8 bits, as diffusers does with what it generates.
+
+    Args:
+        source: Where the pictures are, see `PictureSource`.
+
+    Returns:
+        At least one picture.
+
+    Raises:
+        EvaluationFileError: The folder or a file is missing or broken.
+        EvaluationInputError: There is no picture, or a tensor or list holds something else.
+    """
+    if isinstance(source, Pictures):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return _from_path(Path(source))
+    if isinstance(source, torch.Tensor):
+        return _from_tensor(source)
+    return _from_list(source)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return `image` upright and in RGB, transparent parts on white."""
+    upright = ImageOps.exif_transpose(image) or image
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    layer = upright.convert("RGBA")
+    ground = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(ground, layer).convert("RGB")
+
+
+def _from_path(path: Path) -> Pictures:
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    else:
+        raise EvaluationFileError(f"pictures: expected a folder or a picture file, got {path}, which does not exist")
+    if not files:
+        raise EvaluationInputError(
+            f"pictures: expected at least one picture ({', '.join(sorted(PICTURE_SUFFIXES))}) in {path}, got none"
+        )
+    return Pictures(tuple(_open(file) for file in files), tuple(file.name for file in files))
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return to_rgb(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow reports a broken file as any of these.
+        raise EvaluationFileError(f"pictures: {file} cannot be read as a picture: {error}") from error
+
+
+def _from_list(images: Sequence[Image.Image]) -> Pictures:
+    if not images:
+        raise EvaluationInputError("pictures: expected at least one picture, got an empty list")
+    for index, image in enumerate(images):
+        if not isinstance(image, Image.Image):
+            raise EvaluationInputError(f"pictures: expected PIL images, got {type(image).__name__} at index {index}")
+    return Pictures(tuple(to_rgb(image) for image in images), _numbered(len(images)))
+
+
+def _from_tensor(images: torch.Tensor) -> Pictures:
+    if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
+        raise EvaluationInputError(f"pictures: expected a tensor [N, 3, H, W], got shape {list(images.shape)}")
+    if not images.is_floating_point():
+        raise EvaluationInputError(f"pictures: expected a float tensor with values in [0, 1], got {images.dtype}")
+    values = images.detach().to("cpu", torch.float32)
+    for index, picture in enumerate(values):
+        low, high = picture.min().item(), picture.max().item()
+        # Written so that NaN fails too.
+        if not (low >= 0.0 and high <= 1.0):
+            raise EvaluationInputError(
+                f"pictures: expected values in [0, 1], got [{low:g}, {high:g}] in the picture at index {index}"
+            )
+    pixels = (values.permute(0, 2, 3, 1).numpy() * 255.0).round().astype(np.uint8)
+    return Pictures(tuple(Image.fromarray(picture) for picture in pixels), _numbered(len(pixels)))
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"at index {index}" for index in range(count))

@@ -1,0 +1,228 @@
+"""The result of an evaluation, and its JSON.
+
+The JSON file is one object:
+
+    format      "cat-rs evaluation 1"; the number grows when a reader of the old form would go wrong
+    settings    {...}: what was compared, and how (sampler, seeds, prompts, encoder, versions)
+    base        scores of the base model: identity, prompt similarity, diversity
+    other_seed  scores of base pictures against base pictures from other noise; null for a single seed
+    adapters    {name: scores}
+    prompts     one object for each model and prompt: model, prompt, trigger (bool), diversity, and lists over
+                the seeds: similarity (s to the base picture), identity, prompt_similarity, pixel_rmse, latent_rmse
+
+Scores map each field of `Scores` to {"value", "low", "high"} (the 95 % bootstrap interval), or to null where the
+measure does not apply. An interval of a single value has null bounds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cat_rs.atomic import write_bytes
+from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
+from cat_rs.evaluation.generation import PictureGrid
+
+FORMAT = "cat-rs evaluation 1"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % bootstrap interval; the bounds are NaN where there is only one value to resample."""
+
+    value: float
+    low: float
+    high: float
+
+    def mapped(self, scale: float, shift: float) -> Interval:
+        """Return the interval of `scale * x + shift`."""
+        bounds = sorted((scale * self.low + shift, scale * self.high + shift))
+        return Interval(scale * self.value + shift, bounds[0], bounds[1])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The figures of one model; None where a measure does not apply.
+
+    s is the similarity to the base model's picture for the same prompt and seed, in [0, 1]; cosines are in [-1, 1].
+
+    Attributes:
+        kps: Harmonic mean of TPS and UPS. 1 if nothing was learned: read it beside `identity`.
+        ups: Harmonic mean of s over the prompts without the trigger.
+        tps: Harmonic mean of s over the prompts with the trigger.
+        drift: (1 - mean cosine to the base picture) / 2, without the trigger, as PEFT's image benchmark defines it.
+        identity: Mean cosine of the pictures with the trigger to the concept's pictures (DreamBooth's CLIP-I).
+        prompt_similarity: Mean cosine of the pictures with the trigger to their prompts (CLIP-T), with the class
+            word said instead of the trigger, which the encoder does not know.
+        prompt_similarity_no_trigger: The same for the prompts without the trigger.
+        diversity: Mean 1 - cosine between pictures of one prompt, over seeds, without the trigger.
+        diversity_retained: Diversity divided by the base model's.
+        pixel_rmse: Mean root mean squared difference to the base picture, without the trigger; colours in [0, 1].
+        latent_rmse: The same between the final latents. Neither depends on the encoder.
+    """
+
+    kps: Interval | None = None
+    ups: Interval | None = None
+    tps: Interval | None = None
+    drift: Interval | None = None
+    identity: Interval | None = None
+    prompt_similarity: Interval | None = None
+    prompt_similarity_no_trigger: Interval | None = None
+    diversity: Interval | None = None
+    diversity_retained: Interval | None = None
+    pixel_rmse: Interval | None = None
+    latent_rmse: Interval | None = None
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """The figures of one model for one prompt; tuples run over the seeds and are empty where a measure does not apply.
+
+    Attributes:
+        model: The adapter's name, or "base".
+        prompt: The prompt.
+        trigger: Whether the prompt holds the trigger.
+        similarity: s to the base model's picture of the same seed.
+        identity: Mean cosine to the concept's pictures.
+        prompt_similarity: Cosine to the prompt.
+        pixel_rmse: Root mean squared difference to the base picture.
+        latent_rmse: The same between the final latents.
+        diversity: Mean 1 - cosine between the pictures of this prompt; None for a single seed.
+    """
+
+    model: str
+    prompt: str
+    trigger: bool
+    similarity: tuple[float, ...] = ()
+    identity: tuple[float, ...] = ()
+    prompt_similarity: tuple[float, ...] = ()
+    pixel_rmse: tuple[float, ...] = ()
+    latent_rmse: tuple[float, ...] = ()
+    diversity: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelPictures:
+    """The pictures of one model."""
+
+    trigger: PictureGrid
+    no_trigger: PictureGrid
+
+
+@dataclass(frozen=True)
+class EvaluationPictures:
+    """All pictures that were compared."""
+
+    concept: tuple[Image.Image, ...]
+    base: ModelPictures
+    adapters: Mapping[str, ModelPictures]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What `evaluate` found.
+
+    Attributes:
+        settings: What was compared, and how.
+        base: Scores of the base model, which has no preservation to score.
+        other_seed: Base against base with other noise, the scale on which to read UPS; None for a single seed.
+        adapters: Scores of each adapter.
+        prompts: Scores of each model and prompt.
+        pictures: The pictures; None in a result that was read from a file.
+    """
+
+    settings: Mapping[str, Any]
+    base: Scores
+    other_seed: Scores | None
+    adapters: Mapping[str, Scores]
+    prompts: tuple[PromptScores, ...]
+    pictures: EvaluationPictures | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self) -> str:
+        """Return the result without its pictures as JSON, in the form described at the top of this module."""
+        content = {
+            "format": FORMAT,
+            "settings": dict(self.settings),
+            "base": _scores_to_dict(self.base),
+            "other_seed": None if self.other_seed is None else _scores_to_dict(self.other_seed),
+            "adapters": {name: _scores_to_dict(scores) for name, scores in self.adapters.items()},
+            "prompts": [_fields_of(row) for row in self.prompts],
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON; an existing file is replaced as a whole or not at all."""
+        write_bytes(path, self.to_json().encode())
+
+    @classmethod
+    def from_json(cls, text: str) -> EvaluationResult:
+        """Read what `to_json` wrote.
+
+        Raises:
+            EvaluationInputError: The text is something else.
+        """
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT:
+                raise EvaluationInputError(f"result: expected the format {FORMAT!r}, got {content['format']!r}")
+            other_seed = content["other_seed"]
+            return cls(
+                settings=content["settings"],
+                base=_scores_from_dict(content["base"]),
+                other_seed=None if other_seed is None else _scores_from_dict(other_seed),
+                adapters={name: _scores_from_dict(scores) for name, scores in content["adapters"].items()},
+                prompts=tuple(_prompt_scores_from_dict(row) for row in content["prompts"]),
+            )
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise EvaluationInputError(f"result: expected the JSON of an evaluation, got {error!r}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
+        """Read a result that `save` wrote; it has no pictures."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationFileError(f"result: {path} cannot be read: {error}") from error
+        return cls.from_json(text)
+
+
+def _fields_of(record: Scores | PromptScores) -> dict[str, Any]:
+    return {item.name: getattr(record, item.name) for item in fields(record)}
+
+
+def _scores_to_dict(scores: Scores) -> dict[str, Any]:
+    return {
+        name: None if interval is None else _interval_to_dict(interval)
+        for name, interval in _fields_of(scores).items()
+    }
+
+
+def _scores_from_dict(content: Mapping[str, Any]) -> Scores:
+    return Scores(
+        **{name: None if interval is None else _interval_from_dict(interval) for name, interval in content.items()}
+    )
+
+
+def _interval_to_dict(interval: Interval) -> dict[str, float | None]:
+    # JSON has no NaN.
+    low, high = (None if math.isnan(bound) else bound for bound in (interval.low, interval.high))
+    return {"value": interval.value, "low": low, "high": high}
+
+
+def _interval_from_dict(content: Mapping[str, float | None]) -> Interval:
+    low, high = (math.nan if content[key] is None else content[key] for key in ("low", "high"))
+    return Interval(content["value"], low, high)  # type: ignore[arg-type]
+
+
+def _prompt_scores_from_dict(content: Mapping[str, Any]) -> PromptScores:
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
+    return PromptScores(**values)

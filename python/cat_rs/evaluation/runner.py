@@ -1,0 +1,171 @@
+"""Evaluate adapters against the base model: generate, embed, score."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from cat_rs.evaluation.config import EvaluationConfig
+from cat_rs.evaluation.encoder import EncoderSource
+from cat_rs.evaluation.errors import EvaluationInputError
+from cat_rs.evaluation.generation import (
+    PictureGrid,
+    adapter_file,
+    adapter_loaded,
+    generate_grid,
+    require_no_adapter,
+)
+from cat_rs.evaluation.kps_evaluator import KpsEvaluator
+from cat_rs.evaluation.pictures import Pictures, PictureSource, load_pictures
+from cat_rs.evaluation.prompts import EvaluationPrompts
+from cat_rs.evaluation.result import EvaluationPictures, EvaluationResult, ModelPictures
+from cat_rs.evaluation.scores import (
+    Embedded,
+    EmbeddedModel,
+    References,
+    score_adapter,
+    score_base,
+    score_other_seed,
+    score_prompts,
+)
+
+BASE = "base"
+OTHER_SEED = "other seed"
+
+AdapterPath = str | os.PathLike[str] | None
+
+
+def evaluate(
+    pipeline: Any,
+    adapters: Mapping[str, AdapterPath],
+    prompts: EvaluationPrompts,
+    encoder: KpsEvaluator | EncoderSource,
+    *,
+    concept_images: PictureSource,
+    config: EvaluationConfig | None = None,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Compare adapters with the base model, on prompts with and without the trigger.
+
+    The base model's pictures are generated once; each adapter is loaded, and generates for the same prompts and
+    seeds. The pipeline is left as it was found.
+
+    Args:
+        pipeline: A diffusers pipeline without adapters.
+        adapters: A name for reports, and a safetensors file or the folder that training wrote. None stands for the
+            base model, a control that scores 1.
+        prompts: Prompts with the trigger and without it.
+        encoder: The judge, see `KpsEvaluator`. Without a text side there is no prompt similarity.
+        concept_images: The pictures of the concept that the adapters were trained on.
+        config: The sampler settings.
+        progress: Whether to show a progress bar that counts pictures.
+
+    Returns:
+        Scores with intervals, scores of each prompt, and the pictures.
+
+    Raises:
+        EvaluationInputError: An argument cannot be used; names it.
+        EvaluationFileError: A file is missing or broken; names it.
+    """
+    config = config or EvaluationConfig()
+    _check_adapters(adapters)
+    require_no_adapter(pipeline)
+    judge = encoder if isinstance(encoder, KpsEvaluator) else KpsEvaluator(encoder)
+    concept = load_pictures(concept_images)
+    references = _references(judge, prompts, concept)
+
+    pictures = _generate_all(pipeline, {BASE: None, **adapters}, prompts, config, progress)
+    embedded = {name: _embed_model(judge, name, model) for name, model in pictures.items()}
+    base = embedded[BASE]
+    return EvaluationResult(
+        settings=_settings(pipeline, adapters, prompts, judge, config, concept),
+        base=score_base(base, references),
+        other_seed=score_other_seed(base),
+        adapters={name: score_adapter(base, embedded[name], references) for name in adapters},
+        prompts=tuple(row for name in embedded for row in score_prompts(name, base, embedded[name], references)),
+        pictures=EvaluationPictures(concept.images, pictures[BASE], {name: pictures[name] for name in adapters}),
+    )
+
+
+def _check_adapters(adapters: Mapping[str, AdapterPath]) -> None:
+    """Fail before the first picture, not after an hour of them."""
+    if not adapters:
+        raise EvaluationInputError("adapters: expected at least one, got none")
+    for name, path in adapters.items():
+        if name in ("", BASE, OTHER_SEED):
+            raise EvaluationInputError(
+                f"adapters: expected a name other than {BASE!r} and {OTHER_SEED!r}, got {name!r}"
+            )
+        if path is not None:
+            adapter_file(path)
+
+
+def _references(judge: KpsEvaluator, prompts: EvaluationPrompts, concept: Pictures) -> References:
+    return References(
+        concept=judge.embed_images(concept),
+        trigger_texts=judge.embed_texts(prompts.class_captions()) if judge.has_text else None,
+        no_trigger_texts=judge.embed_texts(prompts.no_trigger) if judge.has_text else None,
+    )
+
+
+def _generate_all(
+    pipeline: Any,
+    models: Mapping[str, AdapterPath],
+    prompts: EvaluationPrompts,
+    config: EvaluationConfig,
+    progress: bool,
+) -> dict[str, ModelPictures]:
+    total = len(models) * (len(prompts.trigger) + len(prompts.no_trigger)) * len(config.seeds)
+    pictures = {}
+    with tqdm(total=total, unit="picture", disable=not progress) as bar:
+        for name, path in models.items():
+            bar.set_description(f"generate {name}")
+            with adapter_loaded(pipeline, path):
+                pictures[name] = ModelPictures(
+                    trigger=generate_grid(pipeline, prompts.trigger, config, bar),
+                    no_trigger=generate_grid(pipeline, prompts.no_trigger, config, bar),
+                )
+    return pictures
+
+
+def _embed_model(judge: KpsEvaluator, name: str, model: ModelPictures) -> EmbeddedModel:
+    return EmbeddedModel(
+        trigger=_embed_grid(judge, name, model.trigger), no_trigger=_embed_grid(judge, name, model.no_trigger)
+    )
+
+
+def _embed_grid(judge: KpsEvaluator, name: str, grid: PictureGrid) -> Embedded:
+    labels = tuple(f"{prompt!r} (seed {seed}, {name})" for prompt in grid.prompts for seed in grid.seeds)
+    embeddings = judge.embed_images(Pictures(grid.images, labels))
+    return Embedded(grid.prompts, len(grid.seeds), embeddings, grid.images, grid.latents)
+
+
+def _settings(
+    pipeline: Any,
+    adapters: Mapping[str, AdapterPath],
+    prompts: EvaluationPrompts,
+    judge: KpsEvaluator,
+    config: EvaluationConfig,
+    concept: Pictures,
+) -> dict[str, Any]:
+    """Return what a reader needs to repeat the evaluation, as JSON types."""
+    return {
+        "pipeline": type(pipeline).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "adapters": {name: None if path is None else os.fspath(path) for name, path in adapters.items()},
+        "encoder": judge.name,
+        "sampling": {**asdict(config), "seeds": list(config.seeds)},
+        "prompts": {
+            "trigger": list(prompts.trigger),
+            "no_trigger": list(prompts.no_trigger),
+            "trigger_words": list(prompts.trigger_words),
+            "class_word": prompts.class_word,
+        },
+        "concept_images": list(concept.names),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+    }

@@ -1,0 +1,240 @@
+"""From embeddings, pictures and latents to scores.
+
+Letters: P prompts, S seeds, N = P * S pictures of one model in the order of `PictureGrid`, C concept pictures,
+D embedding width. A cosine is 2 s - 1, with s from `cat_rs.similarity`.
+
+Intervals resample the values as if they were independent; values that share a prompt are not quite.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from cat_rs.evaluation.result import Interval, PromptScores, Scores
+from cat_rs.kps import bootstrap_interval, cross_similarity, kps, similarity
+
+Values = NDArray[np.float64]
+
+# Rounding of float32 embeddings: a mean 1 - cosine below it is that of equal pictures.
+_NO_DIVERSITY = 1e-6
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The pictures of one model for P prompts of one kind, as the scores need them.
+
+    Attributes:
+        prompts: The P prompts.
+        seed_count: S.
+        embeddings: [N, D].
+        images: N pictures.
+        latents: [N, ...].
+    """
+
+    prompts: tuple[str, ...]
+    seed_count: int
+    embeddings: torch.Tensor
+    images: tuple[Image.Image, ...]
+    latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """Everything of one model."""
+
+    trigger: Embedded
+    no_trigger: Embedded
+
+
+@dataclass(frozen=True)
+class References:
+    """What pictures are compared with.
+
+    Attributes:
+        concept: [C, D], embeddings of the concept's pictures.
+        trigger_texts: [P, D], embeddings of the prompts with the trigger, in the class word; None without a text side.
+        no_trigger_texts: [P, D], embeddings of the prompts without the trigger.
+    """
+
+    concept: torch.Tensor
+    trigger_texts: torch.Tensor | None
+    no_trigger_texts: torch.Tensor | None
+
+
+def score_base(base: EmbeddedModel, references: References) -> Scores:
+    """Score the base model: what needs no comparison with another model."""
+    return Scores(
+        identity=_interval(concept_cosines(base.trigger, references)),
+        prompt_similarity=_interval(text_cosines(base.trigger, references.trigger_texts)),
+        prompt_similarity_no_trigger=_interval(text_cosines(base.no_trigger, references.no_trigger_texts)),
+        diversity=_interval(diversity(base.no_trigger)),
+    )
+
+
+def score_adapter(base: EmbeddedModel, adapted: EmbeddedModel, references: References) -> Scores:
+    """Score an adapter: by itself, and against the base model's pictures for the same prompts and seeds."""
+    own = score_base(adapted, references)
+    return replace(
+        _preservation(base, adapted),
+        identity=own.identity,
+        prompt_similarity=own.prompt_similarity,
+        prompt_similarity_no_trigger=own.prompt_similarity_no_trigger,
+        diversity=own.diversity,
+        diversity_retained=_ratio(diversity(adapted.no_trigger), diversity(base.no_trigger)),
+    )
+
+
+def score_other_seed(base: EmbeddedModel) -> Scores | None:
+    """Score the base model against itself with other noise, over every pair of seeds; None for a single seed."""
+    if base.no_trigger.seed_count < 2:
+        return None
+    left, right = (
+        EmbeddedModel(_picked(base.trigger, side), _picked(base.no_trigger, side)) for side in ("left", "right")
+    )
+    return _preservation(left, right)
+
+
+def score_prompts(
+    name: str, base: EmbeddedModel, model: EmbeddedModel, references: References
+) -> tuple[PromptScores, ...]:
+    """Score every prompt of a model; for the base model itself, without the comparison."""
+    identity = concept_cosines(model.trigger, references)
+    return _prompt_rows(name, True, base.trigger, model.trigger, references.trigger_texts, identity) + _prompt_rows(
+        name, False, base.no_trigger, model.no_trigger, references.no_trigger_texts, np.empty(0)
+    )
+
+
+def paired_similarity(base: Embedded, other: Embedded) -> Values:
+    """Return s between pictures with the same number; [N]."""
+    return _float64(similarity(base.embeddings, other.embeddings))
+
+
+def concept_cosines(pictures: Embedded, references: References) -> Values:
+    """Return the mean cosine of each picture to the concept's pictures; [N]."""
+    return 2.0 * _float64(cross_similarity(pictures.embeddings, references.concept, reduce="mean")) - 1.0
+
+
+def text_cosines(pictures: Embedded, texts: torch.Tensor | None) -> Values:
+    """Return the cosine of each picture to its prompt; [N], or nothing without embedded texts."""
+    if texts is None:
+        return np.empty(0)
+    return 2.0 * _float64(similarity(pictures.embeddings, texts.repeat_interleave(pictures.seed_count, dim=0))) - 1.0
+
+
+def diversity(pictures: Embedded) -> Values:
+    """Return for each prompt the mean 1 - cosine over the pairs of its pictures; [P], or nothing for one seed."""
+    if pictures.seed_count < 2:
+        return np.empty(0)
+    pairs = paired_similarity(_picked(pictures, "left"), _picked(pictures, "right"))
+    return _float64((2.0 - 2.0 * pairs).reshape(len(pictures.prompts), -1).mean(axis=1))
+
+
+def pixel_rmse(base: Embedded, other: Embedded) -> Values:
+    """Return the root mean squared difference of the colours in [0, 1]; [N]."""
+    pairs = zip(base.images, other.images, strict=True)
+    return np.array([_rms(_colours(left) - _colours(right)) for left, right in pairs])
+
+
+def latent_rmse(base: Embedded, other: Embedded) -> Values:
+    """Return the root mean squared difference of the final latents; [N]."""
+    difference = (base.latents.double() - other.latents.double()).flatten(start_dim=1)
+    return _float64(difference.square().mean(dim=1).sqrt())
+
+
+def _preservation(base: EmbeddedModel, other: EmbeddedModel) -> Scores:
+    """Score how close pictures are to the base model's."""
+    result = kps(
+        base.no_trigger.embeddings, other.no_trigger.embeddings, base.trigger.embeddings, other.trigger.embeddings
+    )
+    pairs, trigger_pairs = len(base.no_trigger.embeddings), len(base.trigger.embeddings)
+    similarities = _interval(paired_similarity(base.no_trigger, other.no_trigger))
+    return Scores(
+        kps=_bounded(result.kps, result.kps_interval, max(pairs, trigger_pairs)),
+        ups=_bounded(result.ups, result.ups_interval, pairs),
+        tps=_bounded(result.tps, result.tps_interval, trigger_pairs),
+        # (1 - mean cosine) / 2 is 1 - mean s.
+        drift=None if similarities is None else similarities.mapped(-1.0, 1.0),
+        pixel_rmse=_interval(pixel_rmse(base.no_trigger, other.no_trigger)),
+        latent_rmse=_interval(latent_rmse(base.no_trigger, other.no_trigger)),
+    )
+
+
+def _prompt_rows(
+    name: str, trigger: bool, base: Embedded, model: Embedded, texts: torch.Tensor | None, identity: Values
+) -> tuple[PromptScores, ...]:
+    nothing = np.empty(0)
+    compared = base is not model
+    columns = {
+        "similarity": paired_similarity(base, model) if compared else nothing,
+        "identity": identity,
+        "prompt_similarity": text_cosines(model, texts),
+        "pixel_rmse": pixel_rmse(base, model) if compared else nothing,
+        "latent_rmse": latent_rmse(base, model) if compared else nothing,
+    }
+    spread = diversity(model)
+    rows = []
+    for index, prompt in enumerate(model.prompts):
+        mine = slice(index * model.seed_count, (index + 1) * model.seed_count)
+        values = {key: tuple(column[mine].tolist()) for key, column in columns.items()}
+        own_spread = float(spread[index]) if len(spread) else None
+        rows.append(PromptScores(name, prompt, trigger, diversity=own_spread, **values))
+    return tuple(rows)
+
+
+def _picked(pictures: Embedded, side: Literal["left", "right"]) -> Embedded:
+    """Return one side of all pairs of pictures that share a prompt: P * S (S - 1) / 2 pictures, prompt by prompt."""
+    left, right = np.triu_indices(pictures.seed_count, k=1)
+    seeds = left if side == "left" else right
+    first = np.arange(len(pictures.prompts))[:, None] * pictures.seed_count
+    numbers = (first + seeds[None, :]).ravel()
+    return Embedded(
+        pictures.prompts,
+        len(seeds),
+        pictures.embeddings[numbers],
+        tuple(pictures.images[number] for number in numbers),
+        pictures.latents[numbers],
+    )
+
+
+def _interval(values: Values) -> Interval | None:
+    """Return the mean and its interval; None where there is no value."""
+    if len(values) == 0:
+        return None
+    return _bounded(float(values.mean()), bootstrap_interval(values, "mean"), len(values))
+
+
+def _bounded(value: float, bounds: tuple[float, float], count: int) -> Interval:
+    """Return the figure with its bounds, or without if they come from resampling a single value."""
+    low, high = bounds if count > 1 else (math.nan, math.nan)
+    return Interval(value, low, high)
+
+
+def _ratio(numerator: Values, denominator: Values) -> Interval | None:
+    """Return the ratio R = a / b of the means of paired diversities; None where the base has none.
+
+    Its interval is the bootstrap interval of the mean of R + (a_i - R b_i) / b, the ratio's linearization: the mean
+    is exactly R, and no resample divides by a small number.
+    """
+    if len(denominator) == 0 or denominator.mean() <= _NO_DIVERSITY:
+        return None
+    ratio = numerator.mean() / denominator.mean()
+    return _interval(ratio + (numerator - ratio * denominator) / denominator.mean())
+
+
+def _colours(image: Image.Image) -> Values:
+    return np.asarray(image.convert("RGB"), dtype=np.float64) / 255.0
+
+
+def _rms(difference: Values) -> float:
+    return float(np.sqrt(np.mean(np.square(difference))))
+
+
+def _float64(values: torch.Tensor | NDArray[np.floating]) -> Values:
+    return np.asarray(values, dtype=np.float64)

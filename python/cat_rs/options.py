@@ -1,0 +1,184 @@
+"""Settings as dataclasses: one definition gives the fields, the command-line options and the config-file keys."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cat_rs.errors import CatRsError
+
+__all__ = ["ConfigError", "add_options", "check_range", "from_mapping", "given_options", "option", "read_config_file"]
+
+Settings = TypeVar("Settings")
+
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+class ConfigError(CatRsError, ValueError):
+    """A setting that is unknown, missing, of the wrong type or out of range."""
+
+
+def option(default: Any = dataclasses.MISSING, *, group: str, help: str, metavar: str | None = None) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    Args:
+        default: The field's default; a field without one must be given.
+        group: The heading under which `--help` lists the option.
+        help: One line on what it does; the default is appended.
+        metavar: What `--help` writes for the value.
+    """
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, "metavar": metavar})
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add one option for each field of the dataclass `settings`, under its group's heading.
+
+    No option has a default in the parser: what was not given stays away, so that a config file can set it.
+    """
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(settings)
+    for field in _own_fields_first(settings):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=_help_text(field),
+            **_argument_kind(hints[field.name], field.metadata["metavar"]),
+        )
+
+
+def given_options(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The options of `settings` that the command line gave."""
+    names = {field.name for field in dataclasses.fields(settings)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML (`.yaml`, `.yml`) or JSON file of settings.
+
+    Raises:
+        ConfigError: The file cannot be read, or does not hold a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the config file: {error}") from error
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: expected YAML or JSON, got text that is neither: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def from_mapping(settings: type[Settings], values: Mapping[str, Any], source: str = "settings") -> Settings:
+    """Build the dataclass `settings` from plain values, checking every name and type.
+
+    Args:
+        settings: The dataclass.
+        values: Name -> value, as a config file or the command line gives them.
+        source: Where the values come from, for the error text.
+
+    Raises:
+        ConfigError: A name is unknown or missing, or a value has the wrong type.
+    """
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, settings))}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"{source}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(fields)}")
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
+    if missing:
+        raise ConfigError(f"{source}: missing {', '.join(_flag(name) for name in missing)}")
+    hints = typing.get_type_hints(settings)
+    return settings(**{name: _convert(value, hints[name], f"{source}: {name}") for name, value in values.items()})
+
+
+def check_range(name: str, value: float | None, minimum: float, *, exclusive: bool = False) -> None:
+    """Raise ConfigError unless `value` is None, or finite and at least (`exclusive`: above) the minimum."""
+    if value is None:
+        return
+    if not (minimum < value if exclusive else minimum <= value) or value == float("inf"):
+        raise ConfigError(f"{name}: expected a number {'>' if exclusive else '>='} {minimum}, got {value}")
+
+
+def _own_fields_first(settings: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass, what it shares with others at the end."""
+    bases = [base for base in settings.__mro__[1:] if dataclasses.is_dataclass(base)]
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
+    return sorted(dataclasses.fields(settings), key=lambda field: field.name in inherited)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _help_text(field: dataclasses.Field[Any]) -> str:
+    text: str = field.metadata["help"]
+    if field.default is dataclasses.MISSING:
+        return f"{text} (required)"
+    if field.default is None or field.default is False or field.default == ():
+        return text
+    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return f"{text} (default: {shown})".replace("%", "%%")
+
+
+def _argument_kind(hint: Any, metavar: str | None) -> dict[str, Any]:
+    """The argparse arguments that parse a value of type `hint`."""
+    hint = _without_none(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is typing.Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", "type": typing.get_args(hint)[0], "metavar": metavar}
+    return {"type": hint, "metavar": metavar or _METAVARS[hint]}
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` of `X | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    return hint
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as type `hint`; lists become tuples, whole numbers become floats where a float is meant."""
+    if value is None and isinstance(hint, types.UnionType):
+        return None
+    hint = _without_none(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{name}: expected one of {', '.join(typing.get_args(hint))}; got {value!r}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(_convert(item, kind, name) for item in items)
+    return _convert_plain(value, hint, name)
+
+
+def _convert_plain(value: Any, kind: type, name: str) -> Any:
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            # YAML reads "1e-4", without a point, as text.
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")

@@ -1,0 +1,136 @@
+"""The result of an evaluation as plain text."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cat_rs.evaluation.result import EvaluationResult, Interval, Scores
+
+MAX_WIDTH = 100
+_GAP = "  "
+_ABSENT = "-"
+
+_SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "without the trigger: what survived of the base model",
+        (
+            ("UPS", "ups"),
+            ("drift", "drift"),
+            ("pixel RMSE", "pixel_rmse"),
+            ("latent RMSE", "latent_rmse"),
+            ("diversity", "diversity"),
+            ("retained", "diversity_retained"),
+            ("CLIP-T", "prompt_similarity_no_trigger"),
+        ),
+    ),
+    (
+        "with the trigger: what was learned",
+        (("identity", "identity"), ("CLIP-T", "prompt_similarity"), ("TPS", "tps")),
+    ),
+    ("both: KPS is 1 where nothing was learned, read it beside identity", (("KPS", "kps"),)),
+)
+
+_LEGEND = (
+    "UPS, TPS   harmonic mean of (1 + cos) / 2 between base and adapted picture, same prompt and seed",
+    "KPS        harmonic mean of UPS and TPS",
+    "drift      (1 - mean cos) / 2;  pixel and latent RMSE: distances that need no encoder",
+    "diversity  mean 1 - cos between pictures of one prompt;  retained: as a share of the base model's",
+    "identity   mean cos to the concept's pictures (CLIP-I);  CLIP-T: mean cos to the prompt",
+)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One model: its heading, and a cell for each row of the table."""
+
+    heading: str
+    cells: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        return max(len(text) for text in (self.heading, *self.cells))
+
+
+def format_table(result: EvaluationResult, *, width: int = MAX_WIDTH) -> str:
+    """Return the scores with their intervals as text: a row a measure, a column a model.
+
+    Args:
+        result: The result of `cat_rs.evaluation.evaluate`.
+        width: The longest line. Columns that do not fit follow in a second table.
+    """
+    models: dict[str, Scores] = {"base": result.base}
+    if result.other_seed is not None:
+        models["other seed"] = result.other_seed
+    models |= result.adapters
+    columns = [_column(name, scores) for name, scores in models.items()]
+    labels = [f" {label}" for _, rows in _SECTIONS for label, _ in rows]
+    label_width = max(map(len, labels))
+    blocks = _blocks(columns, width - label_width)
+    tables = ["\n".join(_table_lines(labels, block, label_width)) for block in blocks]
+    return "\n\n".join([_caption(result), *tables, "\n".join(_LEGEND)])
+
+
+def print_table(result: EvaluationResult) -> None:
+    """Print `format_table(result)`."""
+    print(format_table(result))
+
+
+def format_interval(interval: Interval | None) -> str:
+    """Return "0.953 [0.941, 0.962]"; the value alone if it has no interval, "-" if there is no value."""
+    if interval is None:
+        return _ABSENT
+    if math.isnan(interval.low):
+        return f"{interval.value:.3f}"
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _caption(result: EvaluationResult) -> str:
+    prompts, sampling = result.settings["prompts"], result.settings["sampling"]
+    seeds = len(sampling["seeds"])
+    return (
+        f"{_count(len(prompts['trigger']), 'prompt')} with the trigger, {len(prompts['no_trigger'])} without, "
+        f"{_count(seeds, 'seed')}; encoder {os.path.basename(result.settings['encoder'])}; 95 % bootstrap intervals"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _column(name: str, scores: Scores) -> _Column:
+    return _Column(
+        name, tuple(format_interval(getattr(scores, attribute)) for _, rows in _SECTIONS for _, attribute in rows)
+    )
+
+
+def _blocks(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
+    """Group columns so that each group fits into `width`; a single wider column stands alone."""
+    blocks: list[list[_Column]] = []
+    used = 0
+    for column in columns:
+        needed = len(_GAP) + column.width
+        if not blocks or used + needed > width:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(column)
+        used += needed
+    return blocks
+
+
+def _table_lines(labels: Sequence[str], columns: Sequence[_Column], label_width: int) -> list[str]:
+    def line(label: str, texts: Sequence[str]) -> str:
+        cells = (text.ljust(column.width) for text, column in zip(texts, columns, strict=True))
+        return _GAP.join([label.ljust(label_width), *cells]).rstrip()
+
+    heading = line("", [column.heading for column in columns])
+    lines = [heading, "-" * (label_width + sum(len(_GAP) + column.width for column in columns))]
+    number = 0
+    for title, rows in _SECTIONS:
+        lines.append(title)
+        for _ in rows:
+            lines.append(line(labels[number], [column.cells[number] for column in columns]))
+            number += 1
+    return lines

@@ -1,0 +1,156 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cat_rs.atomic import write_bytes
+from cat_rs.options import ConfigError, check_range, from_mapping, option, read_config_file
+
+_MODEL = "model and data"
+_CAT = "contrastive adapter training"
+_ADAPTER = "adapter"
+_OPTIMIZER = "optimization"
+_PICTURES = "pictures"
+_OUTPUT = "output and checkpoints"
+_MACHINE = "machine"
+
+# Settings that may change between a run and its continuation without changing what is learned up to there.
+_FREE_ON_RESUME = frozenset(
+    {"data", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
+    | {"resume", "overwrite"}
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `train` needs to know; the names are those of the command line and of the config file.
+
+    Attributes are described where they are declared. Raises ConfigError for a value out of range.
+    """
+
+    model: str = option(group=_MODEL, help="Stable Diffusion model: a folder or a hub id", metavar="DIR_OR_ID")
+    data: str = option(group=_MODEL, help="folder of pictures of the concept", metavar="FOLDER")
+    output_dir: str = option(
+        "adapter", group=_MODEL, help="folder for the adapter, log and checkpoints", metavar="DIR"
+    )
+    caption: str | None = option(
+        None,
+        group=_MODEL,
+        help="caption of pictures that have none in metadata.jsonl or a .txt beside them; "
+        "{trigger}, {class_word} and {name} (of the file) are filled in",
+        metavar="TEXT",
+    )
+
+    trigger: tuple[str, ...] = option(
+        (),
+        group=_CAT,
+        help="trigger words of the captions; WORD=CLASS gives one a class word of its own",
+        metavar="WORD",
+    )
+    class_word: str | None = option(
+        None,
+        group=_CAT,
+        help="what the concept is an example of; stands in for the trigger in the caption c0",
+        metavar="WORD",
+    )
+    cat_factor: float = option(
+        1.0, group=_CAT, help="weight of the preservation term: L = L_diff + cat_factor * L_cat; 0 is plain LoRA"
+    )
+    snr_gamma: float | None = option(
+        None, group=_CAT, help="weight both terms by min-SNR with this gamma (5 is usual)", metavar="GAMMA"
+    )
+
+    rank: int = option(16, group=_ADAPTER, help="rank r: A is r x in, B is out x r")
+    lora_alpha: float | None = option(None, group=_ADAPTER, help="scaling = lora_alpha / r; the rank if not given")
+    lora_dropout: float = option(0.0, group=_ADAPTER, help="dropout in front of A")
+    target_modules: tuple[str, ...] = option(
+        ("to_q", "to_k", "to_v", "to_out.0"), group=_ADAPTER, help="layers that get an adapter", metavar="NAME"
+    )
+
+    steps: int = option(500, group=_OPTIMIZER, help="optimizer steps")
+    batch_size: int = option(4, group=_OPTIMIZER, help="pictures in a batch")
+    accumulate: int = option(1, group=_OPTIMIZER, help="batches in an optimizer step")
+    lr: float = option(1e-4, group=_OPTIMIZER, help="learning rate")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = option("constant", group=_OPTIMIZER, help="how the learning rate changes")
+    lr_warmup_steps: int = option(0, group=_OPTIMIZER, help="steps until the learning rate is reached")
+    weight_decay: float = option(1e-2, group=_OPTIMIZER, help="decoupled weight decay of AdamW")
+    beta1: float = option(0.9, group=_OPTIMIZER, help="decay of AdamW's mean of gradients")
+    beta2: float = option(0.999, group=_OPTIMIZER, help="decay of AdamW's mean of squared gradients")
+    eps: float = option(1e-8, group=_OPTIMIZER, help="AdamW's epsilon")
+    max_grad_norm: float = option(1.0, group=_OPTIMIZER, help="clip the gradient to this norm; 0 does not clip")
+    seed: int = option(0, group=_OPTIMIZER, help="seed of the adapter, the order, the noise and the timesteps")
+
+    resolution: int | None = option(None, group=_PICTURES, help="side in pixels; the model's own if not given")
+    crop: Literal["center", "random"] = option("center", group=_PICTURES, help="which square of a picture is used")
+    crops: int = option(4, group=_PICTURES, help="random crops prepared for each picture")
+    flip: bool = option(False, group=_PICTURES, help="also train on mirrored pictures")
+
+    checkpoint_every: int = option(100, group=_OUTPUT, help="steps between checkpoints; 0 writes none on the way")
+    keep_checkpoints: int = option(2, group=_OUTPUT, help="how many of the latest checkpoints stay")
+    resume: bool = option(False, group=_OUTPUT, help="continue from the latest checkpoint in the output folder")
+    overwrite: bool = option(False, group=_OUTPUT, help="delete the run that is in the output folder")
+    log_every: int = option(1, group=_OUTPUT, help="steps between updates of the progress bar and metrics.jsonl")
+    tensorboard: bool = option(True, group=_OUTPUT, help="write a TensorBoard log")
+
+    device: str = option("cpu", group=_MACHINE, help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", group=_MACHINE, help="of the frozen weights; the adapter is trained in float32"
+    )
+    gradient_checkpointing: bool = option(False, group=_MACHINE, help="recompute activations: less memory, more time")
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "steps", "batch_size", "accumulate", "crops", "keep_checkpoints", "log_every"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("cat_factor", "weight_decay", "lr_warmup_steps", "max_grad_norm", "checkpoint_every", "seed"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("lr", "eps", "snr_gamma", "lora_alpha", "resolution"):
+            check_range(name, getattr(self, name), 0, exclusive=True)
+        for name in ("beta1", "beta2", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not self.target_modules:
+            raise ConfigError("target_modules: expected at least one layer name, got none")
+        if not self.trigger and self.cat_factor > 0:
+            raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
+        if self.resume and self.overwrite:
+            raise ConfigError("resume, overwrite: expected one of them, got both")
+
+    def class_words(self) -> dict[str, str | None]:
+        """Trigger word -> class word."""
+        pairs = (trigger.partition("=") for trigger in self.trigger)
+        return {word: own_class or self.class_word for word, _, own_class in pairs}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, as a config file holds them."""
+        values = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrainConfig:
+        """Read a YAML or JSON file; raises ConfigError for an unknown key."""
+        return from_mapping(cls, read_config_file(path), str(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that `load` reads: JSON for the suffix `.json`, else YAML."""
+        import yaml
+
+        values = self.to_dict()
+        as_json = Path(path).suffix == ".json"
+        text = json.dumps(values, indent=2) if as_json else yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_bytes(path, text.encode())
+
+    def check_continues(self, earlier: dict[str, Any]) -> None:
+        """Raise ConfigError if this run cannot continue one that had the settings `earlier`."""
+        values = self.to_dict()
+        names = [name for name in values if name not in _FREE_ON_RESUME and values[name] != earlier.get(name)]
+        if names:
+            changes = ", ".join(f"{name} was {earlier.get(name)!r}, is {values[name]!r}" for name in names)
+            raise ConfigError(f"resume: expected the settings of the checkpoint; {changes}")

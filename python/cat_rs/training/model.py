@@ -1,0 +1,189 @@
+"""The model that is trained: loading, conditioning, adding the adapter and saving it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cat_rs.atomic import write_bytes
+from cat_rs.options import ConfigError
+from cat_rs.training.config import TrainConfig
+from cat_rs.training.errors import TrainingError
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+# Where diffusers looks for the adapter's LoraConfig, and where ours stands beside it, in the file's metadata.
+_DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
+METADATA_KEY = "cat_rs"
+
+_SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+# Keyword arguments of the denoiser, as tensors or dicts of tensors with a leading batch dimension.
+Conditioning = dict[str, Any]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU if there is one.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"device: expected a device of this machine, got {name!r}")
+    return device
+
+
+def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Load a Stable Diffusion or SDXL pipeline from a folder or the hub, its weights frozen.
+
+    Raises:
+        TrainingError: There is no such model, a file of it is broken, or it is of another family.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        parts = DiffusionPipeline.load_config(model)
+        unused = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+        pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, **unused)
+    except Exception as error:
+        # Each loader below diffusers has errors of its own kind: OSError, ValueError, SafetensorError, KeyError ...
+        raise TrainingError(f"model: expected a diffusers model, cannot load {model}: {_first_line(error)}") from error
+    name = type(pipeline).__name__
+    if name not in _SUPPORTED:
+        raise TrainingError(f"model: expected {' or '.join(_SUPPORTED)}, got {name} from {model}")
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval().to(device)
+    return pipeline
+
+
+def default_resolution(pipeline: Any) -> int:
+    """The side in pixels that the model was made for."""
+    return int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
+
+
+@torch.no_grad()
+def encode_caption(pipeline: Any, caption: str) -> Conditioning:
+    """The text embeddings of one caption, without batch dimension, as arguments of the denoiser."""
+    embeddings = pipeline.encode_prompt(
+        prompt=caption, device=pipeline.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    conditioning: Conditioning = {"encoder_hidden_states": embeddings[0][0]}
+    if type(pipeline).__name__ == "StableDiffusionXLPipeline":
+        conditioning["added_cond_kwargs"] = {"text_embeds": embeddings[2][0]}
+    return conditioning
+
+
+@torch.no_grad()
+def encode_pixels(pipeline: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the scaled latents of one picture [3, S, S]; each [C, H, W] float32.
+
+    The VAE runs in float32: those of several models overflow in float16.
+    """
+    vae = pipeline.vae.to(torch.float32)
+    posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    scale = vae.config.scaling_factor
+    return (posterior.mean[0] - shift) * scale, posterior.std[0] * scale
+
+
+def add_adapter(unet: torch.nn.Module, config: TrainConfig) -> None:
+    """Add a trainable float32 LoRA to the U-Net; A is drawn from torch's global generator, B is 0.
+
+    Raises:
+        TrainingError: No layer has one of the names in `target_modules`.
+    """
+    from diffusers.training_utils import cast_training_params
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.target_modules),
+    )
+    try:
+        unet.add_adapter(lora)  # type: ignore[operator]
+    except ValueError as error:
+        raise TrainingError(
+            f"target_modules: expected names of layers that can have a LoRA, got {list(config.target_modules)}: "
+            f"{_first_line(error)}"
+        ) from error
+    cast_training_params(unet, dtype=torch.float32)
+    unet.train()
+
+
+def save_adapter(
+    unet: torch.nn.Module, pipeline_class: Any, folder: str | os.PathLike[str], facts: dict[str, Any]
+) -> Path:
+    """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` reads.
+
+    Args:
+        unet: The U-Net with its adapter.
+        pipeline_class: The diffusers pipeline class whose file format is written.
+        folder: Where to write.
+        facts: What the file's metadata tells under the key `cat_rs`, as JSON.
+
+    Raises:
+        OSError: The file cannot be written; an older one stays.
+    """
+    import safetensors.torch
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    # The trained tensors may be views of one buffer, which safetensors refuses to write.
+    layers = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in layers.items()}
+    metadata = {
+        "format": "pt",
+        _DIFFUSERS_METADATA_KEY: json.dumps(_lora_config(unet), sort_keys=True),
+        METADATA_KEY: json.dumps(facts, sort_keys=True),
+    }
+
+    def write(tensors: dict[str, torch.Tensor], path: str) -> None:
+        write_bytes(path, safetensors.torch.save(tensors, metadata))
+
+    pipeline_class.save_lora_weights(folder, unet_lora_layers=layers, save_function=write)
+    return Path(folder, ADAPTER_FILE)
+
+
+def read_adapter_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_adapter` noted in an adapter file or folder; empty for files of other programs."""
+    from safetensors import safe_open
+
+    path = Path(path)
+    with safe_open(path / ADAPTER_FILE if path.is_dir() else path, framework="pt") as file:
+        facts: dict[str, Any] = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    return facts
+
+
+def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """One batch of several captions' conditionings."""
+    first = conditionings[0]
+    return {
+        name: stack([each[name] for each in conditionings])
+        if isinstance(first[name], dict)
+        else torch.stack([each[name] for each in conditionings])
+        for name in first
+    }
+
+
+def _lora_config(unet: Any) -> dict[str, Any]:
+    """The adapter's LoraConfig under the names that diffusers reads back."""
+    config = unet.peft_config["default"].to_dict()
+    return {f"unet.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

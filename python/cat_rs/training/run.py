@@ -1,0 +1,97 @@
+"""One training run in memory: the model, the step, the order of the data, and the state of all three."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cat_rs.training.cache import TrainingCache
+from cat_rs.training.config import TrainConfig
+from cat_rs.training.order import ShuffledOrder
+
+
+class TrainingRun:
+    """Advances by one optimizer step at a time; `state_dict` continues it bit for bit.
+
+    Noise, timesteps and latents are drawn from a generator of the run's own, so that two runs of the same seed see the
+    same draws whatever their adapters draw; dropout uses torch's global generator.
+    """
+
+    def __init__(self, config: TrainConfig, unet: Any, scheduler: Any, cache: TrainingCache) -> None:
+        from diffusers.optimization import get_scheduler
+
+        import cat_rs
+
+        self.unet = unet
+        self.steps_done = 0
+        self._accumulate = config.accumulate
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._cache = cache
+        self._device: torch.device = unet.device
+        self._generator = torch.Generator(self._device).manual_seed(config.seed)
+        self._order = ShuffledOrder(len(cache), config.batch_size, config.seed)
+        self._step = cat_rs.CatStep(
+            unet,
+            scheduler,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm or None,
+            cat_factor=config.cat_factor,
+            snr_gamma=config.snr_gamma,
+            accumulate=config.accumulate,
+            generator=self._generator,
+        )
+        self._lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            self._step.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.steps,
+        )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._step.optimizer.param_groups[0]["lr"])
+
+    def advance(self) -> torch.Tensor:
+        """Do one optimizer step.
+
+        Returns:
+            loss, diffusion, cat (means over the accumulated batches) and grad_norm, as one tensor on the device.
+        """
+        metrics = [self._advance_batch() for _ in range(self._accumulate)]
+        self._lr_scheduler.step()
+        self.steps_done += 1
+        means = torch.stack(metrics).mean(0)
+        # The gradient is whole, and its norm taken, only in the last batch.
+        means[-1] = metrics[-1][-1]
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how the run goes on; the step's state holds the generator's."""
+        return {
+            "steps_done": self.steps_done,
+            "step": self._step.state_dict(),
+            "lr_scheduler": self._lr_scheduler.state_dict(),
+            "order": self._order.state_dict(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was called, in a run with the same settings."""
+        self.steps_done = state["steps_done"]
+        self._step.load_state_dict(state["step"])
+        self._lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self._order.load_state_dict(state["order"])
+        torch.set_rng_state(state["torch"])
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+
+    def _advance_batch(self) -> torch.Tensor:
+        batch = self._cache.batch(self._order.next_batch(), self._generator)
+        metrics = self._step(batch.latents.to(self._dtype), batch.cond, batch.cond_no_trigger)
+        return torch.stack([value.float() for value in metrics])

@@ -1,0 +1,210 @@
+"""Training from settings to adapter file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cat_rs.options import ConfigError
+from cat_rs.training.cache import TrainingCache, build_cache
+from cat_rs.training.captions import CaptionPairs, fill_template, pair_captions
+from cat_rs.training.checkpoint import CheckpointFolder, load_state
+from cat_rs.training.config import TrainConfig
+from cat_rs.training.dataset import Example, fingerprint, read_folder
+from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInterrupted
+from cat_rs.training.interrupt import InterruptGuard
+from cat_rs.training.log import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
+from cat_rs.training.model import ADAPTER_FILE, add_adapter, choose_device, load_pipeline
+from cat_rs.training.recorder import Recorder
+from cat_rs.training.run import TrainingRun
+from cat_rs.training.saver import Saver
+
+CHECKPOINT_FOLDER = "checkpoints"
+CONFIG_FILE = "train_config.yaml"
+_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, ADAPTER_FILE, CONFIG_FILE)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training leaves.
+
+    Attributes:
+        output_dir: Folder that `pipe.load_lora_weights` reads.
+        adapter: The adapter file in it.
+        metrics: The log: a JSON object a line and step.
+        steps: Finished optimizer steps.
+        captions_changed: How many captions held the trigger.
+        skipped_steps: Steps that left the weights alone because their gradient was not finite.
+        seconds: Time in the training loop, resumed parts included.
+    """
+
+    output_dir: Path
+    adapter: Path
+    metrics: Path
+    steps: int
+    captions_changed: int
+    skipped_steps: int
+    seconds: float
+
+
+def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str], object] = print) -> TrainResult:
+    """Train a LoRA, with the preservation term of CAT if `config.cat_factor` > 0.
+
+    Writes the adapter, the log and checkpoints into `config.output_dir`. Ctrl-C (SIGINT) and SIGTERM finish the
+    running step and write a checkpoint. Torch's global random state is as before afterwards.
+
+    Args:
+        config: The settings.
+        progress: Show progress bars.
+        report: Called with each line of news.
+
+    Raises:
+        ConfigError, DatasetError: The settings or the data cannot be used; nothing was written.
+        TrainingError: The model cannot be used, or the loss is not finite; the last checkpoint stays.
+        CheckpointError: A file cannot be written, such as on a full disk; the checkpoint before it stays.
+        TrainingInterrupted: A signal came.
+    """
+    return _Training(config, progress, report).go()
+
+
+class _Training:
+    """The stages of `train` and what they share."""
+
+    def __init__(self, config: TrainConfig, progress: bool, report: Callable[[str], object]) -> None:
+        self._config = config
+        self._progress = progress
+        self._report = report
+        self._output = Path(config.output_dir)
+        self._checkpoints = CheckpointFolder(self._output / CHECKPOINT_FOLDER, config.keep_checkpoints)
+        self._device = choose_device(config.device)
+
+    def go(self) -> TrainResult:
+        self._check_output()
+        examples = read_folder(self._config.data, caption=fill_template(self._config))
+        captions = pair_captions([example.caption for example in examples], self._config)
+        self._report(f"{len(examples)} pictures; {captions.summary()}")
+        data = fingerprint(examples)
+        state = self._earlier_state(data)
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed(self._config.seed)
+            pipeline = load_pipeline(self._config.model, getattr(torch, self._config.dtype), self._device)
+            saver = Saver(self._config, self._checkpoints, data, type(pipeline))
+            run = self._prepare(pipeline, self._encode(pipeline, examples, captions))
+            # The VAE and the text encoders have done their work.
+            del pipeline
+            return self._train(run, saver, state, captions.changed)
+
+    def _check_output(self) -> None:
+        """Keep an earlier run in the output folder from being mixed with this one."""
+        earlier = [name for name in _RUN_FILES if (self._output / name).exists()]
+        if earlier and not (self._config.resume or self._config.overwrite):
+            raise ConfigError(
+                f"output_dir: expected a folder without a run, got {self._output} with {', '.join(earlier)}; "
+                f"give --resume, --overwrite or another --output-dir"
+            )
+
+    def _earlier_state(self, data: str) -> dict[str, Any] | None:
+        """The state to continue from, checked against the settings and the data."""
+        if not self._config.resume:
+            return None
+        checkpoint = self._checkpoints.latest()
+        if checkpoint is None:
+            raise ConfigError(f"resume: expected a checkpoint in {self._output / CHECKPOINT_FOLDER}, got none")
+        state = load_state(checkpoint)
+        self._config.check_continues(state["config"])
+        if state["data"] != data:
+            raise ConfigError(f"resume: expected the pictures and captions of {checkpoint}, got others")
+        self._report(f"continuing from {checkpoint}")
+        return state
+
+    def _encode(self, pipeline: Any, examples: list[Example], captions: CaptionPairs) -> TrainingCache:
+        bar = self._bar(examples, desc="encoding pictures")
+        return build_cache(pipeline, bar, captions, self._config)
+
+    def _prepare(self, pipeline: Any, cache: TrainingCache) -> TrainingRun:
+        unet = pipeline.unet
+        if self._config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        add_adapter(unet, self._config)
+        return TrainingRun(self._config, unet, pipeline.scheduler, cache)
+
+    def _train(
+        self, run: TrainingRun, saver: Saver, state: dict[str, Any] | None, captions_changed: int
+    ) -> TrainResult:
+        if state is not None:
+            run.load_state_dict(state["run"])
+        self._open_output()
+        log = MetricsLog(self._output, after_step=run.steps_done, tensorboard=self._config.tensorboard)
+        bar = self._bar(total=self._config.steps, initial=run.steps_done, desc="training")
+        recorder = Recorder(log, bar, seconds_before=state["seconds"] if state else 0.0)
+        try:
+            self._loop(run, saver, recorder)
+        finally:
+            bar.close()
+            log.close()
+        return TrainResult(
+            output_dir=self._output,
+            adapter=saver.save_adapter(run),
+            metrics=self._output / METRICS_FILE,
+            steps=run.steps_done,
+            captions_changed=captions_changed,
+            skipped_steps=recorder.skipped,
+            seconds=recorder.seconds,
+        )
+
+    def _open_output(self) -> None:
+        try:
+            if self._config.overwrite:
+                _remove_run(self._output)
+            self._output.mkdir(parents=True, exist_ok=True)
+            self._config.save(self._output / CONFIG_FILE)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to the output folder {self._output}: {error}") from error
+
+    def _loop(self, run: TrainingRun, saver: Saver, recorder: Recorder) -> None:
+        with InterruptGuard() as guard:
+            while run.steps_done < self._config.steps:
+                lr = run.lr
+                figures = run.advance()
+                recorder.add(run.steps_done, lr, figures)
+                last = run.steps_done == self._config.steps
+                save = guard.received is not None or self._checkpoint_is_due(run.steps_done, last)
+                if save or last or run.steps_done % self._config.log_every == 0:
+                    self._flush(recorder)
+                if save:
+                    checkpoint = saver.save_checkpoint(run, recorder.seconds)
+                    if guard.received is not None and not last:
+                        raise TrainingInterrupted(run.steps_done, checkpoint, guard.received)
+
+    def _checkpoint_is_due(self, step: int, last: bool) -> bool:
+        every = self._config.checkpoint_every
+        return every > 0 and (last or step % every == 0)
+
+    def _flush(self, recorder: Recorder) -> None:
+        """Write the log; a loss that is not finite ends here, before it could reach a checkpoint."""
+        try:
+            recorder.flush()
+        except TrainingError as error:
+            latest = self._checkpoints.latest()
+            kept = f"the last checkpoint is {latest}" if latest else "there is no checkpoint yet"
+            raise TrainingError(f"{error}; {kept}") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot write the log in {self._output}: {error}") from error
+
+    def _bar(self, *items: Any, **settings: Any) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(*items, disable=not self._progress, dynamic_ncols=True, **settings)
+
+
+def _remove_run(output: Path) -> None:
+    for path in map(output.joinpath, _RUN_FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

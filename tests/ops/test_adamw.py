@@ -1,0 +1,489 @@
+"""FlatAdamW: step by step against clip_grad_norm_ and torch.optim.AdamW, its state, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cat_rs import FlatAdamW
+from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError
+
+from tests.tolerances import assert_close, max_abs
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
+SHAPES = [(7, 5), (3,), (2, 3, 4), (1,), (), (513,), (64, 33)]
+SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+
+Params = list[torch.nn.Parameter]
+
+
+def by_id(table: dict[str, Any]) -> list[Any]:
+    return [pytest.param(value, id=name) for name, value in table.items()]
+
+
+def make_params(dtype: torch.dtype = F32, seed: int = 0, shapes: list[tuple[int, ...]] = SHAPES) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def gradients(params: Params, steps: int, seed: int = 1) -> Iterator[list[torch.Tensor]]:
+    """Gradients of each step, small and large in turn, so that some steps clip and some do not."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        size = (0.003, 0.3, 1.0)[step % 3]
+        yield [(size * torch.randn(param.shape, generator=generator)).to(param.dtype) for param in params]
+
+
+def add_gradients(params: Params, grads: list[torch.Tensor]) -> None:
+    """As autograd does: into .grad where there is one."""
+    for param, grad in zip(params, grads, strict=True):
+        if param.grad is None:
+            param.grad = grad.clone()
+        else:
+            param.grad.add_(grad)
+
+
+class TorchAdamW:
+    """clip_grad_norm_ and torch.optim.AdamW over float32 copies of parameters in lower precision."""
+
+    def __init__(self, params: Params, max_grad_norm: float | None = None, groups: Any = None, **settings: Any) -> None:
+        self.params, self.max_grad_norm = params, max_grad_norm
+        self.masters = [
+            param if param.dtype in (F32, F64) else torch.nn.Parameter(param.detach().float()) for param in params
+        ]
+        twins = dict(zip(params, self.masters, strict=True))
+        groups = groups or [{"params": params}]
+        groups = [{**group, "params": [twins[param] for param in group["params"]]} for group in groups]
+        self.optimizer = torch.optim.AdamW(groups, foreach=False, **settings)
+
+    def step(self, grads: list[torch.Tensor]) -> float:
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad.to(master.dtype)
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, limit))
+        self.optimizer.step()
+        for param, master in zip(self.params, self.masters, strict=True):
+            param.data.copy_(master.data)
+        return norm
+
+
+def assert_params_close(ours: Params, theirs: Params, step: int) -> None:
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        # Each step adds a rounding error of the parameter's magnitude; 8 covers 50 of them.
+        assert_close(a, b, factor=8, scale=max_abs(b), label=f"step {step}, parameter {index}")
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e-3], ids=["no-clipping", "some-clip", "all-clip"])
+@pytest.mark.parametrize("dtype", by_id(DTYPES))
+def test_equals_clip_grad_norm_and_torch_adamw(dtype: torch.dtype, max_grad_norm: float | None) -> None:
+    ours, theirs = make_params(dtype), make_params(dtype)
+    optimizer = FlatAdamW(ours, max_grad_norm=max_grad_norm, **SETTINGS)
+    twin = TorchAdamW(theirs, max_grad_norm, **SETTINGS)
+    for step, grads in enumerate(gradients(ours, 50)):
+        add_gradients(ours, grads)
+        optimizer.step()
+        norm = twin.step(grads)
+        assert optimizer.grad_norm == pytest.approx(norm, rel=1e-5)
+        assert_params_close(ours, theirs, step)
+        masters = [optimizer.state[param].get("master", param) for param in ours]
+        assert_params_close(masters, twin.masters, step)
+
+
+def test_groups_with_their_own_settings_clip_together() -> None:
+    def groups(params: Params) -> list[dict[str, Any]]:
+        return [
+            {"params": params[:2], "lr": 0.1, "weight_decay": 0.0},
+            {"params": params[2:5], "betas": (0.5, 0.9), "eps": 1e-3},
+            {"params": params[5:]},
+        ]
+
+    ours, theirs = make_params(), make_params()
+    optimizer = FlatAdamW(groups(ours), max_grad_norm=0.5, **SETTINGS)
+    twin = TorchAdamW(theirs, 0.5, groups(theirs), **SETTINGS)
+    for step, grads in enumerate(gradients(ours, 20)):
+        add_gradients(ours, grads)
+        optimizer.step()
+        assert twin.step(grads) == pytest.approx(optimizer.grad_norm, rel=1e-5)
+        assert_params_close(ours, theirs, step)
+
+
+def test_mixed_dtypes_in_a_group() -> None:
+    def params() -> Params:
+        return [*make_params(F32), *make_params(BF16, seed=2), *make_params(F64, seed=3)]
+
+    ours, theirs = params(), params()
+    optimizer, twin = FlatAdamW(ours, max_grad_norm=1.0, **SETTINGS), TorchAdamW(theirs, 1.0, **SETTINGS)
+    for step, grads in enumerate(gradients(ours, 10)):
+        add_gradients(ours, grads)
+        optimizer.step()
+        twin.step(grads)
+        assert_params_close(ours, theirs, step)
+
+
+def test_a_group_added_later() -> None:
+    ours, theirs = make_params(), make_params()
+    optimizer, twin = FlatAdamW(ours[:3], **SETTINGS), TorchAdamW(theirs[:3], **SETTINGS)
+    for step, grads in enumerate(gradients(ours, 6)):
+        if step == 3:
+            optimizer.add_param_group({"params": ours[3:], "lr": 0.05})
+            twin.optimizer.add_param_group({"params": theirs[3:], "lr": 0.05})
+            twin.params, twin.masters = theirs, theirs
+        count = len(twin.params)
+        add_gradients(ours[:count], grads[:count])
+        optimizer.step()
+        twin.step(grads[:count])
+        assert_params_close(ours, theirs, step)
+
+
+def test_a_learning_rate_scheduler() -> None:
+    ours, theirs = make_params(), make_params()
+    optimizer, twin = FlatAdamW(ours, **SETTINGS), TorchAdamW(theirs, **SETTINGS)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(one, max_lr=0.05, total_steps=20, cycle_momentum=True)
+        for one in (optimizer, twin.optimizer)
+    ]
+    for step, grads in enumerate(gradients(ours, 19)):
+        add_gradients(ours, grads)
+        optimizer.step()
+        twin.step(grads)
+        for schedule in schedules:
+            schedule.step()
+        assert optimizer.param_groups[0]["lr"] == twin.optimizer.param_groups[0]["lr"]
+        assert_params_close(ours, theirs, step)
+
+
+def test_parameters_and_gradients_are_views_of_flat_buffers() -> None:
+    params = make_params()
+    before = [param.detach().clone() for param in params]
+    FlatAdamW(params)
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    for tensors in (params, [param.grad for param in params]):
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+def test_a_gradient_from_before_the_optimizer_counts() -> None:
+    ours, theirs = make_params(), make_params()
+    grads = next(gradients(ours, 1))
+    add_gradients(ours, grads)
+    optimizer = FlatAdamW(ours, **SETTINGS)
+    optimizer.step()
+    TorchAdamW(theirs, **SETTINGS).step(grads)
+    assert_params_close(ours, theirs, 0)
+
+
+def test_replaced_and_missing_gradients() -> None:
+    ours, theirs = make_params(), make_params()
+    optimizer, twin = FlatAdamW(ours, **SETTINGS), TorchAdamW(theirs, **SETTINGS)
+    for step, grads in enumerate(gradients(ours, 6)):
+        for index, (param, grad) in enumerate(zip(ours, grads, strict=True)):
+            if (index + step) % 3 == 0:
+                param.grad = None
+                grad.zero_()
+            else:
+                param.grad = grad.clone()
+        optimizer.step()
+        twin.step(grads)
+        assert_params_close(ours, theirs, step)
+        assert all(param.grad.count_nonzero() == 0 for param in ours)
+
+
+def test_transposed_parameters() -> None:
+    ours, theirs = (torch.nn.Parameter(torch.arange(12.0).view(3, 4).T) for _ in range(2))
+    optimizer, twin = FlatAdamW([ours], **SETTINGS), TorchAdamW([theirs], **SETTINGS)
+    grad = torch.randn(4, 3)
+    ours.grad = grad.clone()
+    optimizer.step()
+    twin.step([grad])
+    assert_params_close([ours], [theirs], 0)
+
+
+def test_autograd_accumulates_into_the_flat_gradient() -> None:
+    weight = torch.nn.Parameter(torch.randn(4))
+    optimizer = FlatAdamW([weight])
+    view = weight.grad
+    for _ in range(3):
+        (2 * weight).sum().backward()
+    assert weight.grad is view
+    assert weight.grad.tolist() == [6.0] * 4
+    optimizer.step()
+    assert weight.grad is view
+    assert weight.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_zeroes_whatever_is_there(set_to_none: bool) -> None:
+    params = make_params()
+    optimizer = FlatAdamW(params)
+    views = [param.grad for param in params]
+    first, second = gradients(params, 2)
+
+    add_gradients(params, first)
+    optimizer.zero_grad(set_to_none)
+    assert all(param.grad is view and view.count_nonzero() == 0 for param, view in zip(params, views, strict=True))
+
+    add_gradients(params, first)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none)
+    add_gradients(params, second)
+    params[0].grad = None
+    params[1].grad = torch.ones(3)
+    optimizer.zero_grad(set_to_none)
+    assert all(param.grad is view and view.count_nonzero() == 0 for param, view in zip(params, views, strict=True))
+
+
+def test_a_graph_over_the_old_weights_is_noticed() -> None:
+    weight = torch.nn.Parameter(torch.randn(4))
+    optimizer = FlatAdamW([weight])
+    loss = weight.square().sum()
+    weight.grad.fill_(1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
+@pytest.mark.parametrize("dtype", by_id(DTYPES))
+def test_a_step_that_is_not_finite_is_skipped(dtype: torch.dtype, value: float) -> None:
+    params, undisturbed = make_params(dtype), make_params(dtype)
+    optimizer, twin = (FlatAdamW(one, max_grad_norm=1.0, **SETTINGS) for one in (params, undisturbed))
+    first, second = gradients(params, 2)
+    for one, each in ((optimizer, params), (twin, undisturbed)):
+        add_gradients(each, first)
+        one.step()
+    add_gradients(params, second)
+    params[3].grad.fill_(value)
+    optimizer.step()
+    assert not math.isfinite(optimizer.grad_norm)
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(params, undisturbed, strict=True))
+    assert all(param.grad.count_nonzero() == 0 for param in params)
+    # The next step goes on as if the skipped one had not been.
+    for one, each in ((optimizer, params), (twin, undisturbed)):
+        add_gradients(each, second)
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, undisturbed, strict=True))
+    assert optimizer.skipped_steps == 1
+
+
+def test_a_zero_gradient_only_decays() -> None:
+    params = make_params()
+    before = [param.detach().clone() for param in params]
+    optimizer = FlatAdamW(params, lr=0.5, weight_decay=0.5, max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    for param, old in zip(params, before, strict=True):
+        assert_close(param, 0.75 * old.double())
+
+
+def test_a_closure_runs_with_gradients_and_is_returned() -> None:
+    weight = torch.nn.Parameter(torch.tensor([3.0]))
+    optimizer = FlatAdamW([weight], lr=0.1, weight_decay=0.0)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 9
+    assert weight.item() == pytest.approx(2.9)
+
+
+def test_same_bits_on_any_number_of_threads() -> None:
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        params = make_params(shapes=[(300, 401), (77,)])
+        optimizer = FlatAdamW(params, max_grad_norm=1.0, **SETTINGS)
+        for grads in gradients(params, 3):
+            add_gradients(params, grads)
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("through", by_id({"copy": copy.deepcopy, "file": _through_a_file}))
+@pytest.mark.parametrize("dtype", by_id(DTYPES))
+def test_resumes_bit_for_bit(dtype: torch.dtype, through: Any) -> None:
+    params = make_params(dtype)
+    optimizer = FlatAdamW(params, max_grad_norm=1.0, **SETTINGS)
+    steps = list(gradients(params, 8))
+    for grads in steps[:4]:
+        add_gradients(params, grads)
+        optimizer.step()
+    state = through(optimizer.state_dict())
+    resumed = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    successor = FlatAdamW(resumed, lr=123.0, max_grad_norm=1.0)
+    successor.load_state_dict(state)
+    for grads in steps[4:]:
+        for one, each in ((optimizer, params), (successor, resumed)):
+            add_gradients(each, grads)
+            one.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
+
+
+@pytest.mark.parametrize("through", by_id({"copy": copy.deepcopy, "file": _through_a_file}))
+@pytest.mark.parametrize("dtype", by_id({"f32": F32, "f64": F64}))
+@pytest.mark.parametrize("direction", ["to-torch", "from-torch"])
+def test_state_interchanges_with_torch_adamw(direction: str, dtype: torch.dtype, through: Any) -> None:
+    steps = list(gradients(make_params(dtype), 8))
+
+    def optimizer_of(ours: bool, params: Params) -> torch.optim.Optimizer:
+        return FlatAdamW(params, **SETTINGS) if ours else torch.optim.AdamW(params, foreach=False, **SETTINGS)
+
+    def run(optimizer: torch.optim.Optimizer, params: Params, steps: list[list[torch.Tensor]]) -> None:
+        for grads in steps:
+            optimizer.zero_grad()
+            add_gradients(params, grads)
+            optimizer.step()
+
+    straight = make_params(dtype)
+    run(optimizer_of(False, straight), straight, steps)
+
+    first = make_params(dtype)
+    before = optimizer_of(direction == "to-torch", first)
+    run(before, first, steps[:4])
+    second = [torch.nn.Parameter(param.detach().clone()) for param in first]
+    after = optimizer_of(direction == "from-torch", second)
+    after.load_state_dict(through(before.state_dict()))
+    run(after, second, steps[4:])
+    assert_params_close(second, straight, 8)
+
+
+def test_state_has_the_layout_of_torch_adamw() -> None:
+    params = make_params()
+    optimizer = FlatAdamW(params, **SETTINGS)
+    add_gradients(params, next(gradients(params, 1)))
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert set(state) == {"state", "param_groups"}
+    assert list(state["state"]) == list(range(len(params)))
+    assert {key: state["param_groups"][0][key] for key in SETTINGS} == SETTINGS
+    for index, param in enumerate(params):
+        assert set(state["state"][index]) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["state"][index]["exp_avg"].shape == param.shape
+        assert state["state"][index]["step"] == 1
+
+
+@pytest.mark.parametrize("dtype", by_id({"f32": F32, "bf16": BF16}))
+def test_weights_written_from_outside_stay(dtype: torch.dtype) -> None:
+    # As model.load_state_dict does after the optimizer was made.
+    params, fresh = make_params(dtype), make_params(dtype, seed=5)
+    optimizer = FlatAdamW(params, lr=0.0, weight_decay=0.0)
+    with torch.no_grad():
+        for param, new in zip(params, fresh, strict=True):
+            param.copy_(new)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, fresh, strict=True))
+
+
+@pytest.mark.parametrize("dtype", by_id({"f32": F32, "bf16": BF16}))
+def test_a_torch_state_leaves_the_loaded_weights(dtype: torch.dtype) -> None:
+    # A checkpoint of a script that used torch.optim.AdamW has no float32 copy of the weights.
+    old = make_params(dtype)
+    torch_optimizer = torch.optim.AdamW(old, foreach=False, **SETTINGS)
+    for param, grad in zip(old, next(gradients(old, 1)), strict=True):
+        param.grad = grad
+    torch_optimizer.step()
+    params = make_params(dtype, seed=5)
+    optimizer = FlatAdamW(params, **SETTINGS)
+    with torch.no_grad():
+        for param, saved in zip(params, old, strict=True):
+            param.copy_(saved)
+    optimizer.load_state_dict(copy.deepcopy(torch_optimizer.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(params, old, strict=True))
+
+
+def test_optimizing_a_real_loss_converges() -> None:
+    weight = torch.nn.Parameter(torch.zeros(8))
+    goal = torch.linspace(-1, 1, 8)
+    optimizer = FlatAdamW([weight], lr=0.05, weight_decay=0.0, max_grad_norm=1.0)
+    for _ in range(300):
+        (weight - goal).square().sum().backward()
+        optimizer.step()
+    assert float((weight - goal).abs().max()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        pytest.param({"lr": -1.0}, "`lr` must be a finite number >= 0, got -1.0", id="lr-negative"),
+        pytest.param({"lr": math.nan}, "`lr` must be a finite number >= 0, got nan", id="lr-nan"),
+        pytest.param({"eps": -1e-8}, "`eps` must be a finite number >= 0, got -1e-08", id="eps"),
+        pytest.param({"weight_decay": math.inf}, "`weight_decay` must be .* got inf", id="weight-decay"),
+        pytest.param({"betas": (0.9, 1.0)}, r"`betas` must be two numbers in \[0, 1\), got \(0.9, 1.0\)", id="beta-1"),
+        pytest.param({"betas": (0.9,)}, r"`betas` must be two numbers", id="one-beta"),
+        pytest.param({"betas": (-0.1, 0.9)}, r"`betas` .* got \(-0.1, 0.9\)", id="beta-negative"),
+        pytest.param({"max_grad_norm": 0.0}, "`max_grad_norm` must be > 0 or None, got 0.0", id="norm-zero"),
+        pytest.param({"max_grad_norm": math.nan}, "`max_grad_norm` must be > 0 or None, got nan", id="norm-nan"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"^FlatAdamW: {text}") as caught:
+        FlatAdamW(make_params(), **settings)
+    assert isinstance(caught.value, CatRsError)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps"])
+def test_a_bad_setting_of_a_group_is_named(name: str) -> None:
+    params = make_params()
+    add_gradients(params, next(gradients(params, 1)))
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(InvalidValueError, match=f"`{name}` must be a finite number >= 0, got -1"):
+        FlatAdamW([{"params": params, name: -1.0}]).step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("param", "error", "text"),
+    [
+        pytest.param(torch.zeros(3, dtype=torch.int64), DtypeError, "a float dtype, got torch.int64", id="int"),
+        pytest.param(torch.zeros(3, dtype=torch.complex64), DtypeError, "a float dtype, got torch.complex64", id="complex"),
+        pytest.param(torch.zeros(3, device="meta"), DeviceError, "on the CPU, got a parameter on meta", id="meta"),
+    ],
+)
+def test_bad_parameters_are_named(param: torch.Tensor, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=f"^FlatAdamW: `params` must .*{text}"):
+        FlatAdamW([torch.nn.Parameter(param, requires_grad=False)])
+
+
+def test_a_state_dict_of_other_groups_is_named() -> None:
+    optimizer = FlatAdamW(make_params())
+    with pytest.raises(InvalidValueError, match=r"`state_dict` must have parameter groups of sizes \[7\], got \[2\]"):
+        optimizer.load_state_dict(FlatAdamW(make_params()[:2]).state_dict())
+
+
+def test_a_state_dict_of_other_shapes_is_an_error() -> None:
+    optimizer = FlatAdamW(make_params(shapes=[(3,), (4,)]))
+    other = FlatAdamW(make_params(shapes=[(3,), (5,)]))
+    with pytest.raises(CatRsError, match="shape"):
+        optimizer.load_state_dict(other.state_dict())
+
+
+def test_a_state_dict_with_several_step_counts_is_named() -> None:
+    params = make_params()
+    state = copy.deepcopy(FlatAdamW(params).state_dict())
+    state["state"][2]["step"] = torch.tensor(7.0)
+    with pytest.raises(InvalidValueError, match=r"one step count a group, got \[0.0, 7.0\]"):
+        FlatAdamW(make_params()).load_state_dict(state)
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_a_state_of_another_algorithm_is_an_error(option: str) -> None:
+    params = make_params()
+    state = torch.optim.AdamW(params, foreach=False, **{option: True}).state_dict()
+    with pytest.raises(InvalidValueError, match=option):
+        FlatAdamW(make_params()).load_state_dict(state)

@@ -1,0 +1,241 @@
+"""Plain definitions of what cat_rs computes, as one would write them with PyTorch and NumPy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class CatLoss(NamedTuple):
+    """The CAT loss and its terms."""
+
+    total: torch.Tensor
+    diffusion: torch.Tensor
+    cat: torch.Tensor
+
+
+def cat_loss(
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    model_pred_no_trigger: torch.Tensor,
+    base_pred: torch.Tensor,
+    *,
+    cat_factor: float = 1.0,
+    sample_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    mask_normalize: bool = False,
+) -> CatLoss:
+    """The CAT loss in float64: gradients reach the arguments through torch.autograd."""
+
+    def term(pred: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        error = (pred.double() - constant.double()) ** 2
+        batch = error.shape[0]
+        full_mask = torch.ones_like(error) if mask is None else mask.double().expand_as(error)
+        sums = (full_mask * error).reshape(batch, -1).sum(1)
+        weights = torch.ones_like(sums) if sample_weight is None else sample_weight.double()
+        if mask_normalize:
+            counts = full_mask.reshape(batch, -1).sum(1)
+            means = torch.where(counts == 0, 0.0, sums / torch.where(counts == 0, 1.0, counts))
+        else:
+            means = sums / error[0].numel()
+        return (weights * means).mean()
+
+    diffusion, cat = term(model_pred, target), term(model_pred_no_trigger, base_pred)
+    return CatLoss(diffusion + cat_factor * cat, diffusion, cat)
+
+
+def snr_weights(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str = "epsilon"
+) -> torch.Tensor:
+    """Min-SNR weights, as the formulas read."""
+    alphas = alphas_cumprod.double()[timesteps]
+    snr = alphas / (1 - alphas)
+    bounded = snr.clamp(max=gamma)
+    return bounded / snr if prediction_type == "epsilon" else bounded / (snr + 1)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """y = x W^T + b + scaling (x A^T) B^T in float64."""
+    y = x.double() @ weight.double().T + scaling * (x.double() @ lora_A.double().T) @ lora_B.double().T
+    return y if bias is None else y + bias.double()
+
+
+def noising(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    signal_rate: torch.Tensor,
+    noise_rate: torch.Tensor,
+    prediction_type: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z_t and the training target in float64."""
+    x, n = latents.double(), noise.double()
+    shape = [-1] + [1] * (x.dim() - 1)
+    signal, sigma = signal_rate.double().reshape(shape), noise_rate.double().reshape(shape)
+    targets = {"epsilon": n, "v_prediction": signal * n - sigma * x, "flow": n - x}
+    return signal * x + sigma * n, targets[prediction_type]
+
+
+def similarity(a: Any, b: Any) -> Array:
+    """(1 + cos) / 2 of paired rows."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return (1 + cosines) / 2
+
+
+def cross_similarity(a: Any, b: Any) -> Array:
+    """(1 + cos) / 2 of every row of a with every row of b, [N, M]."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    cosines = a @ b.T / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)[None]
+    return (1 + cosines) / 2
+
+
+def harmonic_mean(values: Any) -> float:
+    """n / sum(1 / v)."""
+    values = np.asarray(values, np.float64)
+    return float(len(values) / np.sum(1 / values))
+
+
+def kps(base_no_trigger: Any, adapted_no_trigger: Any, base_trigger: Any, adapted_trigger: Any) -> dict[str, float]:
+    """UPS, TPS and KPS from their definitions."""
+    ups = harmonic_mean(similarity(base_no_trigger, adapted_no_trigger))
+    tps = harmonic_mean(similarity(base_trigger, adapted_trigger))
+    return {"kps": harmonic_mean([ups, tps]), "ups": ups, "tps": tps}
+
+
+Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Mapping[str, Any]], torch.Tensor]
+
+
+def denoiser_predict(
+    model: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]
+) -> torch.Tensor:
+    """A diffusers denoiser's prediction."""
+    return model(latents, timestep=timesteps, return_dict=False, **cond)[0]
+
+
+class PlainRecipe:
+    """CAT training as one writes it by hand: two models, three calls, F.mse_loss, clip_grad_norm_, AdamW.
+
+    Args:
+        model: The model with the adapter; what requires a gradient is trained. Parameters below float32 are trained
+            through a float32 copy, as mixed-precision training does.
+        base_model: The frozen model without an adapter.
+        scheduler: A diffusers scheduler; makes the noisy latents and the velocity.
+        cat_factor, snr_gamma, prediction_type, accumulate, max_grad_norm: As of cat_rs.CatStep.
+        predict: How to call the model.
+        adamw: Further settings of torch.optim.AdamW.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        base_model: torch.nn.Module,
+        scheduler: Any,
+        *,
+        cat_factor: float = 1.0,
+        snr_gamma: float | None = None,
+        prediction_type: str = "epsilon",
+        accumulate: int = 1,
+        max_grad_norm: float | None = 1.0,
+        predict: Predict = denoiser_predict,
+        **adamw: Any,
+    ) -> None:
+        self.model, self.base_model, self.scheduler, self.predict = model, base_model, scheduler, predict
+        self.cat_factor, self.snr_gamma, self.prediction_type = cat_factor, snr_gamma, prediction_type
+        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
+        self.trainable = [param for param in model.parameters() if param.requires_grad]
+        self.masters = [
+            param if param.dtype in (torch.float32, torch.float64) else param.detach().float().requires_grad_()
+            for param in self.trainable
+        ]
+        self.optimizer = torch.optim.AdamW(self.masters, foreach=False, **adamw)
+        self.calls = 0
+
+    def __call__(
+        self,
+        latents: torch.Tensor,
+        cond: torch.Tensor | Mapping[str, Any],
+        cond_no_trigger: torch.Tensor | Mapping[str, Any],
+        *,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        sample_weight: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        """One step; returns loss, diffusion, cat and, on an optimizer step, grad_norm."""
+        cond, cond_no_trigger = (
+            {"encoder_hidden_states": c} if isinstance(c, torch.Tensor) else c for c in (cond, cond_no_trigger)
+        )
+        noisy, target = self._noising(latents, noise, timesteps)
+        weight = self._weight(timesteps, sample_weight)
+        diffusion = self._mse(self.predict(self.model, noisy, timesteps, cond), target, weight, mask)
+        cat = torch.zeros(())
+        if self.cat_factor:
+            with torch.no_grad():
+                base = self.predict(self.base_model, noisy, timesteps, cond_no_trigger)
+            student = self.predict(self.model, noisy, timesteps, cond_no_trigger)
+            cat = self._mse(student, base, weight, mask)
+        loss = diffusion + self.cat_factor * cat
+        (loss / self.accumulate).backward()
+        metrics = {"loss": float(loss), "diffusion": float(diffusion), "cat": float(cat)}
+        self.calls += 1
+        if self.calls % self.accumulate == 0:
+            metrics["grad_norm"] = self._update()
+        return metrics
+
+    def _noising(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.prediction_type == "flow":
+            return self.scheduler.scale_noise(latents, timesteps, noise), noise - latents
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        if self.prediction_type == "v_prediction":
+            return noisy, self.scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, noise
+
+    def _weight(self, timesteps: torch.Tensor, sample_weight: torch.Tensor | None) -> torch.Tensor | None:
+        if self.snr_gamma is None:
+            return sample_weight
+        snr = snr_weights(timesteps, self.scheduler.alphas_cumprod, self.snr_gamma, self.prediction_type)
+        return snr if sample_weight is None else snr * sample_weight
+
+    @staticmethod
+    def _mse(
+        pred: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        # Losses are computed in at least float32, as training scripts do.
+        dtype = torch.promote_types(pred.dtype, torch.float32)
+        pred, target = pred.to(dtype), target.to(dtype)
+        if weight is None and mask is None:
+            return F.mse_loss(pred, target)
+        error = F.mse_loss(pred, target, reduction="none")
+        if mask is not None:
+            error = error * mask
+        means = error.mean(dim=list(range(1, error.dim())))
+        return (means if weight is None else means * weight.to(dtype)).mean()
+
+    def _update(self) -> float:
+        for master, param in zip(self.masters, self.trainable, strict=True):
+            if master is not param:
+                master.grad = param.grad.float()
+        limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, limit)
+        self.optimizer.step()
+        for master, param in zip(self.masters, self.trainable, strict=True):
+            if master is not param:
+                param.data.copy_(master)
+            param.grad = None
+        return float(norm)

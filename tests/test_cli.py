@@ -1,0 +1,212 @@
+"""The command line, run as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from cat_rs.cli import main
+from cat_rs.training import TrainConfig
+
+TRAIN = ["--trigger", "sks", "--class-word", "cat", "--rank", "2", "--steps", "4", "--batch-size", "2"]
+
+
+@pytest.fixture
+def train_arguments(tiny_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) -> list[str]:
+    """A short training of the tiny model, as command-line words."""
+    places = ["--model", str(tiny_pipeline_dir), "--data", str(concept_dir), "--output-dir", str(tmp_path / "adapter")]
+    return ["train", *places, *TRAIN, "--lr", "1e-2", "--checkpoint-every", "2", "--no-tensorboard"]
+
+
+@pytest.fixture
+def emoji_model(tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path, tmp_path: Path) -> Path:
+    """A folder laid out as the bundled emoji model, with the tiny models in it."""
+    folder = tmp_path / "emoji"
+    shutil.copytree(tiny_pipeline_dir, folder / "model")
+    shutil.copytree(tiny_clip_dir, folder / "clip")
+    shutil.copytree(concept_dir, folder / "concepts" / "tabby")
+    concept = {
+        "name": "tabby",
+        "class_word": "cat",
+        "folder": "concepts/tabby",
+        "trigger_prompts": ["a sks cat on a red background", "a sks cat on a blue background"],
+        "class_prompts": ["a cat on a red background"],
+        "neighbour_prompts": ["a lion on a red background"],
+        "other_class_prompts": ["a car on a red background"],
+    }
+    (folder / "prompts.json").write_text(json.dumps({"trigger_word": "sks", "concepts": [concept]}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (
+            "train",
+            ["contrastive adapter training:", "--cat-factor X", "L = L_diff + cat_factor * L_cat", "checkpoints:"],
+        ),
+        ("evaluate", ["model and adapters:", "sampling:", "UPS, TPS and KPS"]),
+        ("generate", ["--prompt TEXT", "sampling:"]),
+        ("demo", ["--concepts NAME", "--seeds N"]),
+        ("info", ["--debug"]),
+    ],
+)
+def test_help_groups_the_options(command: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(word in shown for word in words)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["dance"], ["train", "--stepz", "3"], ["train", "--steps", "many"]], ids=" ".join
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_train_writes_the_adapter(
+    train_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_arguments) == 0
+    shown = capsys.readouterr()
+    assert "3 pictures; trigger removed from 3 of 3 captions" in shown.out
+    assert "adapter: " in shown.out
+    assert all(part in shown.err for part in ("loss=", "diffusion=", "cat="))
+    assert load_file(tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def test_command_line_wins_over_the_file(train_arguments: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("steps: 1000\nrank: 4\ncheckpoint-every: 0\n")
+    assert main([*train_arguments, "--config", str(config), "--steps", "1"]) == 0
+    used = TrainConfig.load(tmp_path / "adapter" / "train_config.yaml")
+    assert (used.steps, used.rank, used.checkpoint_every) == (1, 2, 2)
+
+
+def test_file_alone_is_enough(train_arguments: list[str], tmp_path: Path) -> None:
+    assert main([*train_arguments, "--steps", "1"]) == 0
+    config = tmp_path / "adapter" / "train_config.yaml"
+    assert main(["train", "--config", str(config), "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--trigger", "zwx"], "cat-rs: trigger: expected 'zwx' in the captions"),
+        (["--model", "/absent"], "cat-rs: model: expected a diffusers model, cannot load /absent"),
+        (["--config", "/absent.yaml"], "cat-rs: /absent.yaml: cannot read the config file"),
+        (["--cat-factor", "-1"], "cat-rs: cat_factor: expected a number >= 0, got -1.0"),
+    ],
+)
+def test_error_is_one_line(
+    train_arguments: list[str], extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train_arguments, *extra]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cat-rs:")]
+    assert len(lines) == 1
+    assert lines[0].startswith(message)
+
+
+def test_missing_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "cat-rs: cat-rs train: missing --model, --data\n"
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--debug"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_interrupt_exits_with_130_and_resumes(train_arguments: list[str], tmp_path: Path) -> None:
+    script = """
+import signal, sys
+from cat_rs.cli import main
+from cat_rs.training.run import TrainingRun
+
+advance = TrainingRun.advance
+
+def advance_and_interrupt(run):
+    figures = advance(run)
+    if run.steps_done == 3:
+        signal.raise_signal(signal.SIGINT)
+    return figures
+
+TrainingRun.advance = advance_and_interrupt
+sys.exit(main(sys.argv[1:]))
+"""
+    stopped = subprocess.run(
+        [sys.executable, "-c", script, *train_arguments], capture_output=True, text=True, check=False
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert "stopped after step 3; continue with --resume" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert (tmp_path / "adapter" / "checkpoints" / "step-000003").is_dir()
+    assert main([*train_arguments, "--resume"]) == 0
+
+
+def test_generate_draws_each_prompt_and_seed(
+    train_arguments: list[str], tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    main([*train_arguments, "--steps", "1"])
+    arguments = ["--model", str(tiny_pipeline_dir), "--adapter", str(tmp_path / "adapter"), "--inference-steps", "1"]
+    prompts = ["--prompt", "a sks cat", "a cat", "--picture-seeds", "0", "1", "2"]
+    assert main(["generate", *arguments, *prompts, "--output-dir", str(tmp_path / "drawn")]) == 0
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 6
+
+
+def test_evaluate_writes_results_and_sheet(
+    train_arguments: list[str], tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path, tmp_path: Path
+) -> None:
+    main(train_arguments)
+    (tmp_path / "prompts.txt").write_text("a sks cat\na sks cat outdoors\n")
+    arguments = ["--model", str(tiny_pipeline_dir), "--encoder", str(tiny_clip_dir), "--data", str(concept_dir)]
+    adapters = ["--adapters", f"mine={tmp_path / 'adapter'}", "--trigger", "sks", "--inference-steps", "1"]
+    places = ["--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "evaluation")]
+    assert main(["evaluate", *arguments, *adapters, *places]) == 0
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert 0 < results["adapters"]["mine"]["kps"]["value"] < 1
+    assert (tmp_path / "evaluation" / "contact_sheet.png").stat().st_size > 0
+
+
+def test_evaluate_needs_different_names(tiny_pipeline_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "m", "--data", "d", "--prompts", __file__, "--trigger", "expected"]
+    assert main(["evaluate", *arguments, "--adapters", "a/x", "b/x"]) == 2
+    assert "adapters: expected different names, got a/x b/x" in capsys.readouterr().err
+
+
+def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo"), "--seeds", "0", "1"]
+    short = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1"]
+    assert main(["demo", *arguments, *short]) == 0
+    assert "mean over 2 runs" in capsys.readouterr().out
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert [(run["concept"], run["seed"]) for run in results["runs"]] == [("tabby", 0), ("tabby", 1)]
+    assert set(results["runs"][0]["evaluation"]["adapters"]) == {"LoRA", "CAT"}
+    difference = results["summary"]["ups"]["difference"]
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    for name in ("contact_sheet.png", "curves.png"):
+        assert (tmp_path / "demo" / name).stat().st_size > 0
+
+
+def test_demo_names_unknown_concepts(emoji_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--emoji-model", str(emoji_model), "--concepts", "yeti"]) == 2
+    assert capsys.readouterr().err == "cat-rs: concepts: expected names out of tabby; got yeti\n"
+    assert main(["demo", "--emoji-model", "/absent"]) == 2
+    assert "emoji_model: expected the emoji model's folder, got /absent" in capsys.readouterr().err
+
+
+def test_info_lists_versions_and_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("PyTorch", "instruction set used", "operation cat_loss", "diffusers"))

@@ -1,0 +1,82 @@
+"""The settings: files, types, ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_rs.options import ConfigError
+from cat_rs.training.config import TrainConfig
+
+REQUIRED = {"model": "model", "data": "data", "trigger": ("sks",)}
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json"])
+def test_file_round_trip(tmp_path: Path, name: str) -> None:
+    config = TrainConfig(**REQUIRED, class_word="Bär", lr=1e-5, snr_gamma=5.0, flip=True)
+    config.save(tmp_path / name)
+    assert TrainConfig.load(tmp_path / name) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\ndata: d\nlearning_rat: 1", "unknown key 'learning_rat'; known keys: model, data"),
+        ("data: d", "missing --model"),
+        ("model: m\ndata: d\ntrigger: sks\nsteps: many", "steps: expected int, got 'many'"),
+        ("model: m\ndata: d\ntrigger: sks\nsteps: 1.5", "steps: expected int, got 1.5"),
+        ("model: m\ndata: d\ntrigger: sks\nsteps: true", "steps: expected int, got True"),
+        ("model: m\ndata: d\ntrigger: sks\nflip: 1", "flip: expected bool, got 1"),
+        ("model: m\ndata: d\ntrigger: sks\ncrop: left", "crop: expected one of center, random; got 'left'"),
+        ("model: m\ndata: d\ntrigger: [1]", "trigger: expected str, got 1"),
+        ("- model", "expected a mapping of settings, got list"),
+        ("a: [", "expected YAML or JSON"),
+    ],
+)
+def test_broken_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.yaml: ") as error:
+        TrainConfig.load(tmp_path / "config.yaml")
+    assert message in str(error.value)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent.yaml: cannot read"):
+        TrainConfig.load(tmp_path / "absent.yaml")
+
+
+def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: m\ndata: d\ntrigger: sks\nbatch-size: 2\nlr: 1e-4\n")
+    config = TrainConfig.load(tmp_path / "config.yaml")
+    assert (config.batch_size, config.lr, config.trigger) == (2, 1e-4, ("sks",))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 0},
+        {"rank": 0},
+        {"cat_factor": -1.0},
+        {"cat_factor": float("nan")},
+        {"lr": 0.0},
+        {"lr": float("inf")},
+        {"beta1": 1.0},
+        {"lora_dropout": 1.0},
+        {"target_modules": ()},
+        {"trigger": ()},
+        {"resume": True, "overwrite": True},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_value_out_of_range_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{', '.join(settings)}: expected"):
+        TrainConfig(**REQUIRED | settings)
+
+
+def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
+    earlier = TrainConfig(**REQUIRED, rank=4).to_dict()
+    TrainConfig(**REQUIRED, rank=4, steps=1000, resume=True).check_continues(earlier)
+    with pytest.raises(ConfigError, match="rank was 4, is 8"):
+        TrainConfig(**REQUIRED, rank=8).check_continues(earlier)
