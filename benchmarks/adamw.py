@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-import cat_rs
 import torch
 
+import cat_rs
 from benchmarks import harness, models
 from benchmarks.harness import OURS, Case, Contender
 

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 
-import cat_rs
 import torch
+from tests import references
 from torch.nn import functional as F
 
+import cat_rs
 from benchmarks import harness, models
 from benchmarks.harness import OURS, Case, Contender
-from tests import references
 
 NAME = "cat_loss"
 CAT_FACTOR = 1.0

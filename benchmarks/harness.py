@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from cat_rs._native import _core
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
-from cat_rs.functional import noising
-from cat_rs.schedule import NoiseSchedule
+from tests import references
 
 from benchmarks import harness, models
 from benchmarks.harness import OURS, Case, Contender
-from tests import references
+from cat_rs.functional import noising
+from cat_rs.schedule import NoiseSchedule
 
 NAME = "noising"
 COPIES = 2

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import cat_rs
 import torch
 from torch.nn import functional as F
 
+import cat_rs
 from benchmarks import harness, models
 from benchmarks.harness import OURS, Case, Contender
 

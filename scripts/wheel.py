@@ -47,11 +47,13 @@ def prepare_sources(folder: Path, torch: str) -> None:
     """A copy of the sources whose pins and Cargo.lock are those of `torch`; the work tree stays as it is."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    # New times of change: by the old ones Cargo would miss what was edited while the last build ran.
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
     for name in SOURCES + DOCUMENTS:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore, copy_function=shutil.copy)
         else:
-            shutil.copy2(ROOT / name, folder / name)
+            shutil.copy(ROOT / name, folder / name)
     replace(folder / "pyproject.toml", r"torch==\d+\.\d+\.\*", f"torch=={torch}.*")
     # A local version: wheels for several PyTorch minors can lie side by side.
     replace(folder / "Cargo.toml", r'(?m)^(version = "[^"+]+)"$', rf'\1+torch{torch}"')

@@ -190,7 +190,7 @@ class PlainRecipe:
             cat = self._mse(student, base, weight, mask)
         loss = diffusion + self.cat_factor * cat
         (loss / self.accumulate).backward()
-        metrics = {"loss": float(loss), "diffusion": float(diffusion), "cat": float(cat)}
+        metrics = {"loss": loss.item(), "diffusion": diffusion.item(), "cat": cat.item()}
         self.calls += 1
         if self.calls % self.accumulate == 0:
             metrics["grad_norm"] = self._update()

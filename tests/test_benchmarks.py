@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from benchmarks import harness
 from benchmarks.__main__ import SCRIPTS
 from benchmarks.harness import Case, Contender
@@ -87,9 +86,7 @@ def test_a_smoke_run_claims_no_bar() -> None:
 def test_a_wrong_result_is_not_timed(wrong: float) -> None:
     reference = torch.ones(4, dtype=torch.float64)
     harness.check_close("op", torch.ones(4), reference, 1e-5)
-    with pytest.raises(
-        harness.BenchmarkError, match=r"op: differs .* in 1 of 4 elements; worst at 2: expected 1,"
-    ):
+    with pytest.raises(harness.BenchmarkError, match=r"op: differs .* in 1 of 4 elements; worst at 2: expected 1,"):
         harness.check_close("op", torch.tensor([1, 1, wrong, 1]), reference, 1e-5)
     with pytest.raises(harness.BenchmarkError, match=r"expected shape \[4\], got \[3\]"):
         harness.check_close("op", torch.ones(3), reference, 1e-5)

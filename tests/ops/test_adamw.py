@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from cat_rs import FlatAdamW
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError
-
 from tests.tolerances import assert_close, max_abs
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -52,7 +52,9 @@ def add_gradients(params: Params, grads: list[torch.Tensor]) -> None:
 class TorchAdamW:
     """clip_grad_norm_ and torch.optim.AdamW over float32 copies of parameters in lower precision."""
 
-    def __init__(self, params: Params, max_grad_norm: float | None = None, groups: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, params: Params, max_grad_norm: float | None = None, groups: Any = None, **settings: Any
+    ) -> None:
         self.params, self.max_grad_norm = params, max_grad_norm
         self.masters = [
             param if param.dtype in (F32, F64) else torch.nn.Parameter(param.detach().float()) for param in params
@@ -119,11 +121,13 @@ def test_mixed_dtypes_in_a_group() -> None:
 
     ours, theirs = params(), params()
     optimizer, twin = FlatAdamW(ours, max_grad_norm=1.0, **SETTINGS), TorchAdamW(theirs, 1.0, **SETTINGS)
-    for step, grads in enumerate(gradients(ours, 10)):
+    for grads in gradients(ours, 10):
         add_gradients(ours, grads)
         optimizer.step()
         twin.step(grads)
-        assert_params_close(ours, theirs, step)
+        # clip_grad_norm_ takes the joint norm in float32.
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b, dtype=F32 if a.dtype == F64 else a.dtype, factor=8, scale=max_abs(b))
 
 
 def test_a_group_added_later() -> None:
@@ -414,7 +418,7 @@ def test_optimizing_a_real_loss_converges() -> None:
     for _ in range(300):
         (weight - goal).square().sum().backward()
         optimizer.step()
-    assert float((weight - goal).abs().max()) < 1e-2
+    assert max_abs(weight - goal) < 1e-2
 
 
 @pytest.mark.parametrize(
@@ -451,7 +455,9 @@ def test_a_bad_setting_of_a_group_is_named(name: str) -> None:
     ("param", "error", "text"),
     [
         pytest.param(torch.zeros(3, dtype=torch.int64), DtypeError, "a float dtype, got torch.int64", id="int"),
-        pytest.param(torch.zeros(3, dtype=torch.complex64), DtypeError, "a float dtype, got torch.complex64", id="complex"),
+        pytest.param(
+            torch.zeros(3, dtype=torch.complex64), DtypeError, "a float dtype, got torch.complex64", id="complex"
+        ),
         pytest.param(torch.zeros(3, device="meta"), DeviceError, "on the CPU, got a parameter on meta", id="meta"),
     ],
 )

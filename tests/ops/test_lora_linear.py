@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import cat_rs
 import pytest
 import torch
-from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 
+import cat_rs
+from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from tests import references
 from tests.tolerances import assert_close, max_abs
 
@@ -116,7 +116,10 @@ def test_strided_input_and_gradient(dtype: torch.dtype) -> None:
     x = torch.randn(13, 6, 8, dtype=dtype)
     for view in (x.permute(2, 1, 0)[::2], x.permute(2, 1, 0)[4:]):
         case["x"] = view.detach().requires_grad_()
-        for upstream in (torch.randn(7, 6, 4, dtype=dtype).permute(2, 1, 0), torch.ones((), dtype=dtype).expand(4, 6, 7)):
+        for upstream in (
+            torch.randn(7, 6, 4, dtype=dtype).permute(2, 1, 0),
+            torch.ones((), dtype=dtype).expand(4, 6, 7),
+        ):
             case["lora_A"].grad = case["lora_B"].grad = case["x"].grad = None
             check_against_reference(case, upstream)
 
@@ -222,5 +225,5 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
 
 @pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B"])
 def test_what_is_not_a_tensor_is_a_type_error(name: str) -> None:
-    with pytest.raises(TypeError, match="torch.Tensor, got"):
+    with pytest.raises(TypeError, match=r"torch.Tensor, got"):
         cat_rs.lora_linear(**{**make_case(), name: [1.0]})

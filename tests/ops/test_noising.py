@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from cat_rs.functional import noising, snr_weights
 from cat_rs.schedule import NoiseSchedule
-
 from tests import references
 from tests.tolerances import assert_close
 
@@ -176,7 +176,9 @@ def test_snr_weights_at_the_ends_of_a_schedule(prediction_type: str) -> None:
     [
         pytest.param({"gamma": 0.0}, InvalidValueError, "`gamma` must be > 0, got 0.0", id="gamma-zero"),
         pytest.param({"gamma": float("nan")}, InvalidValueError, "`gamma` must be > 0, got nan", id="gamma-nan"),
-        pytest.param({"prediction_type": "flow"}, InvalidValueError, "'epsilon' or 'v_prediction', got 'flow'", id="flow"),
+        pytest.param(
+            {"prediction_type": "flow"}, InvalidValueError, "'epsilon' or 'v_prediction', got 'flow'", id="flow"
+        ),
         pytest.param({"timesteps": torch.tensor(3)}, ShapeError, r"`timesteps` must have shape \[B\]", id="scalar"),
     ],
 )

@@ -28,7 +28,7 @@ class Settings(SamplingSettings):
 
     prompts: str = option(
         group=_PROMPTS,
-        help="file of prompts with the trigger, one a line; or JSON with the lists trigger and no_trigger",
+        help="file of prompts with the trigger, one a line; or JSON with trigger_prompts and, say, class_prompts",
         metavar="FILE",
     )
     trigger: tuple[str, ...] = option((), group=_PROMPTS, help="trigger words, if the file lacks them", metavar="WORD")

@@ -1,0 +1,87 @@
+# `make help` lists the commands.
+PYTHON ?= python3
+TORCH ?= 2.13
+VENV ?= .venv
+ARGS ?=
+
+python := $(VENV)/bin/python
+# Runs a command with this environment's PyTorch as the one that Cargo builds against.
+with_torch := $(python) scripts/torch_env.py
+rust_sources := $(shell find src -type f) Cargo.toml Cargo.lock build.rs .cargo/config.toml
+
+.PHONY: help build test test-rust test-python lint format demo bench wheel test-wheel clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make build        set up $(VENV): PyTorch, cat-rs built in place, everything to train and to develop"
+	@echo "make demo         personalize the bundled model without and with CAT, compare; writes demo/"
+	@echo "make test         build, then the Rust and the Python tests"
+	@echo "make lint         formatting, clippy, ruff, mypy, and the stub file against the module"
+	@echo "make format       format Rust and Python sources"
+	@echo "make bench        the benchmarks of README, on an idle machine"
+	@echo "make wheel        a wheel in dist/ for one PyTorch and one Python: TORCH=$(TORCH) PYTHON=$(PYTHON)"
+	@echo "make test-wheel   the same, then the Python tests with that wheel installed"
+	@echo "make clean        remove what was built; make distclean: the environments too"
+	@echo
+	@echo "PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment, ARGS=... are passed to demo, bench,"
+	@echo "test-rust and test-python. \`make test-python ARGS='-k cat_loss'\` runs some of the tests."
+
+build: $(VENV)/.built
+
+$(VENV)/.environment: pyproject.toml
+	@sh scripts/check_tools.sh $(PYTHON)
+	test -x $(python) || $(PYTHON) -m venv $(VENV)
+	$(python) -m pip install "torch==2.13.*" "maturin>=1.9,<2" setuptools
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.environment $(rust_sources)
+	@sh scripts/check_tools.sh $(python)
+	$(with_torch) maturin develop --release --extras train,dev
+	@touch $@
+
+test: build
+	$(with_torch) cargo test --no-default-features
+	$(python) -m pytest
+
+test-rust: build
+	$(with_torch) cargo test --no-default-features $(ARGS)
+
+test-python: build
+	$(python) -m pytest $(ARGS)
+
+# The first clippy run sees the tests, the second the Python module: with it, test programs do not link.
+lint: build
+	cargo fmt --check
+	$(with_torch) cargo clippy --no-default-features --all-targets -- -D warnings
+	$(with_torch) cargo clippy --release -- -D warnings
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	$(python) -m mypy.stubtest cat_rs._core
+
+format:
+	cargo fmt
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+demo: build
+	$(VENV)/bin/cat-rs demo $(ARGS)
+
+bench: build
+	$(python) -m benchmarks $(ARGS)
+
+wheel:
+	@sh scripts/check_tools.sh $(PYTHON)
+	$(PYTHON) scripts/wheel.py $(TORCH)
+
+test-wheel:
+	@sh scripts/check_tools.sh $(PYTHON)
+	$(PYTHON) scripts/wheel.py $(TORCH) --test
+
+clean:
+	rm -rf target dist demo build/*/source build/*/target build/*/wheel python/cat_rs/_core.*.so $(VENV)/.built
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find python tests scripts benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf build $(VENV)

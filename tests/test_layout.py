@@ -1,0 +1,156 @@
+"""Imports go one way: what each part of the crate and of the package may use."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cat_rs
+
+ROOT = Path(__file__).parent.parent
+CRATE = ROOT / "src"
+PACKAGE = Path(cat_rs.__file__).parent
+HEAVY = ("peft", "diffusers", "transformers", "accelerate", "matplotlib", "tensorboard", "PIL", "yaml", "safetensors")
+
+
+def rust_files(folder: Path = CRATE) -> list[Path]:
+    files = sorted(folder.rglob("*.rs"))
+    assert files, f"no Rust files under {folder}"
+    return files
+
+
+def code_of(file: Path) -> str:
+    """A Rust file without comments and without its tests."""
+    text = file.read_text().split("#[cfg(test)]")[0]
+    return re.sub(r"//.*", "", text)
+
+
+def imports(file: Path, *, at_import: bool = False) -> Iterator[str]:
+    """Modules that a Python file imports, those under TYPE_CHECKING aside; ``at_import`` leaves functions out."""
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                yield child.module or ""
+                yield from (f"{child.module}.{alias.name}" for alias in child.names)
+            elif (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)) or (
+                at_import and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+            ):
+                continue
+            else:
+                yield from visit(child)
+
+    yield from visit(ast.parse(file.read_text()))
+
+
+def python_files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def test_only_the_binding_knows_python() -> None:
+    for file in rust_files():
+        if file.relative_to(CRATE).parts[0] != "python":
+            assert not re.search(r"\b(pyo3|pyo3_tch|numpy|PyErr|PyResult)\b", code_of(file)), file
+
+
+def test_cpu_kernels_see_slices_only() -> None:
+    for file in [*CRATE.glob("ops/*/cpu.rs"), *rust_files(CRATE / "cpu")]:
+        assert not re.search(r"\b(tch|torch_sys|Tensor)\b", code_of(file)), file
+
+
+def test_rust_imports_go_one_way() -> None:
+    # python -> step -> ops -> tensor, cpu, error
+    may_use = {
+        "error.rs": {"error"},
+        "cpu": {"cpu", "error"},
+        "tensor.rs": {"tensor", "cpu", "error"},
+        "ops": {"ops", "tensor", "cpu", "error"},
+        "step.rs": {"ops", "tensor", "error"},
+    }
+    for file in rust_files():
+        part = file.relative_to(CRATE).parts[0]
+        if part in may_use:
+            used = set(re.findall(r"\bcrate::(\w+)", code_of(file)))
+            # `crate::Result` and the like would be an item of lib.rs.
+            assert used <= may_use[part], f"{file} uses {used - may_use[part]}"
+
+
+def test_an_operation_does_not_use_another() -> None:
+    for file in CRATE.glob("ops/*/*.rs"):
+        others = {folder.name for folder in (CRATE / "ops").iterdir() if folder.is_dir()} - {file.parent.name}
+        used = set(re.findall(r"\b(?:super|ops)::(\w+)", code_of(file)))
+        assert not used & others, f"{file} uses {used & others}"
+
+
+def test_tchs_panicking_names_are_not_used() -> None:
+    panicking = r"\.(matmul|mm|to_kind|contiguous|narrow|expand|reshape|view|kind|detach|addmm_|linear|tr|to_device)\("
+    for file in rust_files():
+        assert not re.search(panicking, code_of(file)), file
+
+
+def test_only_native_imports_the_extension() -> None:
+    for file in python_files():
+        if name_of(file) != "_native.py":
+            wanted = [module for module in imports(file) if module in ("cat_rs._core", "_core")]
+            assert not wanted, file
+
+
+def test_python_imports_go_one_way() -> None:
+    below = {"errors", "_native", "_core", "functional"}
+    may_use = {
+        "errors.py": set(),
+        "_native.py": {"_core"},
+        "functional.py": {"errors", "_native"},
+        "schedule.py": below,
+        "optim.py": below,
+        "kps.py": below,
+        "peft.py": below,
+        "prompts.py": below,
+        "step.py": below | {"schedule", "optim", "peft"},
+    }
+    for name, allowed in may_use.items():
+        used = set()
+        for module in imports(PACKAGE / name):
+            parts = module.split(".")
+            if parts[0] == "cat_rs" and len(parts) > 1:
+                used.add(parts[1])
+        assert used <= allowed, f"{name} uses {used - allowed}"
+
+
+def test_the_library_does_not_use_the_command_line() -> None:
+    upper = ("cat_rs.cli", "cat_rs.commands")
+    for file in python_files():
+        if not name_of(file).startswith(("cli", "commands", "__main__")):
+            assert not [module for module in imports(file) if module.startswith(upper)], file
+
+
+def test_only_peft_py_imports_peft_at_import() -> None:
+    for file in python_files():
+        if name_of(file) != "peft.py":
+            wanted = [module for module in imports(file, at_import=True) if module.split(".")[0] == "peft"]
+            assert not wanted, file
+
+
+def test_importing_needs_only_pytorch_and_numpy() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r})\n"
+        "import torch, cat_rs\n"
+        "from cat_rs.errors import CatRsError\n"
+        "cat_rs.CatStep, cat_rs.FlatAdamW, cat_rs.kps, cat_rs.remove_trigger\n"
+        "a = torch.ones(2, 3)\n"
+        "assert cat_rs.cat_loss(a, a, a, a) == 0\n"
+        "print(*sorted(sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not {module.split(".")[0] for module in done.stdout.split()} & set(HEAVY)
