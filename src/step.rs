@@ -4,6 +4,7 @@ use tch::{Device, Tensor};
 
 use crate::error::{CatError, Result, TorchContext};
 use crate::ops::cat_loss::{cat_loss_into, CatLoss, Pair, Values};
+use crate::tensor::check_float;
 
 const OP: &str = "CatStep";
 
@@ -29,6 +30,7 @@ pub struct StudentLoss {
 impl StudentLoss {
     /// The loss and dL/dstudent, both halves written in place into one tensor.
     pub fn evaluate(&self) -> Result<(Values, Tensor)> {
+        let kind = check_float(OP, "student", &self.student)?;
         let rows = *self.student.size().first().unwrap_or(&0);
         let halves = if self.base.is_some() { 2 } else { 1 };
         if rows == 0 || rows % halves != 0 {
@@ -36,7 +38,6 @@ impl StudentLoss {
             return Err(CatError::shape(OP, "student", expected, &self.student.size()));
         }
         let batch = rows / halves;
-        let kind = self.student.f_kind().during(OP)?;
         let grad = Tensor::f_empty(self.student.size(), (kind, Device::Cpu)).during(OP)?;
         let half = |tensor: &Tensor, index| tensor.f_narrow(0, index * batch, batch).during(OP);
 

@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use half::{bf16, f16};
 use tch::{Kind, Tensor};
 use torch_sys::c_generated::atg_is_neg;
-use torch_sys::{at_data_ptr, at_device, get_and_reset_last_err};
+use torch_sys::{at_data_ptr, at_device, at_dim, at_shape, at_stride, get_and_reset_last_err};
 
 use crate::cpu::{Elements, ElementsMut};
 use crate::error::{CatError, Result, TorchContext};
@@ -51,14 +51,30 @@ fn device_index(op: &'static str, tensor: &Tensor) -> Result<i32> {
     Ok(index)
 }
 
-/// Checks that `tensor` is a dense CPU tensor.
+/// Whether libtorch tells the tensor's sizes and strides: compressed sparse and nested tensors have none.
+fn has_strides(tensor: &Tensor) -> bool {
+    let pointer = tensor.as_ptr().cast_mut();
+    // SAFETY: the pointer is a live tensor, and the buffers hold one number a dimension.
+    unsafe {
+        let mut numbers = vec![0i64; at_dim(pointer)];
+        if take_torch_error("").is_err() {
+            return false;
+        }
+        at_shape(pointer, numbers.as_mut_ptr());
+        let sized = take_torch_error("").is_ok();
+        at_stride(pointer, numbers.as_mut_ptr());
+        take_torch_error("").is_ok() && sized
+    }
+}
+
+/// Checks that `tensor` is a dense CPU tensor; nothing else may be asked of a tensor before.
 pub fn check_dense_cpu(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
     let index = device_index(op, tensor)?;
     if index != CPU {
         let got = if index >= 0 { format!("cuda:{index}") } else { "another device".into() };
         return Err(CatError::Device { op, argument, expected: "the CPU", got });
     }
-    if tensor.is_sparse() || tensor.is_mkldnn() {
+    if tensor.is_sparse() || tensor.is_mkldnn() || !has_strides(tensor) {
         return Err(CatError::Layout {
             op,
             argument,

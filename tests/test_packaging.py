@@ -17,7 +17,8 @@ def read(name: str) -> str:
 @pytest.fixture(scope="module")
 def torch_env() -> ModuleType:
     spec = importlib.util.spec_from_file_location("torch_env", ROOT / "scripts" / "torch_env.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -26,7 +27,8 @@ def torch_env() -> ModuleType:
 def test_one_default_pytorch(torch_env: ModuleType) -> None:
     text = read("pyproject.toml") + read("Makefile")
     pins = re.findall(r"torch==(\d+\.\d+)\.\*", text) + re.findall(r"(?m)^TORCH \?= (\S+)$", text)
-    assert len(pins) == 4 and len(set(pins)) == 1
+    assert len(pins) == 4
+    assert len(set(pins)) == 1
     assert torch_env.TCH_FOR_TORCH[pins[0]] == torch_env.locked_tch(read("Cargo.lock"))
 
 

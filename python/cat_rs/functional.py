@@ -8,9 +8,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cat_rs._native import _core
-from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.errors import DtypeError, InvalidValueError, ShapeError
 
 __all__ = ["CatLossParts", "cat_loss", "lora_linear", "noising", "snr_weights"]
+
+
+def _check_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise DtypeError(f"{op}: `{argument}` must be a torch.Tensor, got {type(value).__name__}")
 
 
 class CatLossParts(NamedTuple):
@@ -132,6 +137,8 @@ def cat_loss(
     Raises:
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
+    _check_tensor("cat_loss", "model_pred", model_pred)
+    _check_tensor("cat_loss", "model_pred_no_trigger", model_pred_no_trigger)
     parts: list[float] = []
     total = CatLossFunction.apply(
         model_pred,
@@ -246,6 +253,9 @@ def lora_linear(
     Raises:
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
+    _check_tensor("lora_linear", "weight", weight)
+    if bias is not None:
+        _check_tensor("lora_linear", "bias", bias)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         name = "weight" if weight.requires_grad else "bias"
         raise InvalidValueError(

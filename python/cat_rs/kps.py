@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cat_rs._native import _core
-from cat_rs.errors import InvalidValueError
+from cat_rs.errors import DtypeError, InvalidValueError
 
 __all__ = ["KpsResult", "bootstrap_interval", "cross_similarity", "harmonic_mean", "kps", "similarity"]
 
@@ -18,7 +18,10 @@ Array = TypeVar("Array", torch.Tensor, np.ndarray)
 Interval = tuple[float, float]
 
 
-def _tensor(array: torch.Tensor | np.ndarray) -> torch.Tensor:
+def _tensor(argument: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
+    if not isinstance(array, torch.Tensor | np.ndarray):
+        got = type(array).__name__
+        raise DtypeError(f"similarity: `{argument}` must be a torch.Tensor or a numpy.ndarray, got {got}")
     if isinstance(array, np.ndarray):
         # torch can only view writable memory with positive strides.
         dense = np.ascontiguousarray(array)
@@ -52,7 +55,7 @@ def similarity(a: Array, b: Array) -> Array:
         ShapeError, DtypeError, DeviceError: Naming the argument, what was expected and what came.
         InvalidValueError: A row is zero or not finite; the message names it.
     """
-    return _like(_core.paired_similarity(_tensor(a), _tensor(b)), a, b)
+    return _like(_core.paired_similarity(_tensor("a", a), _tensor("b", b)), a, b)
 
 
 def cross_similarity(a: Array, b: Array, reduce: str = "mean") -> Array:
@@ -69,7 +72,7 @@ def cross_similarity(a: Array, b: Array, reduce: str = "mean") -> Array:
     Raises:
         As :func:`similarity`.
     """
-    return _like(_core.cross_similarity(_tensor(a), _tensor(b), reduce), a, b)
+    return _like(_core.cross_similarity(_tensor("a", a), _tensor("b", b), reduce), a, b)
 
 
 def harmonic_mean(values: Any) -> float:
@@ -115,13 +118,13 @@ def _bootstrap(groups: Sequence[np.ndarray], statistic: str, confidence: float, 
         raise InvalidValueError(
             f"bootstrap_interval: `statistic` must be 'mean' or 'harmonic_mean', got {statistic!r}"
         )
-    if seed < 0:
-        raise InvalidValueError(f"bootstrap_interval: `seed` must be >= 0, got {seed}")
+    if not 0 <= seed < 2**64:
+        raise InvalidValueError(f"bootstrap_interval: `seed` must be in 0..2**64 - 1, got {seed}")
     return _core.bootstrap_interval(
         list(groups),
         harmonic=statistic == "harmonic_mean",
         confidence=confidence,
-        resamples=max(resamples, 0),
+        resamples=resamples,
         seed=seed,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cat_rs._native import _core
-from cat_rs.errors import DeviceError, DtypeError, InvalidValueError
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 
 __all__ = ["FlatAdamW"]
 
@@ -27,8 +27,34 @@ class _Flat:
     exp_avg_sq: torch.Tensor
     low_precision: torch.Tensor | None
     step: torch.Tensor
+    addresses: list[int]
+    # Versions of the parameters at the last step: whoever wrote to one since raised it.
+    versions: list[int]
     # The version of `grad` when the kernel last zeroed it: autograd's additions raise it.
     zeroed_version: int = -1
+
+    def check_in_place(self) -> None:
+        """Refuses parameters that were moved out of the flat buffer, by ``model.to`` for example."""
+        for param, address in zip(self.params, self.addresses, strict=True):
+            if param.data_ptr() != address:
+                raise InvalidValueError(
+                    "FlatAdamW: `params` must stay where the optimizer put them, got a parameter whose memory was "
+                    "replaced: move or convert the model before creating the optimizer"
+                )
+
+    def refresh_master(self) -> None:
+        """Takes over what somebody wrote to the low-precision parameters since the last step."""
+        if self.low_precision is None:
+            return
+        masters = _views(self.master, self.params)
+        for param, version, master in zip(self.params, self.versions, masters, strict=True):
+            if param._version != version:
+                master.copy_(param)
+        self.note_versions()
+
+    def note_versions(self) -> None:
+        """Remembers the parameters' versions."""
+        self.versions = [param._version for param in self.params]
 
     def attach_grads(self) -> None:
         """Makes every .grad a view again where somebody replaced it; None counts as zero."""
@@ -53,6 +79,8 @@ def _flatten(params: list[torch.nn.Parameter]) -> _Flat:
         view.copy_(param.detach())
     low_precision = None if dtype == master.dtype else master.to(dtype)
     grad = torch.zeros(size, dtype=dtype)
+    for param, view in zip(params, _views(master if low_precision is None else low_precision, params), strict=True):
+        param.data = view
     flat = _Flat(
         params=params,
         grads=_views(grad, params),
@@ -62,11 +90,25 @@ def _flatten(params: list[torch.nn.Parameter]) -> _Flat:
         exp_avg_sq=torch.zeros_like(master),
         low_precision=low_precision,
         step=torch.zeros((), dtype=torch.float32),
+        addresses=[param.data_ptr() for param in params],
+        versions=[param._version for param in params],
     )
-    for param, view in zip(params, _views(master if low_precision is None else low_precision, params), strict=True):
-        param.data = view
     flat.attach_grads()
     return flat
+
+
+def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    for key in ("exp_avg", "exp_avg_sq", "master"):
+        if key in state and state[key].shape != param.shape:
+            expected, got = list(param.shape), list(state[key].shape)
+            raise ShapeError(f"FlatAdamW: `state_dict` must have {key} of shape {expected}, got {got}")
+
+
+def _check_param(param: torch.nn.Parameter) -> None:
+    if not param.is_floating_point():
+        raise DtypeError(f"FlatAdamW: `params` must have a float dtype, got {param.dtype}")
+    if param.device.type != "cpu":
+        raise DeviceError(f"FlatAdamW: `params` must be on the CPU, got a parameter on {param.device}")
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -124,12 +166,14 @@ class FlatAdamW(torch.optim.Optimizer):
         """Adds a group and moves its parameters into flat buffers."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            for param in group["params"]:
+                _check_param(param)
+        except Exception:
+            del self.param_groups[-1]
+            raise
         by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
         for param in group["params"]:
-            if not param.is_floating_point():
-                raise DtypeError(f"FlatAdamW: `params` must have a float dtype, got {param.dtype}")
-            if param.device.type != "cpu":
-                raise DeviceError(f"FlatAdamW: `params` must be on the CPU, got a parameter on {param.device}")
             by_dtype.setdefault(param.dtype, []).append(param)
         for params in by_dtype.values():
             flat = _flatten(params)
@@ -161,6 +205,8 @@ class FlatAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for _, flat in self._flats:
+            flat.check_in_place()
+            flat.refresh_master()
             flat.attach_grads()
         self.grad_norm = math.hypot(*(_core.grad_norm(flat.grad) for _, flat in self._flats))
         if not math.isfinite(self.grad_norm):
@@ -172,7 +218,6 @@ class FlatAdamW(torch.optim.Optimizer):
         limit = self.max_grad_norm
         grad_scale = 1.0 if limit is None else min(1.0, limit / (self.grad_norm + 1e-6))
         for group, flat in self._flats:
-            flat.step += 1
             beta1, beta2 = group["betas"]
             _core.adamw_step(
                 flat.master,
@@ -186,10 +231,12 @@ class FlatAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 grad_scale=grad_scale,
-                step=int(flat.step),
+                step=int(flat.step) + 1,
             )
+            flat.step += 1
             # The kernel writes behind autograd's back: a graph that saved the old weights must notice.
             torch.autograd.graph.increment_version(flat.params)
+            flat.note_versions()
             flat.zeroed_version = flat.grad._version
         return loss
 
@@ -204,6 +251,14 @@ class FlatAdamW(torch.optim.Optimizer):
             flat.grad.zero_()
             flat.zeroed_version = flat.grad._version
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the layout of ``torch.optim.AdamW``; the moments are views, as in every torch optimizer."""
+        state_dict = super().state_dict()
+        # The parameters of a flat buffer share one count here; torch would raise a shared one once for each.
+        for state in state_dict["state"].values():
+            state["step"] = state["step"].clone()
+        return state_dict
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of FlatAdamW or torch.optim.AdamW into the flat buffers, without rounding the moments."""
@@ -217,22 +272,29 @@ class FlatAdamW(torch.optim.Optimizer):
             )
         saved: dict[torch.nn.Parameter, dict[str, Any]] = {}
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            group.update({key: value for key, value in saved_group.items() if key != "params"})
+            for name in ("amsgrad", "maximize"):
+                if saved_group.get(name):
+                    raise InvalidValueError(f"FlatAdamW: `state_dict` must have {name}=False, got True")
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 saved[param] = state_dict["state"].get(key, {})
+                _check_state(param, saved[param])
         for _, flat in self._flats:
             self._load_flat(flat, [saved[param] for param in flat.params])
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved_group.items() if key in self.defaults})
 
     def _load_flat(self, flat: _Flat, states: list[dict[str, Any]]) -> None:
         steps = {float(state.get("step", 0.0)) for state in states}
         if len(steps) > 1:
             raise InvalidValueError(f"FlatAdamW: `state_dict` must have one step count a group, got {sorted(steps)}")
         flat.step.fill_(steps.pop())
-        for key, buffer in (("exp_avg", flat.exp_avg), ("exp_avg_sq", flat.exp_avg_sq), ("master", flat.master)):
+        for key, buffer in (("exp_avg", flat.exp_avg), ("exp_avg_sq", flat.exp_avg_sq)):
             for view, state in zip(_views(buffer, flat.params), states, strict=True):
-                if key in state:
-                    view.copy_(state[key])
-                elif key != "master":
-                    view.zero_()
+                view.copy_(state[key]) if key in state else view.zero_()
         if flat.low_precision is not None:
-            flat.low_precision.copy_(flat.master)
+            # A state of torch.optim.AdamW has no master copy: the parameters as they are become it.
+            masters = zip(_views(flat.master, flat.params), flat.params, states, strict=True)
+            for master, param, state in masters:
+                master.copy_(state.get("master", param))
+                param.copy_(master)
+            flat.note_versions()

@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from cat_rs.errors import AdapterError
 from cat_rs.functional import lora_linear
 
 __all__ = ["PatchReport", "adapter_disabled", "has_adapter", "patch_peft", "unpatch_peft"]
+
+
+# Layers with an adapter, and whole modules that are trained as a copy (modules_to_save).
+ADAPTER_MODULES = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
 class PatchReport(NamedTuple):
@@ -34,8 +39,10 @@ class _Switch:
     """Shared by all fused layers of a model: turning the adapter off touches this one flag."""
 
     enabled: bool = True
-    # Adapter layers without a fused forward; these have PEFT's own flag set one by one.
-    kept: list[BaseTunerLayer] = field(default_factory=list)
+    # Adapter modules without a fused forward; these have PEFT's own flag set one by one.
+    kept: list[Any] = field(default_factory=list)
+    # The adapters the model had when it was patched: another one may have brought layers.
+    adapters: frozenset[str] = frozenset()
 
 
 class FusedLinear(PeftLinear):
@@ -67,27 +74,32 @@ class FusedLinear(PeftLinear):
         """Whether the layer's state is one that the fused kernel computes: else PEFT's own forward runs."""
         if adapter not in self.lora_A or adapter in self.lora_variant or self._disable_adapters or self.merged:
             return False
-        weight, lora_A = self.base_layer.weight, self.lora_A[adapter].weight
+        weight, bias, lora_A = self.base_layer.weight, self.base_layer.bias, self.lora_A[adapter].weight
         dropout = self.lora_dropout[adapter]
         return (
             x.device.type == "cpu"
             and x.dtype == weight.dtype == lora_A.dtype
             and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
             and self.lora_B[adapter].bias is None
             and (not dropout.training or isinstance(dropout, torch.nn.Identity))
             and not torch.is_autocast_enabled("cpu")
         )
 
 
-def _adapter_layers(model: torch.nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+def _adapter_modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, ADAPTER_MODULES):
             yield name, module
+
+
+def _adapter_names(model: torch.nn.Module) -> frozenset[str]:
+    return frozenset(getattr(model, "peft_config", ()))
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
     """Whether the model has PEFT adapter layers."""
-    return any(True for _ in _adapter_layers(model))
+    return any(True for _ in _adapter_modules(model))
 
 
 def patch_peft(model: torch.nn.Module) -> PatchReport:
@@ -107,7 +119,7 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     Raises:
         AdapterError: The model has no adapter layers.
     """
-    layers = dict(_adapter_layers(model))
+    layers = dict(_adapter_modules(model))
     if not layers:
         raise AdapterError(
             "patch_peft: `model` must have PEFT adapter layers (model.add_adapter(LoraConfig(...))), got none"
@@ -115,12 +127,13 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     switch = next((layer._cat_rs_switch for layer in layers.values() if isinstance(layer, FusedLinear)), _Switch())
     report = PatchReport([], {})
     switch.kept.clear()
+    switch.adapters = _adapter_names(model)
     for name, layer in layers.items():
-        base = layer.get_base_layer()
-        if type(layer) not in (PeftLinear, FusedLinear):
+        if not isinstance(layer, PeftLinear) or type(layer) not in (PeftLinear, FusedLinear):
             report.kept[name] = f"{type(layer).__name__} layers are not fused"
-        elif type(base) is not torch.nn.Linear or layer.fan_in_fan_out:
-            report.kept[name] = f"the base layer is a {type(base).__name__}, not a plain torch.nn.Linear"
+        elif type(layer.get_base_layer()) is not torch.nn.Linear or layer.fan_in_fan_out:
+            base = type(layer.get_base_layer()).__name__
+            report.kept[name] = f"the base layer is a {base}, not a plain torch.nn.Linear"
         else:
             layer.__class__ = FusedLinear
             layer._cat_rs_switch = switch
@@ -132,7 +145,7 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
 
 def unpatch_peft(model: torch.nn.Module) -> None:
     """Gives fused layers PEFT's own forward back."""
-    for _, layer in _adapter_layers(model):
+    for _, layer in _adapter_modules(model):
         if isinstance(layer, FusedLinear):
             layer.__class__ = PeftLinear
             del layer._cat_rs_switch
@@ -141,9 +154,12 @@ def unpatch_peft(model: torch.nn.Module) -> None:
 def _find_switch(model: torch.nn.Module) -> _Switch:
     """The model's switch; for a model that is not patched, one that lists all adapter layers."""
     kept = []
-    for _, layer in _adapter_layers(model):
+    for _, layer in _adapter_modules(model):
         if isinstance(layer, FusedLinear):
-            return layer._cat_rs_switch
+            switch = layer._cat_rs_switch
+            if switch.adapters != _adapter_names(model) and hasattr(model, "peft_config"):
+                patch_peft(model)
+            return switch
         kept.append(layer)
     return _Switch(kept=kept)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -63,7 +64,10 @@ def _join(name: str, first: Any, second: Any) -> Any:
                 f"CatStep: `cond_no_trigger{name}` must have cond's keys {sorted(first)}, got {sorted(second)}"
             )
         return {key: _join(f"{name}[{key!r}]", first[key], second[key]) for key in first}
-    if first is not second and first != second:
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        pairs = enumerate(zip(first, second, strict=True))
+        return type(first)([_join(f"{name}[{index}]", *pair) for index, pair in pairs])
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor) or first != second:
         raise InvalidValueError(f"CatStep: `cond_no_trigger{name}` must equal cond's {first!r}, got {second!r}")
     return first
 
@@ -215,9 +219,13 @@ class CatStep:
             timesteps = self._schedule.draw(batch, self.generator)
         signal_rate, noise_rate = self._schedule.rates(timesteps, batch)
         weight = self._schedule.weights(timesteps, self.snr_gamma)
-        if weight is not None and sample_weight is not None:
+        if weight is None:
+            weight = sample_weight
+        elif sample_weight is not None:
+            if sample_weight.shape != (batch,):
+                got = list(sample_weight.shape)
+                raise ShapeError(f"CatStep: `sample_weight` must have shape [{batch}], got {got}")
             weight = weight * sample_weight
-        weight = sample_weight if weight is None else weight
 
         preserve = self._cat_factor > 0
         noisy, target = _core.noising(
@@ -252,7 +260,7 @@ class CatStep:
         """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients, generator."""
         return {
             "parameters": {name: param.detach().clone() for name, param in self.trainable.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "accumulated": self._accumulated,
             "gradients": {name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None}
             if self._accumulated

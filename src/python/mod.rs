@@ -4,6 +4,8 @@
 
 mod convert;
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -12,7 +14,7 @@ use tch::Tensor;
 
 use self::convert::{detached, optional, raise, wrap};
 use crate::cpu::{parallel_available, simd_level};
-use crate::error::Result;
+use crate::error::{CatError, Result};
 use crate::ops;
 use crate::ops::adamw::{AdamW, FlatBuffers};
 use crate::ops::cat_loss::{CatLoss, Pair};
@@ -21,9 +23,11 @@ use crate::ops::noising::PredictionType;
 use crate::ops::similarity::{Reduce, Statistic};
 use crate::step::StudentLoss;
 
-/// Runs `work` without the GIL and raises its error.
+/// Runs `work` without the GIL and raises its error; a panic, which would be a bug, becomes an error too.
 fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
-    py.allow_threads(work).map_err(|error| raise(py, &error))
+    let outcome = py.allow_threads(|| catch_unwind(AssertUnwindSafe(work)));
+    let panicked = |_| Err(CatError::Kernel { op: "cat_rs", message: "a bug: the kernel panicked".into() });
+    outcome.unwrap_or_else(panicked).map_err(|error| raise(py, &error))
 }
 
 /// See `cat_rs.cat_loss`. Returns (total, (diffusion, cat), gradient, gradient).
@@ -219,7 +223,7 @@ fn bootstrap_interval(
     groups: Vec<PyReadonlyArray1<'_, f64>>,
     harmonic: bool,
     confidence: f64,
-    resamples: usize,
+    resamples: i64,
     seed: u64,
 ) -> PyResult<(f64, f64)> {
     let groups = groups.iter().map(|group| Ok(group.as_slice()?)).collect::<PyResult<Vec<&[f64]>>>()?;

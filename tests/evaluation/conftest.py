@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts
 from PIL import Image
+
+from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts
 
 CLIP_SIZE = 24
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from cat_rs.evaluation import EvaluationConfig
 from cat_rs.options import ConfigError
 

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+
 from cat_rs.evaluation import (
     EvaluationConfig,
     EvaluationFileError,
@@ -19,8 +22,6 @@ from cat_rs.evaluation import (
     save_pictures,
 )
 from cat_rs.evaluation.generation import picture_generator
-from PIL import Image
-from safetensors.torch import save_file
 
 PROMPTS = ["a cat", "a red background", "a dog"]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cat_rs.evaluation import EvaluationFileError, EvaluationInputError, KpsEvaluator
 from PIL import Image
+
+from cat_rs.evaluation import EvaluationFileError, EvaluationInputError, KpsEvaluator
 
 from .conftest import noise_picture
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cat_rs.evaluation import EvaluationFileError, EvaluationInputError, load_pictures
 from PIL import Image
+
+from cat_rs.evaluation import EvaluationFileError, EvaluationInputError, load_pictures
 
 from .conftest import noise_picture
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from cat_rs.evaluation import (
     EvaluationConfig,
     EvaluationFileError,
@@ -20,7 +22,6 @@ from cat_rs.evaluation import (
     Scores,
     evaluate,
 )
-from PIL import Image
 
 from .conftest import noise_picture
 

@@ -7,6 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+
 from cat_rs.evaluation.result import Interval
 from cat_rs.evaluation.scores import (
     Embedded,
@@ -17,7 +19,6 @@ from cat_rs.evaluation.scores import (
     score_other_seed,
     score_prompts,
 )
-from numpy.typing import NDArray
 
 from .conftest import noise_picture
 

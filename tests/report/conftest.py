@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+
 from cat_rs.evaluation import (
     EvaluationPictures,
     EvaluationResult,
@@ -15,7 +17,6 @@ from cat_rs.evaluation import (
     PictureGrid,
     Scores,
 )
-from PIL import Image
 
 SEEDS = (0, 1, 2, 3)
 TRIGGER = tuple(f"a sks cat on background {number}" for number in range(3))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
 from cat_rs.evaluation import EvaluationInputError
 from cat_rs.report import contact_sheet, draw_contact_sheet
 from cat_rs.report.fonts import font, wrap
-from numpy.typing import NDArray
-from PIL import Image
 
 from .conftest import NO_TRIGGER, TRIGGER, ResultMaker, colour_of
 

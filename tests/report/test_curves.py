@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from cat_rs.evaluation import EvaluationFileError, EvaluationInputError
 from cat_rs.report import training_curves
 from cat_rs.report.curves import read_metrics, smoothed
-from PIL import Image
 
 PLAIN, CAT = (0xC2, 0x41, 0x0C), (0x1D, 0x4E, 0xD8)
 

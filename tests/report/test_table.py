@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from cat_rs.evaluation import Interval, Scores
 from cat_rs.report import format_table, print_table
 from cat_rs.report.table import MAX_WIDTH, format_interval

@@ -77,10 +77,12 @@ impl CatLoss<'_> {
     /// Checks every argument and returns the dtype to compute in.
     fn check(&self) -> Result<Kind> {
         let mut kinds = Vec::with_capacity(4);
-        let shape = self.diffusion.pred.size();
         for (pair, [pred_name, target_name]) in self.pairs() {
             kinds.push(check_float(OP, pred_name, pair.pred)?);
             kinds.push(check_float(OP, target_name, pair.target)?);
+        }
+        let shape = self.diffusion.pred.size();
+        for (pair, [pred_name, target_name]) in self.pairs() {
             check_shape(OP, pred_name, pair.pred, &shape)?;
             check_shape(OP, target_name, pair.target, &shape)?;
             check_constant(OP, target_name, pair.target)?;

@@ -39,19 +39,6 @@ pub struct Gradients {
 impl Layer {
     fn check(&self, x: &Tensor) -> Result<()> {
         let kind = check_float(OP, "x", x)?;
-        let weight = self.weight.size();
-        let (&[out, inner], Some(&last)) = (weight.as_slice(), x.size().last()) else {
-            return Err(CatError::shape(OP, "weight", "[out, in] and x [..., in]", &weight));
-        };
-        if last != inner {
-            return Err(CatError::shape(OP, "x", format!("[..., {inner}]"), &x.size()));
-        }
-        let rank = *self.lora_a.size().first().unwrap_or(&0);
-        check_shape(OP, "lora_A", &self.lora_a, &[rank, inner])?;
-        check_shape(OP, "lora_B", &self.lora_b, &[out, rank])?;
-        if let Some(bias) = &self.bias {
-            check_shape(OP, "bias", bias, &[out])?;
-        }
         let weights = [
             ("weight", Some(&self.weight)),
             ("bias", self.bias.as_ref()),
@@ -65,6 +52,19 @@ impl Layer {
                 let got = format!("{} beside x of {}", dtype_name(got), dtype_name(kind));
                 return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `x`", got });
             }
+        }
+        let weight = self.weight.size();
+        let &[out, inner] = weight.as_slice() else {
+            return Err(CatError::shape(OP, "weight", "[out, in]", &weight));
+        };
+        if x.size().last() != Some(&inner) {
+            return Err(CatError::shape(OP, "x", format!("[..., {inner}]"), &x.size()));
+        }
+        let rank = *self.lora_a.size().first().unwrap_or(&0);
+        check_shape(OP, "lora_A", &self.lora_a, &[rank, inner])?;
+        check_shape(OP, "lora_B", &self.lora_b, &[out, rank])?;
+        if let Some(bias) = &self.bias {
+            check_shape(OP, "bias", bias, &[out])?;
         }
         if !self.scaling.is_finite() {
             return Err(CatError::value(OP, "scaling", "a finite number", self.scaling));

@@ -114,6 +114,14 @@ fn norms<T: Real>(op: &'static str, threads: usize, rows: Rows) -> Result<Vec<f6
     map_rows::<T>(op, threads, rows, |index| products::<T>(rows, index, rows, index)[0].sqrt())
 }
 
+/// The first row that is zero or not finite, and so has no direction.
+pub fn first_degenerate_row(rows: Rows) -> Option<usize> {
+    (0..rows.count()).find(|&index| {
+        let squared = products::<f64>(rows, index, rows, index)[0];
+        squared == 0.0 || !squared.is_finite()
+    })
+}
+
 /// (1 + cos) / 2 from a.b and |a|^2 |b|^2; rounding can leave [0, 1] by a hair.
 #[inline(always)]
 fn score(product: f64, squared_norms: f64) -> f64 {

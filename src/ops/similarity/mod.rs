@@ -69,15 +69,21 @@ fn check_rows(argument: &'static str, tensor: &Tensor) -> Result<Vec<i64>> {
     Ok(shape)
 }
 
-fn with_rows(a: &Tensor, b: &Tensor, kernel: impl FnOnce(Kind, Rows, Rows) -> Result<Vec<f64>>) -> Result<Tensor> {
+fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result<Vec<f64>>) -> Result<Tensor> {
     let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
     let (a, b) = (contiguous(OP, a)?, contiguous(OP, b)?);
     let rows = |tensor| Ok(Rows { elements: elements(OP, tensor)?, dim: tensor.size()[1] as usize });
     let (a_rows, b_rows) = (rows(&a)?, rows(&b)?);
-    let values = kernel(kind, a_rows, b_rows)?;
-    if let Some(row) = values.iter().position(|value| value.is_nan()) {
-        let got = format!("a zero, infinite or NaN row in the pair of row {row}");
-        return Err(CatError::value(OP, "a and b", "finite with no zero row", got));
+    let mut values = kernel(kind, a_rows, b_rows)?;
+    if values.iter().any(|value| value.is_nan()) {
+        for (argument, rows) in [("a", a_rows), ("b", b_rows)] {
+            if let Some(row) = cpu::first_degenerate_row(rows) {
+                let got = format!("a zero, infinite or NaN row at index {row}");
+                return Err(CatError::value(OP, argument, "finite with no zero row", got));
+            }
+        }
+        // Sound rows whose squares leave the range of f32.
+        values = kernel(Kind::Double, a_rows, b_rows)?;
     }
     Tensor::f_from_slice(&values).during(OP)?.f_to_kind(kind).during(OP)
 }
@@ -114,7 +120,7 @@ pub fn bootstrap_interval(
     groups: &[&[f64]],
     statistic: Statistic,
     confidence: f64,
-    resamples: usize,
+    resamples: i64,
     seed: u64,
 ) -> Result<(f64, f64)> {
     const OP: &str = "bootstrap_interval";
@@ -130,7 +136,7 @@ pub fn bootstrap_interval(
     if resamples < 2 {
         return Err(CatError::value(OP, "resamples", "at least 2", resamples));
     }
-    let sorted = cpu::bootstrap(OP, threads(), groups, statistic, resamples, seed)?;
+    let sorted = cpu::bootstrap(OP, threads(), groups, statistic, resamples as usize, seed)?;
     let tail = (1.0 - confidence) / 2.0;
     Ok((quantile(&sorted, tail), quantile(&sorted, 1.0 - tail)))
 }
