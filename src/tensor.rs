@@ -137,7 +137,7 @@ fn data_pointer(op: &'static str, tensor: &Tensor) -> Result<*mut libc::c_void> 
         return Err(CatError::torch_message(op, "a tensor without storage was passed"));
     }
     let size = tensor.f_kind().during(op)?.elt_size_in_bytes().max(1);
-    if data as usize % size != 0 {
+    if !data.is_null() && !(data as usize).is_multiple_of(size) {
         return Err(CatError::torch_message(op, "a tensor whose memory is not aligned to its dtype was passed"));
     }
     Ok(data)

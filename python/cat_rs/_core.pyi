@@ -6,6 +6,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+__all__ = [
+    "adamw_step",
+    "bootstrap_interval",
+    "build_info",
+    "cat_loss",
+    "cross_similarity",
+    "grad_norm",
+    "harmonic_mean",
+    "lora_linear_backward",
+    "lora_linear_forward",
+    "noising",
+    "paired_similarity",
+    "student_loss",
+]
+
 def cat_loss(
     model_pred: Tensor,
     target: Tensor,

@@ -285,7 +285,7 @@ def test_bootstrap_of_the_mean_takes_negative_values() -> None:
         pytest.param({"confidence": float("nan")}, "`confidence` .* got NaN", id="confidence-nan"),
         pytest.param({"resamples": 1}, "`resamples` must be at least 2, got 1", id="resamples-1"),
         pytest.param({"resamples": -5}, "`resamples` must be at least 2, got -5", id="resamples-negative"),
-        pytest.param({"seed": -1}, "`seed` must be >= 0, got -1", id="seed"),
+        pytest.param({"seed": -1}, r"`seed` must be in 0\.\.2\*\*64 - 1, got -1", id="seed"),
         pytest.param(
             {"statistic": "median"}, "`statistic` must be 'mean' or 'harmonic_mean', got 'median'", id="statistic"
         ),

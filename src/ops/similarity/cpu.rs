@@ -28,12 +28,7 @@ impl Rows<'_> {
 }
 
 /// Runs `row(i)` for every row of `rows` and collects what it returns.
-fn map_rows<T: Real>(
-    op: &'static str,
-    threads: usize,
-    rows: Rows,
-    row: impl Fn(usize) -> f64 + Sync,
-) -> Result<Vec<f64>> {
+fn map_rows(op: &'static str, threads: usize, rows: Rows, row: impl Fn(usize) -> f64 + Sync) -> Result<Vec<f64>> {
     let count = rows.count();
     let per_task = (TASK / rows.dim).max(1);
     let threads = if rows.elements.len() < MIN_PARALLEL { 1 } else { threads };
@@ -55,7 +50,7 @@ fn map_rows<T: Real>(
 
 /// s(a_i, b_i) = (1 + cos) / 2 for every i; NaN where a row is zero or not finite.
 pub fn paired<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -> Result<Vec<f64>> {
-    map_rows::<T>(op, threads, a, |index| {
+    map_rows(op, threads, a, |index| {
         let [aa, bb, ab] = products::<T>(a, index, b, index);
         score(ab, aa * bb)
     })
@@ -74,7 +69,7 @@ pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -
         }
     }
     let mean: Vec<T> = mean.into_iter().map(T::from_f64).collect();
-    map_rows::<T>(op, threads, a, |index| {
+    map_rows(op, threads, a, |index| {
         let mut scratch = [T::ZERO; BLOCK];
         let (mut aa, mut am) = (0.0, 0.0);
         for start in (0..a.dim).step_by(BLOCK) {
@@ -95,7 +90,7 @@ pub fn cross_max<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) ->
     let tiles = b.count().div_ceil(TILE_ROWS);
     (0..tiles).try_fold(best, |best, tile| {
         let rows = tile * TILE_ROWS..b.count().min((tile + 1) * TILE_ROWS);
-        map_rows::<T>(op, threads, a, |index| {
+        map_rows(op, threads, a, |index| {
             rows.clone().fold(best[index], |best, row| {
                 let [_, _, ab] = products::<T>(a, index, b, row);
                 let value = score(ab, (own[index] * norms[row]).powi(2));
@@ -111,7 +106,7 @@ pub fn cross_max<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) ->
 }
 
 fn norms<T: Real>(op: &'static str, threads: usize, rows: Rows) -> Result<Vec<f64>> {
-    map_rows::<T>(op, threads, rows, |index| products::<T>(rows, index, rows, index)[0].sqrt())
+    map_rows(op, threads, rows, |index| products::<T>(rows, index, rows, index)[0].sqrt())
 }
 
 /// The first row that is zero or not finite, and so has no direction.

@@ -78,7 +78,7 @@ fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result
     if values.iter().any(|value| value.is_nan()) {
         for (argument, rows) in [("a", a_rows), ("b", b_rows)] {
             if let Some(row) = cpu::first_degenerate_row(rows) {
-                let got = format!("a zero, infinite or NaN row at index {row}");
+                let got = format!("row {row}, which is zero, infinite or NaN");
                 return Err(CatError::value(OP, argument, "finite with no zero row", got));
             }
         }
