@@ -11,6 +11,8 @@ the stage, over all starts, and sets the learning-rate schedule; a pause counts.
 Several processes of one thread each use busy cores far better than one process of several threads:
 
     torchrun --nproc-per-node 2 examples/emoji_model/train.py unet --minutes 70
+
+`--start-from examples/emoji_model/model/unet` begins with finished weights instead of random ones.
 """
 
 import argparse
@@ -54,6 +56,13 @@ def load_averaged(model: torch.nn.Module, path: Path) -> torch.nn.Module:
     """Loads the averaged weights of a checkpoint into the model and freezes it."""
     model.load_state_dict(torch.load(path, map_location="cpu")["averaged"])
     return model.eval().requires_grad_(False)
+
+
+def initial(model: torch.nn.Module, folder: Path | None) -> torch.nn.Module:
+    """The model, with the weights saved in the folder if one is given."""
+    if folder is not None:
+        model.load_state_dict(type(model).from_pretrained(folder, torch_dtype=torch.float32).state_dict())
+    return model
 
 
 def moving_average(decay: float) -> Callable:
@@ -186,7 +195,7 @@ def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
 def train_clip(args: argparse.Namespace) -> None:
     """Contrastive loss in both directions; pictures with equal captions share the target."""
     tokenizer = build_tokenizer()
-    model = build_clip(tokenizer)
+    model = initial(build_clip(tokenizer), args.start_from)
     batch_size = 128
     sampler = PictureSampler(other_share=0.3, seed=time.time_ns())
     running = {"loss": 0.0}
@@ -207,7 +216,7 @@ def train_clip(args: argparse.Namespace) -> None:
 
 def train_vae(args: argparse.Namespace) -> None:
     """Reconstruction loss L1 + 2 MSE and a small KL term."""
-    model = build_vae().to(memory_format=torch.channels_last)
+    model = initial(build_vae(), args.start_from).to(memory_format=torch.channels_last)
     batch_size = 4
     sampler = PictureSampler(other_share=0.3, seed=time.time_ns(), flip=True)
     running = {"mse": 0.02, "psnr": 0.0, "kl": 0.0}
@@ -275,10 +284,10 @@ def train_unet(args: argparse.Namespace) -> None:
     if dist.is_initialized() and dist.get_rank() == 0:
         dist.barrier()
     embeddings = encode_captions(args.work_dir)
-    model = build_unet()
+    model = initial(build_unet(), args.start_from)
     scheduler = build_scheduler()
     emoji, colours = drawn_emoji(), list(COLOURS)
-    batch_size = 8
+    batch_size = 16
     rng = random.Random(time.time_ns())
     running = {"loss": 1.0}
 
@@ -311,6 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--minutes", type=float, required=True, help="wall time of the stage over all starts")
+    parser.add_argument("--start-from", type=Path, help="folder of saved weights to begin with")
     parser.add_argument("--threads", type=int, default=1, help="threads of each process")
     parser.add_argument("--work-dir", type=Path, default=WORK_DIR)
     args = parser.parse_args()

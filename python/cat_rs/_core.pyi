@@ -12,6 +12,8 @@ __all__ = [
     "build_info",
     "cat_loss",
     "cross_similarity",
+    "frozen_conv2d_backward",
+    "frozen_conv2d_forward",
     "grad_norm",
     "harmonic_mean",
     "lora_linear_backward",
@@ -63,6 +65,22 @@ def lora_linear_backward(
     scaling: float,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+def frozen_conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor: ...
+def frozen_conv2d_backward(
+    grad: Tensor,
+    weight: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor: ...
 def grad_norm(grad: Tensor) -> float: ...
 def adamw_step(
     param: Tensor,
@@ -77,7 +95,7 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     grad_scale: float,
-    step: int,
+    step: Tensor,
 ) -> None: ...
 def paired_similarity(a: Tensor, b: Tensor) -> Tensor: ...
 def cross_similarity(a: Tensor, b: Tensor, reduce: str) -> Tensor: ...

@@ -219,6 +219,10 @@ class FlatAdamW(torch.optim.Optimizer):
         grad_scale = 1.0 if limit is None else min(1.0, limit / (self.grad_norm + 1e-6))
         for group, flat in self._flats:
             beta1, beta2 = group["betas"]
+            # The kernel writes behind autograd's back: a graph that saved the old weights must notice. Counted before
+            # the kernel, which drives all of these small objects out of the caches.
+            torch.autograd.graph.increment_version(flat.params)
+            flat.note_versions()
             _core.adamw_step(
                 flat.master,
                 flat.grad,
@@ -231,12 +235,8 @@ class FlatAdamW(torch.optim.Optimizer):
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 grad_scale=grad_scale,
-                step=int(flat.step) + 1,
+                step=flat.step,
             )
-            flat.step += 1
-            # The kernel writes behind autograd's back: a graph that saved the old weights must notice.
-            torch.autograd.graph.increment_version(flat.params)
-            flat.note_versions()
             flat.zeroed_version = flat.grad._version
         return loss
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cat_rs._native import _core
+from cat_rs.convolution import patch_frozen_convolutions
 from cat_rs.errors import AdapterError, InvalidValueError, ShapeError
 from cat_rs.optim import FlatAdamW
 from cat_rs.schedule import NoiseSchedule
@@ -104,8 +105,9 @@ class CatStep:
     :class:`FlatAdamW` step. Given noise and timesteps, the adapter equals that of the plain recipe (two model calls,
     ``F.mse_loss``, ``clip_grad_norm_``, ``AdamW``) up to float32 rounding.
 
-    The model's PEFT LoRA layers get the fused forward of :func:`cat_rs.patch_peft`, and its trainable parameters
-    become views of a flat buffer; names and state dict stay.
+    The model's PEFT LoRA layers get the fused forward of :func:`cat_rs.patch_peft`, its large frozen convolutions run
+    as matrix products where the picture is small, and its trainable parameters become views of a flat buffer; names
+    and state dict stay.
 
     Args:
         model: A diffusers denoiser with a PEFT adapter (``model.add_adapter(LoraConfig(...))``), on the CPU. What
@@ -169,6 +171,7 @@ class CatStep:
         self._predict = predict or _denoiser_predict(model)
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
         peft.patch_peft(model)
+        patch_frozen_convolutions(model)
         self.optimizer = FlatAdamW(self.trainable.values(), lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
         self._accumulated = 0
 

@@ -6,15 +6,27 @@ mod threads;
 pub use element::{DisjointMut, ElementKind, Elements, ElementsMut, Real};
 pub use threads::{for_each_task, parallel_available};
 
-/// Runs `work` compiled for the widest SIMD of this processor.
+/// Evaluates an expression compiled for the widest SIMD of this processor.
 ///
-/// Only what is inlined into `work` is compiled that way: helpers carry `#[inline(always)]`.
+/// Only what is inlined into it is compiled that way: helpers carry `#[inline(always)]`. A macro, because its closure
+/// must carry it too: without it everything still works, at the speed of the oldest processor.
+macro_rules! vectorized {
+    ($work:expr) => {
+        $crate::cpu::dispatch(
+            #[inline(always)]
+            || $work,
+        )
+    };
+}
+pub(crate) use vectorized;
+
+/// What `vectorized` calls.
 #[inline(always)]
-pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn dispatch<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
 }
 
-/// The SIMD level that [`vectorized`] uses on this processor.
+/// The SIMD level that `vectorized` uses on this processor.
 pub fn simd_level() -> String {
     format!("{:?}", pulp::Arch::new()).split(['(', ' ', '{']).next().unwrap_or_default().to_lowercase()
 }

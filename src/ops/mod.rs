@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod cat_loss;
+pub mod frozen_conv2d;
 pub mod lora_linear;
 pub mod noising;
 pub mod similarity;

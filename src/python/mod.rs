@@ -18,6 +18,7 @@ use crate::error::{CatError, Result};
 use crate::ops;
 use crate::ops::adamw::{AdamW, FlatBuffers};
 use crate::ops::cat_loss::{CatLoss, Pair};
+use crate::ops::frozen_conv2d::Convolution;
 use crate::ops::lora_linear::Layer;
 use crate::ops::noising::PredictionType;
 use crate::ops::similarity::{Reduce, Statistic};
@@ -152,6 +153,40 @@ fn lora_linear_backward(
     Ok((wrapped(gradients.x)?, wrapped(gradients.lora_a)?, wrapped(gradients.lora_b)?))
 }
 
+/// See `cat_rs.convolution`. Strides, paddings and dilations are (height, width).
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn frozen_conv2d_forward(
+    py: Python<'_>,
+    x: PyTensor,
+    weight: PyTensor,
+    bias: Option<PyTensor>,
+    stride: [i64; 2],
+    padding: [i64; 2],
+    dilation: [i64; 2],
+) -> PyResult<PyObject> {
+    let layer = Convolution { weight: weight.0, bias: optional(bias), stride, padding, dilation };
+    let y = released(py, move || layer.forward(&x))?;
+    wrap(py, y)
+}
+
+/// dL/dx of `frozen_conv2d_forward` for an input of `size` (height, width).
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn frozen_conv2d_backward(
+    py: Python<'_>,
+    grad: PyTensor,
+    weight: PyTensor,
+    size: [i64; 2],
+    stride: [i64; 2],
+    padding: [i64; 2],
+    dilation: [i64; 2],
+) -> PyResult<PyObject> {
+    let layer = Convolution { weight: weight.0, bias: None, stride, padding, dilation };
+    let dx = released(py, move || layer.backward(&grad, size))?;
+    wrap(py, dx)
+}
+
 /// The L2 norm of a flat gradient buffer.
 #[pyfunction]
 fn grad_norm(py: Python<'_>, grad: PyTensor) -> PyResult<f64> {
@@ -177,9 +212,9 @@ fn adamw_step(
     eps: f64,
     weight_decay: f64,
     grad_scale: f64,
-    step: i64,
+    mut step: PyTensor,
 ) -> PyResult<()> {
-    let settings = AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step };
+    let settings = AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale };
     let mut low_precision = optional(low_precision);
     released(py, move || {
         let buffers = FlatBuffers {
@@ -188,6 +223,7 @@ fn adamw_step(
             exp_avg: &mut exp_avg.0,
             exp_avg_sq: &mut exp_avg_sq.0,
             low_precision: low_precision.as_mut(),
+            step: &mut step.0,
         };
         ops::adamw::adamw(buffers, settings)
     })
@@ -249,6 +285,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(noising, module)?)?;
     module.add_function(wrap_pyfunction!(lora_linear_forward, module)?)?;
     module.add_function(wrap_pyfunction!(lora_linear_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(frozen_conv2d_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(frozen_conv2d_backward, module)?)?;
     module.add_function(wrap_pyfunction!(grad_norm, module)?)?;
     module.add_function(wrap_pyfunction!(adamw_step, module)?)?;
     module.add_function(wrap_pyfunction!(paired_similarity, module)?)?;

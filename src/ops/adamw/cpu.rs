@@ -50,7 +50,7 @@ pub fn sum_of_squares<T: Real>(op: &'static str, threads: usize, grad: Elements)
     for_each_task(op, limit(threads, grad.len()), tasks, |task| {
         let start = task * TASK;
         let len = TASK.min(grad.len() - start);
-        let sum = vectorized(|| squares::<T>(grad, start, len));
+        let sum = vectorized!(squares::<T>(grad, start, len));
         // SAFETY: every task writes its own slot.
         let slot = unsafe { slots.range(task, 1) };
         slot[0] = sum;
@@ -85,7 +85,7 @@ pub fn adamw<T: Real>(op: &'static str, threads: usize, buffers: &Buffers<T>, st
         // The norm's pass ended at the last element: starting there finds the gradients still in the cache.
         let start = (tasks - 1 - task) * TASK;
         let end = len.min(start + TASK);
-        vectorized(|| {
+        vectorized!({
             for at in (start..end).step_by(BLOCK) {
                 update_block::<T>(buffers, at, BLOCK.min(end - at), step);
             }

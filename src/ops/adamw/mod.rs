@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use self::cpu::{Buffers, Step};
 use super::threads;
-use crate::error::{CatError, Result};
+use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{check_float, check_shape, dtype_name, elements, elements_mut};
 
 const OP: &str = "adamw";
@@ -26,8 +26,6 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// Multiplies the gradient first: clipping and unscaling.
     pub grad_scale: f64,
-    /// The step's number, from 1.
-    pub step: i64,
 }
 
 /// The flat buffers, contiguous and of one length.
@@ -43,6 +41,8 @@ pub struct FlatBuffers<'t> {
     pub exp_avg_sq: &'t mut Tensor,
     /// A copy of the weights in a lower precision.
     pub low_precision: Option<&'t mut Tensor>,
+    /// The number of steps taken, a float32 tensor of one element; raised by one.
+    pub step: &'t mut Tensor,
 }
 
 /// The L2 norm of a flat gradient buffer, accumulated in f64 over f32 lanes.
@@ -87,6 +87,7 @@ pub fn adamw(buffers: FlatBuffers, settings: AdamW) -> Result<()> {
         check_contiguous(name, tensor)?;
     }
     check_settings(&settings)?;
+    check_step(buffers.step)?;
     match kind {
         Kind::Double => run::<f64>(buffers, settings),
         _ => run::<f32>(buffers, settings),
@@ -98,6 +99,10 @@ fn run<T: crate::cpu::Real>(buffers: FlatBuffers, settings: AdamW) -> Result<()>
         let elements = elements_mut(OP, tensor)?;
         elements.typed::<T>().ok_or_else(|| CatError::torch_message(OP, "a state buffer changed its dtype"))
     };
+    let slots = elements_mut(OP, buffers.step)?.typed::<f32>();
+    let slots = slots.ok_or_else(|| CatError::torch_message(OP, "the step count changed its dtype"))?;
+    // SAFETY: the only use of the count.
+    let count = unsafe { slots.range(0, 1) };
     let buffers = Buffers {
         param: typed(buffers.param)?,
         grad: elements_mut(OP, buffers.grad)?,
@@ -105,8 +110,8 @@ fn run<T: crate::cpu::Real>(buffers: FlatBuffers, settings: AdamW) -> Result<()>
         exp_avg_sq: typed(buffers.exp_avg_sq)?,
         low_precision: buffers.low_precision.map(|tensor| elements_mut(OP, tensor)).transpose()?,
     };
-    let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step } = settings;
-    let exponent = step as f64;
+    let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale } = settings;
+    let exponent = f64::from(count[0]) + 1.0;
     let step = Step {
         grad_scale,
         decay: 1.0 - lr * weight_decay,
@@ -116,7 +121,24 @@ fn run<T: crate::cpu::Real>(buffers: FlatBuffers, settings: AdamW) -> Result<()>
         correction2_sqrt: (1.0 - beta2.powf(exponent)).sqrt(),
         eps,
     };
-    cpu::adamw(OP, threads(), &buffers, step)
+    cpu::adamw(OP, threads(), &buffers, step)?;
+    count[0] += 1.0;
+    Ok(())
+}
+
+fn check_step(step: &Tensor) -> Result<()> {
+    const NAME: &str = "step";
+    let kind = check_float(OP, NAME, step)?;
+    if kind != Kind::Float {
+        return Err(CatError::Dtype { op: OP, argument: NAME, expected: "float32", got: dtype_name(kind) });
+    }
+    check_shape(OP, NAME, step, &[])?;
+    let count = step.f_double_value(&[]).during(OP)?;
+    if count >= 0.0 && count.is_finite() {
+        Ok(())
+    } else {
+        Err(CatError::value(OP, NAME, "a count >= 0", count))
+    }
 }
 
 fn check_contiguous(argument: &'static str, tensor: &Tensor) -> Result<()> {
@@ -128,7 +150,7 @@ fn check_contiguous(argument: &'static str, tensor: &Tensor) -> Result<()> {
 }
 
 fn check_settings(settings: &AdamW) -> Result<()> {
-    let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step } = *settings;
+    let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale } = *settings;
     let unit = "in [0, 1)";
     let positive = "a finite number >= 0";
     let is_positive = |value: f64| value >= 0.0 && value.is_finite();
@@ -139,7 +161,6 @@ fn check_settings(settings: &AdamW) -> Result<()> {
         ("eps", eps, is_positive(eps), positive),
         ("weight_decay", weight_decay, is_positive(weight_decay), positive),
         ("grad_scale", grad_scale, is_positive(grad_scale), positive),
-        ("step", step as f64, step >= 1, "at least 1"),
     ] {
         if !fits {
             return Err(CatError::value(OP, name, expected, value));

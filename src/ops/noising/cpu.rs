@@ -47,7 +47,7 @@ pub fn noising<T: Real>(op: &'static str, threads: usize, problem: &Problem) -> 
         let (sample, part) = (task / tasks_per_sample, task % tasks_per_sample);
         let start = part * TASK;
         let end = per_sample.min(start + TASK);
-        vectorized(|| {
+        vectorized!({
             for at in (start..end).step_by(BLOCK) {
                 noise_block::<T>(problem, sample * per_sample + at, BLOCK.min(end - at), problem.rates[sample]);
             }

@@ -27,7 +27,7 @@ impl Rows<'_> {
     }
 }
 
-/// Runs `row(i)` for every row of `rows` and collects what it returns.
+/// Runs `row(i)` for every row of `rows` and collects what it returns; `row` is `#[inline(always)]`.
 fn map_rows(op: &'static str, threads: usize, rows: Rows, row: impl Fn(usize) -> f64 + Sync) -> Result<Vec<f64>> {
     let count = rows.count();
     let per_task = (TASK / rows.dim).max(1);
@@ -39,7 +39,7 @@ fn map_rows(op: &'static str, threads: usize, rows: Rows, row: impl Fn(usize) ->
         let len = per_task.min(count - start);
         // SAFETY: every task writes its own rows.
         let slots = unsafe { slots.range(start, len) };
-        vectorized(|| {
+        vectorized!({
             for (slot, index) in slots.iter_mut().zip(start..) {
                 *slot = row(index);
             }
@@ -50,10 +50,16 @@ fn map_rows(op: &'static str, threads: usize, rows: Rows, row: impl Fn(usize) ->
 
 /// s(a_i, b_i) = (1 + cos) / 2 for every i; NaN where a row is zero or not finite.
 pub fn paired<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -> Result<Vec<f64>> {
-    map_rows(op, threads, a, |index| {
-        let [aa, bb, ab] = products::<T>(a, index, b, index);
-        score(ab, aa * bb)
-    })
+    map_rows(
+        op,
+        threads,
+        a,
+        #[inline(always)]
+        |index| {
+            let [aa, bb, ab] = products::<T>(a, index, b, index);
+            score(ab, aa * bb)
+        },
+    )
 }
 
 /// The mean over j of s(a_i, b_j): by linearity, against the mean of b's normalized rows.
@@ -69,17 +75,23 @@ pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -
         }
     }
     let mean: Vec<T> = mean.into_iter().map(T::from_f64).collect();
-    map_rows(op, threads, a, |index| {
-        let mut scratch = [T::ZERO; BLOCK];
-        let (mut aa, mut am) = (0.0, 0.0);
-        for start in (0..a.dim).step_by(BLOCK) {
-            let len = BLOCK.min(a.dim - start);
-            let block = a.elements.load::<T>(index * a.dim + start, len, &mut scratch);
-            aa += dot(block, block);
-            am += dot(block, &mean[start..start + len]);
-        }
-        score(am, aa)
-    })
+    map_rows(
+        op,
+        threads,
+        a,
+        #[inline(always)]
+        |index| {
+            let mut scratch = [T::ZERO; BLOCK];
+            let (mut aa, mut am) = (0.0, 0.0);
+            for start in (0..a.dim).step_by(BLOCK) {
+                let len = BLOCK.min(a.dim - start);
+                let block = a.elements.load::<T>(index * a.dim + start, len, &mut scratch);
+                aa += dot(block, block);
+                am += dot(block, &mean[start..start + len]);
+            }
+            score(am, aa)
+        },
+    )
 }
 
 /// The maximum over j of s(a_i, b_j).
@@ -90,23 +102,35 @@ pub fn cross_max<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) ->
     let tiles = b.count().div_ceil(TILE_ROWS);
     (0..tiles).try_fold(best, |best, tile| {
         let rows = tile * TILE_ROWS..b.count().min((tile + 1) * TILE_ROWS);
-        map_rows(op, threads, a, |index| {
-            rows.clone().fold(best[index], |best, row| {
-                let [_, _, ab] = products::<T>(a, index, b, row);
-                let value = score(ab, (own[index] * norms[row]).powi(2));
-                // f64::max would hide a NaN, which the caller reports.
-                if value > best || value.is_nan() {
-                    value
-                } else {
-                    best
-                }
-            })
-        })
+        map_rows(
+            op,
+            threads,
+            a,
+            #[inline(always)]
+            |index| {
+                rows.clone().fold(best[index], |best, row| {
+                    let [_, _, ab] = products::<T>(a, index, b, row);
+                    let value = score(ab, (own[index] * norms[row]).powi(2));
+                    // f64::max would hide a NaN, which the caller reports.
+                    if value > best || value.is_nan() {
+                        value
+                    } else {
+                        best
+                    }
+                })
+            },
+        )
     })
 }
 
 fn norms<T: Real>(op: &'static str, threads: usize, rows: Rows) -> Result<Vec<f64>> {
-    map_rows(op, threads, rows, |index| products::<T>(rows, index, rows, index)[0].sqrt())
+    map_rows(
+        op,
+        threads,
+        rows,
+        #[inline(always)]
+        |index| products::<T>(rows, index, rows, index)[0].sqrt(),
+    )
 }
 
 /// The first row that is zero or not finite, and so has no direction.

@@ -1,0 +1,108 @@
+//! A convolution whose weight is frozen, as one matrix product: y = im2col(x) W^T + b.
+//!
+//! Convolution libraries bring the weight into a layout of their own in every call, forward and backward. Where the
+//! weight is large beside the picture, as in the lowest resolutions of a denoiser, that costs more than the
+//! arithmetic; the product reads the weight once, as it lies in memory. The input is not needed for the gradient.
+
+use tch::Tensor;
+
+use crate::error::{CatError, Result, TorchContext};
+use crate::tensor::{check_float, check_shape, dtype_name};
+
+const OP: &str = "frozen_conv2d";
+
+/// The frozen layer: W [out, in, kh, kw], b [out], and its geometry as (height, width).
+#[derive(Debug)]
+pub struct Convolution {
+    /// W
+    pub weight: Tensor,
+    /// b
+    pub bias: Option<Tensor>,
+    /// Step between positions.
+    pub stride: [i64; 2],
+    /// Zeros around the picture.
+    pub padding: [i64; 2],
+    /// Step between the kernel's elements.
+    pub dilation: [i64; 2],
+}
+
+impl Convolution {
+    /// Checks weight and geometry; [out, in, kh, kw].
+    fn weight_shape(&self) -> Result<[i64; 4]> {
+        let shape = self.weight.size();
+        let &[out, inner, height, width] = shape.as_slice() else {
+            return Err(CatError::shape(OP, "weight", "[out, in, kh, kw]", &shape));
+        };
+        for (name, values, least) in
+            [("stride", self.stride, 1), ("padding", self.padding, 0), ("dilation", self.dilation, 1)]
+        {
+            if values.iter().any(|&value| value < least) {
+                return Err(CatError::value(OP, name, format!("two integers >= {least}"), format!("{values:?}")));
+            }
+        }
+        Ok([out, inner, height, width])
+    }
+
+    /// The output's height and width for an input of that size.
+    fn output_size(&self, size: [i64; 2], kernel: [i64; 2]) -> [i64; 2] {
+        let along = |axis: usize| {
+            let reach = self.dilation[axis] * (kernel[axis] - 1) + 1;
+            (size[axis] + 2 * self.padding[axis] - reach).div_euclid(self.stride[axis]) + 1
+        };
+        [along(0), along(1)]
+    }
+
+    fn check_dtype(&self, argument: &'static str, tensor: &Tensor) -> Result<()> {
+        let kind = check_float(OP, argument, tensor)?;
+        for (name, own) in [("weight", Some(&self.weight)), ("bias", self.bias.as_ref())] {
+            let Some(own) = own else { continue };
+            let got = check_float(OP, name, own)?;
+            if got != kind {
+                let got = format!("{} beside {argument} of {}", dtype_name(got), dtype_name(kind));
+                return Err(CatError::Dtype { op: OP, argument: name, expected: "the dtype of the input", got });
+            }
+        }
+        Ok(())
+    }
+
+    /// W as [out, in * kh * kw].
+    fn matrix(&self, out: i64) -> Result<Tensor> {
+        self.weight.f_reshape([out, -1]).during(OP)
+    }
+
+    /// y [B, out, H', W'] of x [B, in, H, W].
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.check_dtype("x", x)?;
+        let [out, inner, kernel_height, kernel_width] = self.weight_shape()?;
+        if let Some(bias) = &self.bias {
+            check_shape(OP, "bias", bias, &[out])?;
+        }
+        let kernel = [kernel_height, kernel_width];
+        let size = x.size();
+        let expected = || CatError::shape(OP, "x", format!("[B, {inner}, H, W] with room for the kernel"), &size);
+        let &[batch, channels, height, width] = size.as_slice() else { return Err(expected()) };
+        let [rows, columns] = self.output_size([height, width], kernel);
+        if channels != inner || batch < 1 || rows < 1 || columns < 1 {
+            return Err(expected());
+        }
+        let patches = x.f_im2col(kernel, self.dilation, self.padding, self.stride).during(OP)?;
+        let patches = patches.f_transpose(1, 2).during(OP)?.f_reshape([batch * rows * columns, -1]).during(OP)?;
+        let y = patches.f_linear(&self.matrix(out)?, self.bias.as_ref()).during(OP)?;
+        let y = y.f_view([batch, rows * columns, out]).during(OP)?.f_transpose(1, 2).during(OP)?;
+        y.f_reshape([batch, out, rows, columns]).during(OP)
+    }
+
+    /// dL/dx [B, in, H, W] from dL/dy, for an input of that height and width.
+    pub fn backward(&self, grad: &Tensor, size: [i64; 2]) -> Result<Tensor> {
+        self.check_dtype("grad", grad)?;
+        let [out, _, kernel_height, kernel_width] = self.weight_shape()?;
+        let kernel = [kernel_height, kernel_width];
+        let [rows, columns] = self.output_size(size, kernel);
+        let batch = grad.size().first().copied().unwrap_or(0);
+        check_shape(OP, "grad", grad, &[batch, out, rows, columns])?;
+        let grad = grad.f_reshape([batch, out, -1]).during(OP)?.f_transpose(1, 2).during(OP)?;
+        let patches = grad.f_reshape([-1, out]).during(OP)?.f_mm(&self.matrix(out)?).during(OP)?;
+        let patches = patches.f_view([batch, rows * columns, -1]).during(OP)?.f_transpose(1, 2).during(OP)?;
+        patches.f_col2im(size, kernel, self.dilation, self.padding, self.stride).during(OP)
+    }
+}
