@@ -219,8 +219,9 @@ def evaluate(args: argparse.Namespace) -> None:
     stages = {}
     for name in ("clip", "vae", "unet"):
         path = args.work_dir / f"{name}.pt"
-        if path.exists():
-            state = torch.load(path, map_location="cpu")
+        state = torch.load(path, map_location="cpu") if path.exists() else {"step": 0}
+        # A checkpoint without steps only carries bundled weights over.
+        if state["step"]:
             stages[name] = {
                 "steps": state["step"],
                 "samples": state["samples"],
