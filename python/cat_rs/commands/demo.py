@@ -34,7 +34,7 @@ class Settings(SamplingSettings):
 
     steps: int = option(400, group=_TRAINING, help="optimizer steps")
     batch_size: int = option(4, group=_TRAINING, help="pictures in a batch")
-    lr: float = option(1e-3, group=_TRAINING, help="learning rate")
+    lr: float = option(2e-4, group=_TRAINING, help="learning rate")
     rank: int = option(16, group=_TRAINING, help="rank r of the adapters")
     cat_factor: float = option(1.0, group=_TRAINING, help="weight of the preservation term in the CAT adapter")
 
