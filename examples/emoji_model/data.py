@@ -63,8 +63,8 @@ CLASSES = {
 DRAWN_PER_CLASS = 7  # the U-Net learns the first of each class; VAE and CLIP see all
 
 HELD_OUT = {
-    "vehicle": "🚜 tractor",
     "fruit": "🍍 pineapple",
+    "vehicle": "🚜 tractor",
     "animal": "🐼 panda",
     "face": "🤠 cowboy face",
     "ball": "🏀 basketball",
