@@ -69,8 +69,15 @@ class CatLossFunction(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Autograd is off here but under create_graph=True; the guard against a second derivative is not free.
+        if torch.is_grad_enabled():
+            return _cat_loss_gradients_once(ctx, grad_total)
+        return CatLossFunction.gradients(ctx, grad_total)
+
+    @staticmethod
+    def gradients(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the arguments of ``forward``."""
         scale = grad_total.item()
         # Nobody else holds the precomputed gradients, so they may be scaled in place and given away.
         grads, ctx.grads = ctx.grads, None
@@ -94,6 +101,9 @@ class CatLossFunction(torch.autograd.Function):
                 if grad is not None:
                     grad.mul_(scale)
         return (*grads, None, None, None, None, None, None, None)
+
+
+_cat_loss_gradients_once = once_differentiable(CatLossFunction.gradients)
 
 
 def cat_loss(
