@@ -184,6 +184,7 @@ fn add_block<T: Real>(
 ) {
     match mask {
         Some(mask) => add_rows(pred, target, mask, grad, sums, scale, |mask, error| mask * error),
+        // The closure ignores the third slice, which only has to be as long.
         None => add_rows(pred, target, pred, grad, sums, scale, |_, error| error),
     }
 }
