@@ -44,8 +44,8 @@ class FrozenConv2dFunction(torch.autograd.Function):
 class FrozenConv2d(torch.nn.Conv2d):
     """A frozen convolution; a layer becomes one by assignment of ``__class__``, so its state is unchanged.
 
-    Call by call, it runs the matrix product where the input has at most ``MAX_POSITIONS`` output positions, in
-    float32 on the CPU, and ``torch.nn.Conv2d``'s own forward everywhere else.
+    Call by call, it runs the matrix product where the output has at most ``MAX_POSITIONS`` positions and the weight is
+    contiguous, in float32 on the CPU, and ``torch.nn.Conv2d``'s own forward everywhere else.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,6 +61,8 @@ class FrozenConv2d(torch.nn.Conv2d):
         return (
             0 < positions <= MAX_POSITIONS
             and not trains
+            # In another layout (channels_last) the product would copy the weight in every call.
+            and self.weight.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
         )

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cat_rs import FlatAdamW
-from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError
+from cat_rs._native import _core
+from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, ShapeError
 from tests.tolerances import assert_close, max_abs
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -493,3 +494,34 @@ def test_a_state_of_another_algorithm_is_an_error(option: str) -> None:
     state = torch.optim.AdamW(params, foreach=False, **{option: True}).state_dict()
     with pytest.raises(InvalidValueError, match=option):
         FlatAdamW(make_params()).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "text"),
+    [
+        pytest.param(
+            torch.tensor(0.0, dtype=F64), DtypeError, "`step` must have dtype float32, got float64", id="dtype"
+        ),
+        pytest.param(torch.zeros(1), ShapeError, r"`step` must have shape \[\], got \[1\]", id="shape"),
+        pytest.param(torch.tensor(-1.0), InvalidValueError, "`step` must be a count >= 0, got -1", id="negative"),
+        pytest.param(torch.tensor(math.nan), InvalidValueError, "`step` must be a count >= 0, got NaN", id="nan"),
+    ],
+)
+def test_a_bad_step_count_changes_nothing(step: torch.Tensor, error: type[Exception], text: str) -> None:
+    buffers = [torch.ones(5) for _ in range(4)]
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "grad_scale": 1.0}
+    with pytest.raises(error, match=f"^adamw: {text}"):
+        _core.adamw_step(*buffers, None, **settings, step=step)
+    assert all(torch.equal(buffer, torch.ones(5)) for buffer in buffers)
+
+
+def test_the_kernel_counts_its_steps() -> None:
+    (param,) = params = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = FlatAdamW(params, 0.1)
+    for count in (1, 2, 3):
+        param.grad.fill_(1.0)
+        optimizer.step()
+        assert optimizer.state[param]["step"] == count
+    param.grad.fill_(math.nan)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 3

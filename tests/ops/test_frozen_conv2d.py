@@ -167,6 +167,8 @@ def test_a_layer_picks_the_product_call_by_call(monkeypatch: pytest.MonkeyPatch)
     layer.requires_grad_(False).double()(at_limit.double())
     assert recorder.calls == 1
     layer.float()(at_limit[0])
+    # Its weight would be copied into rows in every call.
+    layer.to(memory_format=torch.channels_last)(at_limit)
     assert recorder.calls == 1
 
 

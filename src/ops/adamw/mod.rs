@@ -41,7 +41,7 @@ pub struct FlatBuffers<'t> {
     pub exp_avg_sq: &'t mut Tensor,
     /// A copy of the weights in a lower precision.
     pub low_precision: Option<&'t mut Tensor>,
-    /// The number of steps taken, a float32 tensor of one element; raised by one.
+    /// The number of steps taken, a 0-dim float32 tensor; raised by one.
     pub step: &'t mut Tensor,
 }
 
