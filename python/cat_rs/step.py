@@ -75,8 +75,9 @@ def _join(name: str, first: Any, second: Any) -> Any:
 
 def _denoiser_predict(model: torch.nn.Module) -> Predict:
     """How to call a diffusers denoiser: its first argument is the latent, and it takes ``timestep``."""
-    unwrap: Callable[[], torch.nn.Module] | None = getattr(model, "get_base_model", None)
-    inner = unwrap() if unwrap else model
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    unwrap: Callable[[], torch.nn.Module] | None = getattr(inner, "get_base_model", None)
+    inner = unwrap() if unwrap else inner
     parameters = list(inspect.signature(inner.forward).parameters)
     if not parameters or "timestep" not in parameters:
         raise InvalidValueError(
