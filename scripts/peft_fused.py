@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -29,10 +30,8 @@ def _patch_every_lora() -> None:
 
     def inject_and_patch(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = inject(self, model, *args, **kwargs)
-        try:
+        with contextlib.suppress(cat_rs.errors.AdapterError):  # a model without LoRA layers
             cat_rs.patch_peft(model)
-        except cat_rs.errors.AdapterError:
-            pass  # a model without LoRA layers
         return result
 
     LoraModel.inject_adapter = inject_and_patch
