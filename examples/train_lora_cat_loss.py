@@ -76,8 +76,12 @@ def main():
     params = [param for param in unet.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.learning_rate)
     # accelerate moves the schedule on once for each process.
-    schedule_steps = [steps * accelerator.num_processes for steps in (args.lr_warmup_steps, args.max_train_steps)]
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, *schedule_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
     unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
         unet, optimizer, train_dataloader, lr_scheduler
     )

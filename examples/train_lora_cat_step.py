@@ -83,8 +83,12 @@ def main():
     )
     optimizer = step.optimizer
     # accelerate moves the schedule on once for each process.
-    schedule_steps = [steps * accelerator.num_processes for steps in (args.lr_warmup_steps, args.max_train_steps)]
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, *schedule_steps)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
     unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
         unet, optimizer, train_dataloader, lr_scheduler
     )
