@@ -255,8 +255,9 @@ class FlatAdamW(torch.optim.Optimizer):
         """The state in the layout of ``torch.optim.AdamW``; the moments are views, as in every torch optimizer."""
         state_dict = super().state_dict()
         # The parameters of a flat buffer share one count here; torch would raise a shared one once for each.
-        for state in state_dict["state"].values():
-            state["step"] = state["step"].clone()
+        state_dict["state"] = {
+            key: {**state, "step": state["step"].clone()} for key, state in state_dict["state"].items()
+        }
         return state_dict
 
     @torch.no_grad()

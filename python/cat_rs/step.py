@@ -118,9 +118,9 @@ class CatStep:
             requires a gradient is trained.
         scheduler: The model's diffusers scheduler: one with ``alphas_cumprod`` or a flow-matching one.
         lr, betas, eps, weight_decay, max_grad_norm: Of :class:`FlatAdamW`.
-        cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the number
-            of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a :class:`cat_rs.CatFactorRatio`. May
-            be set between steps.
+        cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
+            number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a
+            :class:`cat_rs.CatFactorRatio`. May be set between steps.
         snr_gamma: Min-SNR weighting of both terms (arXiv 2303.09556); None for uniform weights.
         noise_offset: Adds this much of one more draw for each sample and channel to the noise that the step draws, so
             that brightness is learned too; for latents [B, C, H, W] or [B, C, F, H, W]. 0.05 to 0.1 is usual.
@@ -215,8 +215,8 @@ class CatStep:
             latents: x, [B, ...], in the model's dtype, scaled as the model expects.
             cond: The prompts with the trigger: ``encoder_hidden_states`` [B, L, D], or a nested mapping of the model's
                 keyword arguments, whose tensors have a batch dimension.
-            cond_no_trigger: The same prompts without the trigger, in the same form; or any other prompts whose pictures
-                are to stay.
+            cond_no_trigger: The same prompts without the trigger, in the same form; or any other prompts whose
+                pictures are to stay.
             noise: [B, ...]; drawn from the standard normal by default.
             timesteps: [B]; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
@@ -258,9 +258,7 @@ class CatStep:
             )
         else:
             student = self._predict(self.model, noisy, timesteps, with_trigger)
-        loss, parts, grad = _core.student_loss(
-            student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate
-        )
+        loss, parts, grad = _core.student_loss(student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate)
         del base
         torch.autograd.backward(student, grad)
         diffusion, cat = parts.unbind()
