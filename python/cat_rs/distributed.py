@@ -10,7 +10,16 @@ import torch.distributed as dist
 
 from cat_rs.errors import DeviceError, InvalidValueError
 
-__all__ = ["average_", "broadcast_", "check_alike", "check_group", "data_parallel_group", "sharding_of", "without_ddp"]
+__all__ = [
+    "average_",
+    "broadcast_",
+    "check_alike",
+    "check_group",
+    "data_parallel_group",
+    "is_main",
+    "sharding_of",
+    "without_ddp",
+]
 
 Group = Any
 
@@ -76,6 +85,11 @@ def average_(tensor: torch.Tensor, group: Group) -> None:
     # Divided first, as DistributedDataParallel does: a sum of float16 gradients could overflow.
     tensor.div_(group.size())
     dist.all_reduce(tensor, group=group)
+
+
+def is_main() -> bool:
+    """Whether this process is rank 0 of torch.distributed's default group, or alone."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def without_ddp(model: torch.nn.Module) -> torch.nn.Module:
