@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 
 from cat_rs.errors import CatRsError
+from cat_rs.options import ConfigError
+
+# Where torchrun and accelerate, MPICH, Open MPI and MVAPICH write how many processes they started.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 T = TypeVar("T")
 
@@ -38,8 +42,18 @@ class Processes:
 
         Args:
             device: Where the model is to be: decides how tensors travel.
+
+        Raises:
+            ConfigError: The launcher was asked for several processes, and started one.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not (dist.is_available() and dist.is_initialized()):
+        started = max(int(os.environ.get(name, "1")) for name in _COUNTS)
+        if started == 1 and not (dist.is_available() and dist.is_initialized()):
+            # `accelerate launch --cpu --num_processes N` prepares N > 1 processes and starts them with mpirun only.
+            if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
+                raise ConfigError(
+                    "processes: expected the number given to accelerate launch, got 1, as --cpu starts without "
+                    "--mpirun_hostfile; start them with torchrun --nproc-per-node N -m cat_rs.cli train"
+                )
             return cls()
         from accelerate import PartialState
 
