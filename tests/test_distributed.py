@@ -271,6 +271,87 @@ SCENARIOS = (
 )
 
 
+def train_settings(folder: Path, model: Path, name: str, rank: int = 0, **settings: Any) -> TrainConfig:
+    """A short run; a rank that must not write gets an output folder of its own, which must not appear."""
+    return TrainConfig(
+        **{
+            "model": str(model),
+            "data": str(folder / "concept"),
+            "caption": "a {trigger} cat number {name}",
+            "output_dir": str(folder / (name if rank == 0 else f"{name}-of-rank-{rank}")),
+            "trigger": ("sks",),
+            "class_word": "cat",
+            "rank": 2,
+            "steps": 5,
+            "batch_size": 2,
+            "lr": 1e-2,
+            "lora_dropout": 0.5,
+            "flip": True,
+            "checkpoint_every": 2,
+            "tensorboard": False,
+            **settings,
+        }
+    )
+
+
+def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
+    """What each training left, by output folder and whether it continued."""
+    advance, encoded, fsync = TrainingRun.advance, TrainingCache.batch, os.fsync
+    results: dict[Any, Any] = {}
+
+    def run(name: str, at_step_3: Callable[[torch.Tensor], Any] | None = None, **settings: Any) -> None:
+        """Trains, and notes what was seen, reported and raised; `at_step_3` may change the figures of that step."""
+        notes: dict[str, Any] = {"pictures": [], "figures": [], "lines": [], "error": None}
+
+        def watched_batch(cache: TrainingCache, pictures: Any, generator: Any) -> Any:
+            notes["pictures"].append(list(pictures))
+            return encoded(cache, pictures, generator)
+
+        def watched_advance(training: TrainingRun) -> torch.Tensor:
+            figures = advance(training)
+            if at_step_3 is not None and training.steps_done == 3:
+                at_step_3(figures)
+            notes["figures"].append(figures)
+            notes["adapter"] = lora_parameters(training.unet)
+            return figures
+
+        TrainingCache.batch, TrainingRun.advance = watched_batch, watched_advance
+        try:
+            train(train_settings(folder, model, name, rank, **settings), progress=False, report=notes["lines"].append)
+        except (CatRsError, ArithmeticError) as error:
+            notes["error"] = type(error).__name__, str(error)
+        finally:
+            TrainingCache.batch, TrainingRun.advance, os.fsync = encoded, advance, fsync
+        results[name, bool(settings)] = notes
+
+    def fail(_: torch.Tensor) -> None:
+        raise ArithmeticError("the machine fails here")
+
+    def signal_one_rank(_: torch.Tensor) -> None:
+        if rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    def spoil_one_loss(figures: torch.Tensor) -> None:
+        if rank == 1:
+            figures[0] = torch.nan
+
+    def fill_disk(_: torch.Tensor) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if rank == 0:
+            os.fsync = full
+
+    run("whole")
+    run("parted", fail)
+    run("parted", resume=True)
+    run("signalled", signal_one_rank)
+    run("spoiled", spoil_one_loss)
+    run("full", fill_disk)
+    run("full", resume=True)
+    return results
+
+
 def join_group(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
@@ -283,11 +364,11 @@ def join_group(rank: int, folder: Path) -> None:
     )
 
 
-def run_scenarios(rank: int, folder: Path) -> None:
+def run_everything(rank: int, folder: Path, model: Path) -> None:
     join_group(rank, folder)
     counter = Counter()
-    results = {scenario.__name__: scenario(rank, counter) for scenario in SCENARIOS}
-    torch.save(results, folder / f"results-{rank}.pt")
+    results: dict[Any, Any] = {scenario.__name__: scenario(rank, counter) for scenario in SCENARIOS}
+    torch.save(results | run_trainings(rank, folder, model), folder / f"results-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -304,9 +385,18 @@ def on_ranks(work: Callable[..., None], folder: Path, *arguments: Any) -> list[A
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What each rank's scenarios left."""
-    return on_ranks(run_scenarios, tmp_path_factory.mktemp("ranks"))
+def training_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainings")
+    (folder / "concept").mkdir()
+    for colour in ("red", "green", "blue"):
+        draw_picture(folder / "concept" / f"{colour}.png", colour)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(training_folder: Path, tiny_pipeline_dir: Path) -> Results:
+    """What each rank's scenarios and trainings left."""
+    return on_ranks(run_everything, training_folder, tiny_pipeline_dir)
 
 
 # --- CatStep and FlatAdamW
@@ -496,139 +586,42 @@ def test_flat_adamw_reduces_each_buffer_once_and_only_when_asked(ranks: Results)
 # --- the trainer
 
 
-def train_settings(folder: Path, model: Path, name: str, rank: int = 0, **settings: Any) -> TrainConfig:
-    """A short run; a rank that must not write gets an output folder of its own, which must not appear."""
-    return TrainConfig(
-        **{
-            "model": str(model),
-            "data": str(folder / "concept"),
-            "caption": "a {trigger} cat number {name}",
-            "output_dir": str(folder / (name if rank == 0 else f"{name}-of-rank-{rank}")),
-            "trigger": ("sks",),
-            "class_word": "cat",
-            "rank": 2,
-            "steps": 5,
-            "batch_size": 2,
-            "lr": 1e-2,
-            "lora_dropout": 0.5,
-            "flip": True,
-            "checkpoint_every": 2,
-            "tensorboard": False,
-            **settings,
-        }
-    )
-
-
-def run_trainings(rank: int, folder: Path, model: Path) -> None:
-    join_group(rank, folder)
-    advance, encoded, fsync = TrainingRun.advance, TrainingCache.batch, os.fsync
-    results: dict[str, Any] = {}
-
-    def run(name: str, at_step_3: Callable[[torch.Tensor], Any] | None = None, **settings: Any) -> None:
-        """Trains, and notes what was seen, reported and raised; `at_step_3` may change the figures of that step."""
-        notes: dict[str, Any] = {"pictures": [], "figures": [], "lines": [], "error": None}
-
-        def watched_batch(cache: TrainingCache, pictures: Any, generator: Any) -> Any:
-            notes["pictures"].append(list(pictures))
-            return encoded(cache, pictures, generator)
-
-        def watched_advance(training: TrainingRun) -> torch.Tensor:
-            figures = advance(training)
-            if at_step_3 is not None and training.steps_done == 3:
-                at_step_3(figures)
-            notes["figures"].append(figures)
-            notes["adapter"] = lora_parameters(training.unet)
-            return figures
-
-        TrainingCache.batch, TrainingRun.advance = watched_batch, watched_advance
-        try:
-            train(train_settings(folder, model, name, rank, **settings), progress=False, report=notes["lines"].append)
-        except (CatRsError, ArithmeticError) as error:
-            notes["error"] = type(error).__name__, str(error)
-        finally:
-            TrainingCache.batch, TrainingRun.advance, os.fsync = encoded, advance, fsync
-        results[name, bool(settings)] = notes
-
-    def fail(_: torch.Tensor) -> None:
-        raise ArithmeticError("the machine fails here")
-
-    def signal_one_rank(_: torch.Tensor) -> None:
-        if rank == 1:
-            signal.raise_signal(signal.SIGTERM)
-
-    def spoil_one_loss(figures: torch.Tensor) -> None:
-        if rank == 1:
-            figures[0] = torch.nan
-
-    def fill_disk(_: torch.Tensor) -> None:
-        def full(*_: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        if rank == 0:
-            os.fsync = full
-
-    run("whole")
-    run("parted", fail)
-    run("parted", resume=True)
-    run("signalled", signal_one_rank)
-    run("spoiled", spoil_one_loss)
-    run("full", fill_disk)
-    run("full", resume=True)
-    torch.save(results, folder / f"results-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def training_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trainings")
-    (folder / "concept").mkdir()
-    for colour in ("red", "green", "blue"):
-        draw_picture(folder / "concept" / f"{colour}.png", colour)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trainings(training_folder: Path, tiny_pipeline_dir: Path) -> Results:
-    """What each rank's trainings left, by output folder and whether they continued."""
-    return on_ranks(run_trainings, training_folder, tiny_pipeline_dir)
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
-def test_processes_train_one_adapter(trainings: Results) -> None:
-    ours, theirs = (results["whole", False] for results in trainings)
+def test_processes_train_one_adapter(ranks: Results) -> None:
+    ours, theirs = (results["whole", False] for results in ranks)
     assert_same(ours["adapter"], theirs["adapter"])
     assert all(float(a[0]) != float(b[0]) for a, b in zip(ours["figures"], theirs["figures"], strict=True))
 
 
-def test_processes_share_each_batch(trainings: Results) -> None:
+def test_processes_share_each_batch(ranks: Results) -> None:
     order = ShuffledOrder(3, 2 * RANKS, seed=0)
-    ours, theirs = (results["whole", False]["pictures"] for results in trainings)
+    ours, theirs = (results["whole", False]["pictures"] for results in ranks)
     assert [a + b for a, b in zip(ours, theirs, strict=True)] == [order.next_batch() for _ in range(5)]
 
 
-def test_only_the_main_process_writes_and_reports(trainings: Results, training_folder: Path) -> None:
-    assert trainings[0]["whole", False]["lines"]
-    assert not any(notes["lines"] for notes in trainings[1].values())
+def test_only_the_main_process_writes_and_reports(ranks: Results, training_folder: Path) -> None:
+    assert ranks[0]["whole", False]["lines"]
+    assert not ranks[1]["whole", False]["lines"]
     assert not [path for path in training_folder.iterdir() if "of-rank" in path.name]
 
 
-def test_the_log_holds_means_over_the_processes(trainings: Results, training_folder: Path) -> None:
+def test_the_log_holds_means_over_the_processes(ranks: Results, training_folder: Path) -> None:
     rows = [json.loads(line) for line in (training_folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    for row, *figures in zip(rows, *(results["whole", False]["figures"] for results in trainings), strict=True):
+    for row, *figures in zip(rows, *(results["whole", False]["figures"] for results in ranks), strict=True):
         names = ("loss", "diffusion", "cat", "grad_norm")
         assert [row[name] for name in names] == pytest.approx((sum(figures) / RANKS).tolist(), rel=1e-6)
 
 
-def test_an_adapter_tells_the_batch_of_all_processes(trainings: Results, training_folder: Path) -> None:
+def test_an_adapter_tells_the_batch_of_all_processes(ranks: Results, training_folder: Path) -> None:
     assert read_adapter_facts(training_folder / "whole")["batch_size"] == 2 * RANKS
 
 
-def test_resumed_processes_equal_uninterrupted_ones(trainings: Results, training_folder: Path) -> None:
-    for results in trainings:
+def test_resumed_processes_equal_uninterrupted_ones(ranks: Results, training_folder: Path) -> None:
+    for results in ranks:
         assert results["parted", False]["error"][0] == "ArithmeticError"
         assert results["parted", True]["error"] is None
         # The third step was lost.
@@ -638,31 +631,29 @@ def test_resumed_processes_equal_uninterrupted_ones(trainings: Results, training
     assert_same(weights(training_folder / "parted"), weights(training_folder / "whole"))
 
 
-def test_a_run_resumes_with_as_many_processes(
-    trainings: Results, training_folder: Path, tiny_pipeline_dir: Path
-) -> None:
+def test_a_run_resumes_with_as_many_processes(ranks: Results, training_folder: Path, tiny_pipeline_dir: Path) -> None:
     config = train_settings(training_folder, tiny_pipeline_dir, "whole", resume=True)
     with pytest.raises(ConfigError, match=r"resume: expected as many processes as wrote .*step-000005, 2, got 1"):
         train(config, progress=False, report=lambda line: None)
 
 
-def test_a_signal_to_one_process_stops_all(trainings: Results) -> None:
-    for results in trainings:
+def test_a_signal_to_one_process_stops_all(ranks: Results) -> None:
+    for results in ranks:
         name, text = results["signalled", False]["error"]
         assert name == "TrainingInterrupted"
         assert "stopped after step 3" in text
         assert "signalled/checkpoints/step-000003" in text
 
 
-def test_a_loss_not_finite_in_one_process_stops_all(trainings: Results) -> None:
-    for results in trainings:
+def test_a_loss_not_finite_in_one_process_stops_all(ranks: Results) -> None:
+    for results in ranks:
         name, text = results["spoiled", False]["error"]
         assert name == "TrainingError"
         assert "the loss of step 3 is not finite" in text
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_all(trainings: Results, training_folder: Path) -> None:
-    for results in trainings:
+def test_a_checkpoint_that_cannot_be_written_stops_all(ranks: Results, training_folder: Path) -> None:
+    for results in ranks:
         name, text = results["full", False]["error"]
         assert name == "CheckpointError"
         assert "No space left on device" in text
@@ -687,7 +678,7 @@ def test_one_process_where_several_were_asked_for_is_an_error(monkeypatch: pytes
         Processes.joined(torch.device("cpu"))
 
 
-def test_torchrun_trains_the_same_adapter(trainings: Results, training_folder: Path, tiny_pipeline_dir: Path) -> None:
+def test_torchrun_trains_the_same_adapter(ranks: Results, training_folder: Path, tiny_pipeline_dir: Path) -> None:
     settings = train_settings(training_folder, tiny_pipeline_dir, "launched")
     settings.save(training_folder / "launched.yaml")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
