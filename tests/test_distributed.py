@@ -313,6 +313,7 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
                 at_step_3(figures)
             notes["figures"].append(figures)
             notes["adapter"] = lora_parameters(training.unet)
+            notes["global_draws"] = torch.get_rng_state()
             return figures
 
         TrainingCache.batch, TrainingRun.advance = watched_batch, watched_advance
@@ -594,6 +595,8 @@ def test_processes_train_one_adapter(ranks: Results) -> None:
     ours, theirs = (results["whole", False] for results in ranks)
     assert_same(ours["adapter"], theirs["adapter"])
     assert all(float(a[0]) != float(b[0]) for a, b in zip(ours["figures"], theirs["figures"], strict=True))
+    # Dropout draws from torch's global generator.
+    assert not torch.equal(ours["global_draws"], theirs["global_draws"])
 
 
 def test_processes_share_each_batch(ranks: Results) -> None:

@@ -59,10 +59,10 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     Writes the adapter, the log and checkpoints into `config.output_dir`. Ctrl-C (SIGINT) and SIGTERM finish the
     running step and write a checkpoint. Torch's global random state is as before afterwards.
 
-    Started by `torchrun` or `accelerate launch`, the processes train one adapter: each encodes all pictures, trains
-    on `batch_size` of every batch of `batch_size` times their number, and gets the same gradient. The main process
-    writes and reports; the log holds means over the processes. A signal to one, or a checkpoint that cannot be
-    written, ends all after the same step.
+    Started by `torchrun` or `accelerate launch --multi_gpu`, the processes train one adapter: each encodes all
+    pictures, trains on `batch_size` of every batch of `batch_size` times their number, and gets the same gradient.
+    The main process writes and reports; the log holds means over the processes. A signal to one, or a checkpoint that
+    cannot be written, ends all after the same step.
 
     Args:
         config: The settings.
