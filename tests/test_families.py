@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.comparison import compare_with_recipe, ddpm, flow_matching
-from tests.models import CROSS, add_lora, lora_parameters, tiny_transformer, tiny_unet
+from tests.models import CROSS, add_lora, lora_parameters, randomize_b, tiny_transformer, tiny_unet
 
 BATCH, WORDS, POOLED = 2, 5, 8
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -299,11 +299,25 @@ FAMILIES = {
 }
 
 
+def adapted(base: torch.nn.Module, targets: list[str]) -> torch.nn.Module:
+    """A copy with an adapter."""
+    model = copy.deepcopy(base)
+    if hasattr(model, "add_adapter"):
+        return add_lora(model, target_modules=targets)
+    # PixArt's script does this: the class is no PeftAdapterMixin.
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(2)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    randomize_b(model)
+    return model
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_the_plain_recipe(name: str, record_property: Callable[[str, object], None]) -> None:
     family = FAMILIES[name]
     base = family.build()
-    model = add_lora(copy.deepcopy(base), target_modules=family.targets)
+    model = adapted(base, family.targets)
     before = lora_parameters(model)
     error = compare_with_recipe(
         model,
