@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cat_rs import CatStep
 from tests.comparison import compare_with_recipe, ddpm, flow_matching
-from tests.models import CROSS, add_lora, lora_parameters, randomize_b, tiny_transformer, tiny_unet
+from tests.models import CROSS, add_lora, lora_parameters, randomize_b, tiny_text_encoder, tiny_transformer, tiny_unet
 
 BATCH, WORDS, POOLED = 2, 5, 8
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -363,3 +366,80 @@ def test_inpainting_needs_predict() -> None:
 
     family = Family(lambda: tiny_unet(in_channels=9), condition, IMAGE, ATTENTION, inpaint, **NOISE)
     compare(family, [family.batch(n) for n in range(5)], with_predict=True)
+
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"
+SNIPPETS = dict(re.findall(r"```python (\S+)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
+# What a family's pipeline.encode_prompt returns, as keys of the condition.
+ENCODED = {
+    "sdxl": ("encoder_hidden_states", "text_embeds"),
+    "sd3": ("encoder_hidden_states", "pooled_projections"),
+    "flux": ("encoder_hidden_states", "pooled_projections", "txt_ids"),
+    "z-image": ("cap_feats",),
+    "qwen-image": ("encoder_hidden_states", "encoder_hidden_states_mask"),
+    **dict.fromkeys(("pixart", "sana", "lumina2", "ltx"), ("encoder_hidden_states", "encoder_attention_mask")),
+}
+
+
+def run_snippet(name: str, **names: Any) -> None:
+    """Runs a snippet of the document; its step must train."""
+    names = {"CatStep": CatStep, "torch": torch, "prompts": ["a"], "prompts_no_trigger": ["b"], **names}
+    exec(SNIPPETS[name], names)
+    assert names["metrics"].loss.isfinite()
+    assert names["metrics"].grad_norm > 0
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sana-scaled-time"])
+def test_the_snippet_in_the_document_runs(name: str) -> None:
+    family = FAMILIES[name]
+    model = adapted(family.build(), family.targets)
+
+    def encode_prompt(prompts: list[str]) -> Any:
+        condition = family.condition()
+        values = {**condition, **condition.get("added_cond_kwargs", {})}
+        encoded = [values[key] for key in ENCODED.get(name, ("encoder_hidden_states",))]
+        return encoded if len(encoded) > 1 else encoded[0]
+
+    run_snippet(
+        name,
+        unet=model,
+        transformer=model,
+        scheduler=family.scheduler(),
+        latents=torch.randn(family.shape),
+        encode_prompt=encode_prompt,
+        time_ids=torch.ones(BATCH, 6),
+        latent_image_ids=position_ids(4, 4),
+        # Of the picture's latents for Qwen-Image, which packs 2x2; of the video's for LTX.
+        **({"num_frames": 2, "height": 4, "width": 4} if name == "ltx" else {"height": 8, "width": 8}),
+    )
+
+
+def test_the_snippet_for_inpainting_runs() -> None:
+    run_snippet(
+        "inpainting",
+        unet=adapted(tiny_unet(in_channels=9), ATTENTION),
+        scheduler=ddpm(),
+        latents=torch.randn(IMAGE),
+        mask_and_picture=torch.randn(BATCH, 5, 8, 8),
+        encode_prompt=lambda prompts: words(),
+    )
+
+
+def test_the_snippet_for_text_encoders_runs() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    run_snippet(
+        "text-encoder",
+        unet=adapted(tiny_unet(), ATTENTION),
+        text_encoder=tiny_text_encoder(),
+        scheduler=ddpm(),
+        latents=torch.randn(IMAGE),
+        input_ids=torch.randint(2, 40, (BATCH, WORDS)),
+        input_ids_no_trigger=torch.randint(2, 40, (BATCH, WORDS)),
+        LoraConfig=LoraConfig,
+        inject_adapter_in_model=inject_adapter_in_model,
+    )
+
+
+def test_every_snippet_is_run() -> None:
+    assert set(SNIPPETS) == {*FAMILIES, "inpainting", "text-encoder"} - {"sana-scaled-time"}

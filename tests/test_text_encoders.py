@@ -14,30 +14,18 @@ import torch
 import cat_rs
 from cat_rs.errors import AdapterError, InvalidValueError
 from tests.comparison import SETTINGS, cat_step, ddpm
-from tests.models import CROSS, add_lora, batch, lora_parameters, randomize_b, tiny_unet
+from tests.models import (
+    CROSS,
+    VOCABULARY,
+    WORDS,
+    add_lora,
+    batch,
+    lora_parameters,
+    randomize_b,
+    tiny_text_encoder,
+    tiny_unet,
+)
 from tests.references import PlainRecipe
-
-VOCABULARY, WORDS = 50, 6
-
-
-def tiny_text_encoder(seed: int = 3, width: int = CROSS) -> torch.nn.Module:
-    """A CLIPTextModel with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=32,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=WORDS,
-        bos_token_id=0,
-        eos_token_id=VOCABULARY - 1,
-        pad_token_id=1,
-    )
-    return CLIPTextModel(config).requires_grad_(False)
 
 
 def inject(encoder: torch.nn.Module) -> torch.nn.Module:
