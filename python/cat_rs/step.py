@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cat_rs._native import _core
+from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
 from cat_rs.convolution import patch_frozen_convolutions
 from cat_rs.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
 from cat_rs.errors import AdapterError, InvalidValueError, ShapeError
@@ -28,12 +29,14 @@ class StepMetrics(NamedTuple):
         diffusion: The diffusion term.
         cat: The preservation term, without its factor; 0 with cat_factor 0.
         grad_norm: The gradient's L2 norm before clipping; NaN on a step that only accumulates.
+        cat_factor: The weight that the preservation term had.
     """
 
     loss: torch.Tensor
     diffusion: torch.Tensor
     cat: torch.Tensor
     grad_norm: torch.Tensor
+    cat_factor: torch.Tensor
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -77,8 +80,12 @@ class CatStep:
             requires a gradient is trained.
         scheduler: The model's diffusers scheduler: one with ``alphas_cumprod`` or a flow-matching one.
         lr, betas, eps, weight_decay, max_grad_norm: Of :class:`FlatAdamW`.
-        cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. May be set between steps.
+        cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
+            number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a
+            :class:`cat_rs.CatFactorRatio`. May be set between steps.
         snr_gamma: Min-SNR weighting of both terms (arXiv 2303.09556); None for uniform weights.
+        noise_offset: Adds this much of one more draw for each sample and channel to the noise that the step draws, so
+            that brightness is learned too; for latents [B, C, H, W] or [B, C, F, H, W]. 0.05 to 0.1 is usual.
         prediction_type: "epsilon", "v_prediction" or "flow"; by default the scheduler's.
         accumulate: Calls to one optimizer step; each contributes 1/accumulate of its gradient.
         predict: ``predict(model, latents, timesteps, cond) -> prediction`` for models that are not called like a
@@ -93,6 +100,7 @@ class CatStep:
     Attributes:
         optimizer: The :class:`FlatAdamW`; learning-rate schedulers attach to it.
         cat_factor: As above.
+        steps_done: Finished optimizer steps.
 
     Raises:
         AdapterError, InvalidValueError, ShapeError, DtypeError, DeviceError: Naming what was expected and what came.
@@ -108,8 +116,9 @@ class CatStep:
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         max_grad_norm: float | None = 1.0,
-        cat_factor: float = 1.0,
+        cat_factor: CatFactor = 1.0,
         snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
         prediction_type: str | None = None,
         accumulate: int = 1,
         predict: Predict | None = None,
@@ -124,6 +133,8 @@ class CatStep:
             raise InvalidValueError(f"CatStep: `accumulate` must be at least 1, got {accumulate}")
         if snr_gamma is not None and not snr_gamma > 0:
             raise InvalidValueError(f"CatStep: `snr_gamma` must be > 0 or None, got {snr_gamma}")
+        if not math.isfinite(noise_offset):
+            raise InvalidValueError(f"CatStep: `noise_offset` must be a finite number, got {noise_offset}")
         self.model = model
         self.text_encoders = tuple(text_encoders)
         self.trainable = _adapter_parameters("model", model)
@@ -135,6 +146,7 @@ class CatStep:
                 self.trainable[f"{argument}.{name}"] = param
         self.cat_factor = cat_factor
         self.snr_gamma = snr_gamma
+        self.noise_offset = noise_offset
         self.accumulate = accumulate
         self.generator = generator
         self._schedule = NoiseSchedule(scheduler, prediction_type)
@@ -146,18 +158,17 @@ class CatStep:
             peft.patch_peft(adapted)
         patch_frozen_convolutions(model)
         self.optimizer = FlatAdamW(self.trainable.values(), lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
+        self.steps_done = 0
         self._accumulated = 0
 
     @property
-    def cat_factor(self) -> float:
-        """Weight of the preservation term."""
+    def cat_factor(self) -> CatFactor:
+        """Weight of the preservation term, or what makes it."""
         return self._cat_factor
 
     @cat_factor.setter
-    def cat_factor(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise InvalidValueError(f"CatStep: `cat_factor` must be a finite number >= 0, got {value}")
-        self._cat_factor = float(value)
+    def cat_factor(self, value: CatFactor) -> None:
+        self._cat_factor = value if callable(value) else check_cat_factor(value)
 
     def __call__(
         self,
@@ -178,8 +189,9 @@ class CatStep:
                 keyword arguments, or a function without arguments that returns either. A tensor whose first dimension
                 is B is taken to have a batch dimension; every other value, tensors such as FLUX's ``img_ids`` [L, 3]
                 included, must be the same in both conditions and is passed as it is.
-            cond_no_trigger: The same prompts without the trigger, in the same form. With ``text_encoders``, the
-                function is called twice: for the student, and under no_grad with all adapters off for the base.
+            cond_no_trigger: The same prompts without the trigger, in the same form; or any other prompts whose
+                pictures are to stay. With ``text_encoders``, the function is called twice: for the student, and under
+                no_grad with all adapters off for the base.
             noise: [B, ...]; drawn from the standard normal by default.
             timesteps: [B]; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
@@ -191,11 +203,13 @@ class CatStep:
         if latents.dim() < 2 or latents.shape[0] == 0:
             raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
         batch = latents.shape[0]
-        preserve = self._cat_factor > 0
+        made = self._cat_factor
+        cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
+        preserve = cat_factor > 0
         with_trigger = self._evaluate("cond", cond)
         without_trigger = self._evaluate("cond_no_trigger", cond_no_trigger) if preserve else {}
         if noise is None:
-            noise = torch.randn(latents.shape, dtype=latents.dtype, generator=self.generator)
+            noise = self._draw_noise(latents)
         if timesteps is None:
             timesteps = self._schedule.draw(batch, self.generator)
         signal_rate, noise_rate = self._schedule.rates(timesteps, batch)
@@ -224,13 +238,25 @@ class CatStep:
             student = self._predict(self.model, noisy, torch.cat([timesteps, timesteps]), both)
         else:
             student = self._predict(self.model, noisy, timesteps, with_trigger)
-        loss, parts, grad = _core.student_loss(
-            student, target, base, weight, mask, self._cat_factor, 1.0 / self.accumulate
-        )
+        loss, parts, grad = _core.student_loss(student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate)
         del base
         torch.autograd.backward(student, grad)
         diffusion, cat = parts.unbind()
-        return StepMetrics(loss, diffusion, cat, torch.tensor(self._update()))
+        if isinstance(made, CatFactorRatio):
+            made.update(diffusion.item(), cat.item())
+        return StepMetrics(loss, diffusion, cat, torch.tensor(self._update()), torch.tensor(cat_factor))
+
+    def _draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(latents.shape, dtype=latents.dtype, generator=self.generator)
+        if self.noise_offset:
+            if latents.dim() < 4:
+                raise ShapeError(
+                    f"CatStep: `latents` must have shape [B, C, H, W] or [B, C, F, H, W] for noise_offset, "
+                    f"got {list(latents.shape)}"
+                )
+            shape = (*latents.shape[:2], *(1 for _ in latents.shape[2:]))
+            noise += self.noise_offset * torch.randn(shape, dtype=latents.dtype, generator=self.generator)
+        return noise
 
     @contextmanager
     def _adapters_disabled(self) -> Iterator[None]:
@@ -266,6 +292,7 @@ class CatStep:
         if self._accumulated:
             return math.nan
         self.optimizer.step()
+        self.steps_done += 1
         return self.optimizer.grad_norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,7 +300,9 @@ class CatStep:
         return {
             "parameters": {name: param.detach().clone() for name, param in self.trainable.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "steps_done": self.steps_done,
             "accumulated": self._accumulated,
+            "cat_factor": self._cat_factor.state_dict() if isinstance(self._cat_factor, CatFactorRatio) else None,
             "gradients": {name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None}
             if self._accumulated
             else {},
@@ -300,7 +329,10 @@ class CatStep:
             param.copy_(saved[name])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.optimizer.zero_grad()
+        self.steps_done = state_dict["steps_done"]
         self._accumulated = state_dict["accumulated"]
+        if isinstance(self._cat_factor, CatFactorRatio) and state_dict["cat_factor"] is not None:
+            self._cat_factor.load_state_dict(state_dict["cat_factor"])
         for name, saved_grad in state_dict["gradients"].items():
             grad = self.trainable[name].grad
             if grad is not None:

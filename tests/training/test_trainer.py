@@ -142,7 +142,7 @@ def test_metrics_have_a_line_for_each_step(configure: Configure) -> None:
     result = quiet(configure(steps=5, log_every=2, lr_scheduler="linear", checkpoint_every=0))
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert set(rows[0]) == {"step", "loss", "diffusion", "cat", "grad_norm", "lr", "seconds"}
+    assert set(rows[0]) == {"step", "loss", "diffusion", "cat", "grad_norm", "cat_factor", "lr", "seconds"}
     assert [row["lr"] for row in rows] == pytest.approx([1e-2 * share for share in (1, 0.8, 0.6, 0.4, 0.2)])
     assert rows[0]["cat"] < 1e-8 * rows[0]["diffusion"]
     assert rows[-1]["cat"] > 0

@@ -11,7 +11,7 @@ import torch
 from cat_rs.training.errors import TrainingError
 from cat_rs.training.log import MetricsLog
 
-FIGURES = ("loss", "diffusion", "cat", "grad_norm")
+FIGURES = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
 
 
 class Recorder:

@@ -11,6 +11,18 @@ from cat_rs.training.config import TrainConfig
 from cat_rs.training.order import ShuffledOrder
 
 
+def _cat_factor(config: TrainConfig) -> Any:
+    """The weight of the preservation term as the settings describe it."""
+    import cat_rs
+
+    if config.cat_ratio is not None:
+        return cat_rs.CatFactorRatio(config.cat_ratio, maximum=config.cat_factor)
+    if config.cat_factor_end is None:
+        return config.cat_factor
+    last = max(config.steps - 1, 1)
+    return cat_rs.CatFactorRamp(config.cat_factor, config.cat_factor_end, last, config.cat_factor_shape)
+
+
 class TrainingRun:
     """Advances by one optimizer step at a time; `state_dict` continues it bit for bit.
 
@@ -39,8 +51,9 @@ class TrainingRun:
             eps=config.eps,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm or None,
-            cat_factor=config.cat_factor,
+            cat_factor=_cat_factor(config),
             snr_gamma=config.snr_gamma,
+            noise_offset=config.noise_offset,
             accumulate=config.accumulate,
             generator=self._generator,
         )
@@ -60,14 +73,15 @@ class TrainingRun:
         """Do one optimizer step.
 
         Returns:
-            loss, diffusion, cat (means over the accumulated batches) and grad_norm, as one tensor on the device.
+            loss, diffusion, cat (means over the accumulated batches), grad_norm and cat_factor, as one tensor on the
+            device.
         """
         metrics = [self._advance_batch() for _ in range(self._accumulate)]
         self._lr_scheduler.step()
         self.steps_done += 1
         means = torch.stack(metrics).mean(0)
         # The gradient is whole, and its norm taken, only in the last batch.
-        means[-1] = metrics[-1][-1]
+        means[3] = metrics[-1][3]
         return means
 
     def state_dict(self) -> dict[str, Any]:

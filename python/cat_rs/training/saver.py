@@ -65,6 +65,8 @@ class Saver:
             "base_model": model.resolve().name if model.is_dir() else config.model,
             "trigger": config.class_words(),
             "cat_factor": config.cat_factor,
+            "cat_factor_end": config.cat_factor_end,
+            "cat_ratio": config.cat_ratio,
             "snr_gamma": config.snr_gamma,
             "rank": config.rank,
             "lr": config.lr,

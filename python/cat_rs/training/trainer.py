@@ -88,7 +88,7 @@ class _Training:
         examples = read_folder(self._config.data, caption=fill_template(self._config))
         captions = pair_captions([example.caption for example in examples], self._config)
         self._report(f"{len(examples)} pictures; {captions.summary()}")
-        data = fingerprint(examples)
+        data = fingerprint(examples, captions.preserved)
         state = self._earlier_state(data)
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._config.seed)
