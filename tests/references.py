@@ -146,6 +146,7 @@ class PlainRecipe:
         cat_factor, snr_gamma, prediction_type, accumulate, max_grad_norm: As of cat_rs.CatStep.
         predict: How to call the model.
         text_encoders: Further modules that train.
+        grad_scaler: Scales the loss.
         adamw: Further settings of torch.optim.AdamW.
     """
 
@@ -162,11 +163,13 @@ class PlainRecipe:
         max_grad_norm: float | None = 1.0,
         predict: Predict = denoiser_predict,
         text_encoders: Sequence[torch.nn.Module] = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
         **adamw: Any,
     ) -> None:
         self.model, self.base_model, self.scheduler, self.predict = model, base_model, scheduler, predict
         self.cat_factor, self.snr_gamma, self.prediction_type = cat_factor, snr_gamma, prediction_type
         self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
+        self.grad_scaler = grad_scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.trainable = [
             param for trained in (model, *text_encoders) for param in trained.parameters() if param.requires_grad
         ]
@@ -206,7 +209,7 @@ class PlainRecipe:
             student = self.predict(self.model, noisy, timesteps, cond_no_trigger)
             cat = self._mse(student, base, weight, mask)
         loss = diffusion + self.cat_factor * cat
-        (loss / self.accumulate).backward()
+        self.grad_scaler.scale(loss / self.accumulate).backward()
         metrics = {"loss": loss.item(), "diffusion": diffusion.item(), "cat": cat.item()}
         self.calls += 1
         if self.calls % self.accumulate == 0:
@@ -248,9 +251,11 @@ class PlainRecipe:
         for master, param in zip(self.masters, self.trainable, strict=True):
             if master is not param:
                 master.grad = param.grad.float()
+        self.grad_scaler.unscale_(self.optimizer)
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.masters, limit)
-        self.optimizer.step()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
         for master, param in zip(self.masters, self.trainable, strict=True):
             if master is not param:
                 param.data.copy_(master)

@@ -95,6 +95,8 @@ class CatStep:
             :meth:`state_dict` the names of their parameters begin with ``text_encoders[0].`` and so on.
         unbatched: Keys of conditioning tensors without a batch dimension. Needed only where the first dimension of
             such a tensor may equal B by chance: see ``cond``.
+        grad_scaler: Scales the gradient for float16 autocast (``torch.amp.GradScaler("cpu")``); the step unscales it,
+            skips where it is not finite, and calls ``update()``. Saved with the state.
         generator: Draws noise and timesteps; by default torch's global one. Saved with the state.
 
     Attributes:
@@ -124,6 +126,7 @@ class CatStep:
         predict: Predict | None = None,
         text_encoders: Sequence[torch.nn.Module] = (),
         unbatched: Sequence[str] = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         # PEFT is imported only where a model with its layers is trained.
@@ -148,6 +151,7 @@ class CatStep:
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
         self.accumulate = accumulate
+        self.grad_scaler = grad_scaler
         self.generator = generator
         self._schedule = NoiseSchedule(scheduler, prediction_type)
         self._schedule.weights(torch.zeros(1, dtype=torch.long), snr_gamma)
@@ -231,16 +235,20 @@ class CatStep:
                 base_cond = (
                     self._evaluate("cond_no_trigger", cond_no_trigger) if self.text_encoders else without_trigger
                 )
-                base = self._predict(self.model, noisy[:batch], timesteps, base_cond)
+                base = self._prediction(noisy[:batch], timesteps, base_cond)
             both = join_conditions(
                 with_trigger, without_trigger, batch, unbatched=self._unbatched, convention=self._convention
             )
-            student = self._predict(self.model, noisy, torch.cat([timesteps, timesteps]), both)
+            student = self._prediction(noisy, torch.cat([timesteps, timesteps]), both)
         else:
-            student = self._predict(self.model, noisy, timesteps, with_trigger)
+            student = self._prediction(noisy, timesteps, with_trigger)
         loss, parts, grad = _core.student_loss(student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate)
         del base
-        torch.autograd.backward(student, grad)
+        if self.grad_scaler is not None:
+            grad = self.grad_scaler.scale(grad)
+        # Autocast is for forward passes: the backward of each operation runs in the dtype of its forward.
+        with torch.autocast(grad.device.type, enabled=False):
+            torch.autograd.backward(student, grad)
         diffusion, cat = parts.unbind()
         if isinstance(made, CatFactorRatio):
             made.update(diffusion.item(), cat.item())
@@ -257,6 +265,11 @@ class CatStep:
             shape = (*latents.shape[:2], *(1 for _ in latents.shape[2:]))
             noise += self.noise_offset * torch.randn(shape, dtype=latents.dtype, generator=self.generator)
         return noise
+
+    def _prediction(self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]) -> torch.Tensor:
+        prediction = self._predict(self.model, latents, timesteps, cond)
+        # Under autocast the loss is taken in the latents' dtype, and the scaled gradient is rounded once.
+        return prediction.to(latents.dtype) if torch.is_autocast_enabled(latents.device.type) else prediction
 
     @contextmanager
     def _adapters_disabled(self) -> Iterator[None]:
@@ -291,7 +304,13 @@ class CatStep:
         self._accumulated = (self._accumulated + 1) % self.accumulate
         if self._accumulated:
             return math.nan
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
         self.optimizer.step()
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+        # Around several steps, autocast would keep the copies of the old weights.
+        torch.clear_autocast_cache()
         self.steps_done += 1
         return self.optimizer.grad_norm
 
@@ -306,6 +325,7 @@ class CatStep:
             "gradients": {name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None}
             if self._accumulated
             else {},
+            "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
@@ -337,5 +357,7 @@ class CatStep:
             grad = self.trainable[name].grad
             if grad is not None:
                 grad.copy_(saved_grad)
+        if self.grad_scaler is not None and state_dict["grad_scaler"] is not None:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if self.generator is not None and state_dict["generator"] is not None:
             self.generator.set_state(state_dict["generator"])
