@@ -87,15 +87,24 @@ def test_the_model_computes_in_the_autocast_dtype(dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_a_context_around_several_steps_sees_the_new_weights(dtype: torch.dtype) -> None:
-    losses: list[list[float]] = []
-    for around in (True, False):
-        step = cat_step(unet_pair()[0], lr=0.1, grad_scaler=scaler_for(dtype))
-        losses.append([])
-        with torch.autocast("cpu", dtype, enabled=around):
-            for _ in range(3):
-                with torch.autocast("cpu", dtype):
-                    losses[-1].append(float(step(**batch(0)).loss))
-    assert losses[0] == losses[1]
+    around, each = (cat_step(unet_pair()[0], lr=0.1, grad_scaler=scaler_for(dtype)) for _ in range(2))
+    with torch.autocast("cpu", dtype):
+        ours = [float(around(**batch(0)).loss) for _ in range(3)]
+    theirs = []
+    for _ in range(3):
+        with torch.autocast("cpu", dtype):
+            theirs.append(float(each(**batch(0)).loss))
+    assert ours == theirs
+    assert len(set(ours)) == 3
+
+
+def test_the_backward_pass_is_not_under_autocast() -> None:
+    model, _ = unet_pair()
+    seen: list[bool] = []
+    model.conv_out.register_full_backward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        cat_step(model)(**batch(0))
+    assert seen == [False]
 
 
 def test_the_gradient_is_scaled_before_it_is_rounded() -> None:
