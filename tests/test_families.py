@@ -425,6 +425,16 @@ def test_the_snippet_for_inpainting_runs() -> None:
     )
 
 
+def test_the_snippet_for_autocast_runs() -> None:
+    run_snippet(
+        "autocast",
+        unet=adapted(tiny_unet(), ATTENTION),
+        scheduler=ddpm(),
+        latents=torch.randn(IMAGE),
+        encode_prompt=lambda prompts: words(),
+    )
+
+
 def test_the_snippet_for_text_encoders_runs() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -442,4 +452,4 @@ def test_the_snippet_for_text_encoders_runs() -> None:
 
 
 def test_every_snippet_is_run() -> None:
-    assert set(SNIPPETS) == {*FAMILIES, "inpainting", "text-encoder"} - {"sana-scaled-time"}
+    assert set(SNIPPETS) == {*FAMILIES, "inpainting", "text-encoder", "autocast"} - {"sana-scaled-time"}
