@@ -64,7 +64,7 @@ class CatFactorRatio:
     cat_factor = ratio * mean(L_diff) / mean(L_cat), with exponentially decaying means over the steps so far, at most
     ``maximum``. The useful factor depends on model, data and learning rate; a ratio does so less. L_cat is zero where
     training starts, so the first steps use ``maximum``. Note the direction: where preservation gets worse, L_cat grows
-    and the factor falls, so that the two terms keep their proportion.
+    and the factor falls, so that the two terms keep their proportion. In several processes each follows its own terms.
 
     Args:
         ratio: cat_factor * L_cat / L_diff, > 0.

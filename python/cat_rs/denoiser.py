@@ -69,10 +69,10 @@ _CONVENTIONS = {
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The diffusers model inside a PeftModel or a compiled module."""
+    """The diffusers model inside a PeftModel, a compiled module or FSDP."""
     model = getattr(model, "_orig_mod", model)
     unwrap: Callable[[], torch.nn.Module] | None = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap else model
+    return unwrap() if unwrap else getattr(model, "_fsdp_wrapped_module", model)
 
 
 def convention_of(model: torch.nn.Module) -> Convention:

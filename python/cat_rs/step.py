@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cat_rs import distributed
 from cat_rs._native import _core
 from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
 from cat_rs.convolution import patch_frozen_convolutions
@@ -59,6 +60,14 @@ def _adapter_parameters(argument: str, model: torch.nn.Module) -> dict[str, torc
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not trainable:
         raise AdapterError(f"CatStep: `{argument}` must have trainable adapter parameters, got all of them frozen")
+    for name, param in trainable.items():
+        sharding = distributed.sharding_of(param)
+        if sharding is not None:
+            raise AdapterError(
+                f"CatStep: `{argument}` must have its trainable parameters whole on every rank, got {name}: "
+                f"{sharding}; shard only the frozen base: fully_shard(model, ignored_params=...) or "
+                f"FullyShardedDataParallel(model, ignored_states=...), with the adapter's parameters"
+            )
     return trainable
 
 
@@ -98,6 +107,21 @@ class CatStep:
         grad_scaler: Scales the gradient for float16 autocast (``torch.amp.GradScaler("cpu")``); the step unscales it,
             skips where it is not finite, and calls ``update()``. Saved with the state.
         generator: Draws noise and timesteps; by default torch's global one. Saved with the state.
+        process_group: The ranks that train this adapter together; by default all, if torch.distributed is
+            initialized. A group of this rank alone trains alone.
+
+    Under torch.distributed every rank makes a step of its own model and calls it with its own data. When the step is
+    made, all get rank 0's adapter; the gradients are averaged once in ``accumulate`` calls, by one all_reduce of the
+    flat buffer before its norm is taken, so that the adapters stay the same bit for bit, and all ranks skip a step
+    that is not finite on one. N ranks at batch B train as one process does at batch N B. ``loss``, ``diffusion`` and
+    ``cat`` stay those of the rank's own data; ``grad_norm`` is of the average. A model in DistributedDataParallel, as
+    ``accelerator.prepare`` returns it, is taken out: its own reduction does not run. Under FSDP shard only the frozen
+    base.
+
+    Seed each rank differently (``torch.manual_seed(seed + rank)``, ``accelerate.utils.set_seed(seed,
+    device_specific=True)``, or ``generator``): ranks seeded alike draw the same noise and timesteps. For the same
+    reason a resuming rank needs its own generator state; the rest of the state is the same on every rank as long as
+    no gradient is accumulated.
 
     Attributes:
         optimizer: The :class:`FlatAdamW`; learning-rate schedulers attach to it.
@@ -128,6 +152,7 @@ class CatStep:
         unbatched: Sequence[str] = (),
         grad_scaler: torch.amp.GradScaler | None = None,
         generator: torch.Generator | None = None,
+        process_group: Any = None,
     ) -> None:
         # PEFT is imported only where a model with its layers is trained.
         from cat_rs import peft
@@ -138,8 +163,12 @@ class CatStep:
             raise InvalidValueError(f"CatStep: `snr_gamma` must be > 0 or None, got {snr_gamma}")
         if not math.isfinite(noise_offset):
             raise InvalidValueError(f"CatStep: `noise_offset` must be a finite number, got {noise_offset}")
+        process_group = distributed.data_parallel_group(process_group)
+        if process_group is not None:
+            distributed.check_group("CatStep", process_group)
+        model = distributed.without_ddp(model)
         self.model = model
-        self.text_encoders = tuple(text_encoders)
+        self.text_encoders = tuple(distributed.without_ddp(encoder) for encoder in text_encoders)
         self.trainable = _adapter_parameters("model", model)
         for index, encoder in enumerate(self.text_encoders):
             argument = f"text_encoders[{index}]"
@@ -161,7 +190,15 @@ class CatStep:
         for adapted in (model, *self.text_encoders):
             peft.patch_peft(adapted)
         patch_frozen_convolutions(model)
-        self.optimizer = FlatAdamW(self.trainable.values(), lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
+        self.optimizer = FlatAdamW(
+            self.trainable.values(),
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            max_grad_norm=max_grad_norm,
+            process_group=process_group,
+        )
         self.steps_done = 0
         self._accumulated = 0
 
@@ -305,6 +342,8 @@ class CatStep:
         if self._accumulated:
             return math.nan
         if self.grad_scaler is not None:
+            # Averaged first, an overflow on one rank lowers the scale on all.
+            self.optimizer.average_gradients()
             self.grad_scaler.unscale_(self.optimizer)
         self.optimizer.step()
         if self.grad_scaler is not None:
@@ -315,7 +354,10 @@ class CatStep:
         return self.optimizer.grad_norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients, generator."""
+        """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients, generator.
+
+        Accumulated gradients and the generator are the rank's own. Taking and loading a state is not collective.
+        """
         return {
             "parameters": {name: param.detach().clone() for name, param in self.trainable.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),

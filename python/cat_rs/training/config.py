@@ -92,7 +92,7 @@ class TrainConfig:
     )
 
     steps: int = option(500, group=_OPTIMIZER, help="optimizer steps")
-    batch_size: int = option(4, group=_OPTIMIZER, help="pictures in a batch")
+    batch_size: int = option(4, group=_OPTIMIZER, help="pictures in a batch, of each process")
     accumulate: int = option(1, group=_OPTIMIZER, help="batches in an optimizer step")
     lr: float = option(1e-4, group=_OPTIMIZER, help="learning rate")
     lr_scheduler: Literal[

@@ -9,24 +9,34 @@ from cat_rs.training.checkpoint import CheckpointFolder
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
 from cat_rs.training.model import ADAPTER_FILE, save_adapter
+from cat_rs.training.processes import Processes
 from cat_rs.training.run import TrainingRun
 
 
 class Saver:
-    """Writes one run's checkpoints and adapter.
+    """Writes one run's checkpoints and adapter, in the main process; every process calls its methods.
 
     Args:
         config: The run's settings.
         checkpoints: Its checkpoint folder.
         data: The fingerprint of its pictures and captions.
         pipeline_class: The diffusers pipeline that is to load the adapter.
+        processes: Those of the run.
     """
 
-    def __init__(self, config: TrainConfig, checkpoints: CheckpointFolder, data: str, pipeline_class: Any) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        checkpoints: CheckpointFolder,
+        data: str,
+        pipeline_class: Any,
+        processes: Processes,
+    ) -> None:
         self._config = config
         self._checkpoints = checkpoints
         self._data = data
         self._pipeline_class = pipeline_class
+        self._processes = processes
 
     def save_checkpoint(self, run: TrainingRun, seconds: float) -> Path:
         """Write a checkpoint of the run after its last finished step.
@@ -34,8 +44,20 @@ class Saver:
         Raises:
             CheckpointError: It cannot be written; the earlier ones are untouched.
         """
-        state = {"run": run.state_dict(), "config": self._config.to_dict(), "data": self._data, "seconds": seconds}
-        return self._checkpoints.save(run.steps_done, state, lambda folder: self._write_adapter(run, folder))
+        # The state of the main process is everyone's, but for what the others draw.
+        others = self._processes.gathered(run.draws_state_dict())[1:]
+
+        def write() -> Path:
+            state = {
+                "run": run.state_dict(),
+                "other_processes": others,
+                "config": self._config.to_dict(),
+                "data": self._data,
+                "seconds": seconds,
+            }
+            return self._checkpoints.save(run.steps_done, state, lambda folder: self._write_adapter(run, folder))
+
+        return self._processes.on_main(write)
 
     def save_adapter(self, run: TrainingRun) -> Path:
         """Write the adapter into the output folder.
@@ -43,6 +65,9 @@ class Saver:
         Raises:
             CheckpointError: It cannot be written.
         """
+        return self._processes.on_main(lambda: self._save_adapter(run))
+
+    def _save_adapter(self, run: TrainingRun) -> Path:
         output = Path(self._config.output_dir)
         try:
             return self._write_adapter(run, output)
@@ -70,7 +95,7 @@ class Saver:
             "snr_gamma": config.snr_gamma,
             "rank": config.rank,
             "lr": config.lr,
-            "batch_size": config.batch_size * config.accumulate,
+            "batch_size": config.batch_size * config.accumulate * self._processes.count,
             "seed": config.seed,
             "steps": run.steps_done,
         }
