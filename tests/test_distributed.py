@@ -651,7 +651,7 @@ def test_the_log_holds_means_over_the_processes(ranks: Results, training_folder:
     rows = [json.loads(line) for line in (training_folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row, *figures in zip(rows, *(results["whole", False]["figures"] for results in ranks), strict=True):
-        names = ("loss", "diffusion", "cat", "grad_norm")
+        names = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
         assert [row[name] for name in names] == pytest.approx((sum(figures) / RANKS).tolist(), rel=1e-6)
 
 
