@@ -118,6 +118,17 @@ def test_cat_factor_changes_as_told(
         assert [row["cat_factor"] for row in rows] == pytest.approx(factors)
 
 
+def test_several_triggers_train_with_their_own_class_words(configure: Configure, concept_dir: Path) -> None:
+    captions = ["a sks cat on red", "a zwx dog on green", "a sks cat beside a zwx dog"]
+    rows = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(captions)]
+    (concept_dir / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen: list[str] = []
+    result = train(configure(trigger=("sks=cat", "zwx=dog")), progress=False, report=seen.append)
+    assert result.captions_changed == 3
+    assert any("'a sks cat on red' -> 'a cat on red'" in line for line in seen)
+    assert read_adapter_facts(result.output_dir)["trigger"] == {"sks": "cat", "zwx": "dog"}
+
+
 def test_more_prompts_and_noise_offset_resume_bit_for_bit(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
