@@ -41,6 +41,7 @@ def emoji_model(tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path,
         "other_class_prompts": ["a car on a red background"],
     }
     (folder / "prompts.json").write_text(json.dumps({"trigger_word": "sks", "concepts": [concept]}))
+    (folder / "preserve_prompts.txt").write_text("a dog\na house\n")
     return folder
 
 
@@ -189,7 +190,10 @@ def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: 
     arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo"), "--seeds", "0", "1"]
     short = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1"]
     assert main(["demo", *arguments, *short]) == 0
-    assert "mean over 2 runs" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mean over 2 runs" in shown
+    # Of the two adapters of each run, CAT alone.
+    assert shown.count("2 more prompts are preserved") == 2
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [(run["concept"], run["seed"]) for run in results["runs"]] == [("tabby", 0), ("tabby", 1)]
     assert set(results["runs"][0]["evaluation"]["adapters"]) == {"LoRA", "CAT"}

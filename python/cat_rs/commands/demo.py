@@ -17,6 +17,7 @@ _TRAINING = "training (the same for both adapters)"
 
 PLAIN = "LoRA"
 CAT = "CAT"
+PRESERVE_FILE = "preserve_prompts.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,21 @@ class Settings(SamplingSettings):
     seeds: tuple[int, ...] = option((0,), group=_WHAT, help="training seeds; each is a run of its own", metavar="N")
     output_dir: str = option("demo", group=_WHAT, help="folder for the results", metavar="DIR")
 
-    steps: int = option(400, group=_TRAINING, help="optimizer steps")
+    steps: int = option(1200, group=_TRAINING, help="optimizer steps")
     batch_size: int = option(4, group=_TRAINING, help="pictures in a batch")
     lr: float = option(2e-4, group=_TRAINING, help="learning rate")
     rank: int = option(16, group=_TRAINING, help="rank r of the adapters")
     cat_factor: float = option(1.0, group=_TRAINING, help="weight of the preservation term in the CAT adapter")
-    preserve_prompts: str | None = option(
-        None, group=_TRAINING, help="file of more prompts that the CAT adapter preserves, one a line", metavar="FILE"
+    preserve: bool = option(
+        True, group=_TRAINING, help="the CAT adapter also preserves the prompts in the model's preserve_prompts.txt"
     )
+
+    def preserve_file(self) -> str | None:
+        """The file of prompts to preserve, beside the captions."""
+        return str(Path(self.emoji_model, PRESERVE_FILE)) if self.preserve else None
+
+
+_REPORTED = ("steps", "batch_size", "lr", "rank", "cat_factor", "preserve")
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ def _train(settings: Settings, concept: Concept, seed: int, cat_factor: float, o
         trigger=(concept.trigger,),
         class_word=concept.class_word,
         cat_factor=cat_factor,
-        preserve_prompts=settings.preserve_prompts if cat_factor > 0 else None,
+        preserve_prompts=settings.preserve_file() if cat_factor > 0 else None,
         rank=settings.rank,
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -221,7 +229,7 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
     output = Path(settings.output_dir)
     content = {
         "format": "cat-rs demo 1",
-        "training": {name: getattr(settings, name) for name in ("steps", "batch_size", "lr", "rank", "cat_factor")},
+        "training": {name: getattr(settings, name) for name in _REPORTED},
         "summary": summary,
         "runs": [
             {
