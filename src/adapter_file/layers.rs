@@ -236,8 +236,8 @@ fn split(whole: Layer, modules: &[String]) -> Result<Vec<Layer>> {
         layers.push(Layer {
             component: whole.component.clone(),
             module: module.clone(),
-            lora_a: lora_a.f_clone(&lora_a.f_empty_like().during(READ)?).during(READ)?,
-            lora_b: lora_b.f_clone(&lora_b.f_empty_like().during(READ)?).during(READ)?,
+            lora_a: lora_a.f_detach_copy().during(READ)?,
+            lora_b: lora_b.f_detach_copy().during(READ)?,
             bias: None,
             magnitude: None,
             alpha: whole.alpha.map(|alpha| if own { alpha / blocks as f64 } else { alpha }),
