@@ -104,14 +104,24 @@ def load(family: str, tiny_pipeline_dir: Path, sdxl_dir: Path) -> Load:
     return build
 
 
-def adapted(pipeline: Pipeline, **settings: Any) -> dict[str, Any]:
-    """Adds random adapters; returns the models as save_lora and load_lora take them."""
-    options = {"r": 2, "lora_alpha": 6, **settings}
-    add_lora(pipeline.unet, target_modules=UNET_LAYERS, **options)
+def adapted(pipeline: Pipeline, *, one_alpha: bool = False) -> dict[str, Any]:
+    """Adds random adapters; returns the text encoders as save_lora and load_lora take them."""
+    options = {"r": 2, "lora_alpha": 6}
+    alphas: list[dict[str, int]] = [{}, {}] if one_alpha else [{"to_v": 1, "conv1": 3}, {"fc1": 5}]
+    ranks = {"to_q": 3, "conv1": 1}
+    add_lora(pipeline.unet, target_modules=UNET_LAYERS, rank_pattern=ranks, alpha_pattern=alphas[0], **options)
     encoders = encoders_of(pipeline)
     for number, encoder in enumerate(encoders.values()):
-        add_text_lora(encoder, seed=5 + number, **options)
+        add_text_lora(encoder, seed=5 + number, alpha_pattern=alphas[1], **options)
     return encoders
+
+
+@pytest.fixture(autouse=True)
+def _any_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers asks for a newer PEFT than a text encoder's LoRA needs, and than may be installed."""
+    from transformers.integrations import peft
+
+    monkeypatch.setattr(peft, "MIN_PEFT_VERSION", "0.15.0")
 
 
 def add_text_lora(encoder: Any, *, seed: int, **settings: Any) -> None:
@@ -146,13 +156,11 @@ def assert_same_state(left: torch.nn.Module, right: torch.nn.Module) -> None:
 
 
 def assert_same_scales(left: torch.nn.Module, right: torch.nn.Module) -> None:
-    def scales(model: torch.nn.Module) -> dict[str, Any]:
-        return {name: module.scaling for name, module in model.named_modules() if hasattr(module, "scaling")}
+    def scales(model: torch.nn.Module) -> dict[str, float]:
+        layers = {name: module for name, module in model.named_modules() if hasattr(module, "scaling")}
+        return {name: layer.scaling["default"] for name, layer in layers.items()}
 
     assert scales(left) == pytest.approx(scales(right))
-    assert {name: value["default"] for name, value in scales(left).items()} == pytest.approx(
-        {name: value["default"] for name, value in scales(right).items()}
-    )
 
 
 # ---- diffusers and kohya, read by diffusers
@@ -162,7 +170,8 @@ def assert_same_scales(left: torch.nn.Module, right: torch.nn.Module) -> None:
 def test_diffusers_draws_the_same_picture(format: str, family: str, load: Load, tmp_path: Path) -> None:
     pipeline = load()
     base = draw(pipeline)
-    encoders = adapted(pipeline, rank_pattern={"to_q": 3, "conv1": 1}, alpha_pattern={"to_v": 1, "fc1": 5})
+    # diffusers' reader of kohya files does not match the alphas of attention layers with their names.
+    encoders = adapted(pipeline, one_alpha=format == "kohya")
     expected = draw(pipeline)
     assert np.abs(expected - base).max() > 1e-2
     file = cat_rs.save_lora(tmp_path / "a.safetensors", pipeline.unet, format=format, **encoders)
@@ -177,7 +186,7 @@ def test_diffusers_draws_the_same_picture(format: str, family: str, load: Load, 
 @pytest.mark.parametrize("format", FORMATS)
 def test_load_lora_gives_the_same_picture(format: str, load: Load, tmp_path: Path) -> None:
     pipeline = load()
-    encoders = adapted(pipeline, rank_pattern={"to_q": 3, "conv1": 1}, alpha_pattern={"to_v": 1, "fc1": 5})
+    encoders = adapted(pipeline)
     written = cat_rs.save_lora(tmp_path / PATHS[format], pipeline.unet, format=format, **encoders)
     other = load()
     lora = cat_rs.load_lora(written, model=other.unet, **encoders_of(other))
@@ -189,7 +198,7 @@ def test_load_lora_gives_the_same_picture(format: str, load: Load, tmp_path: Pat
 
 def test_every_conversion_keeps_every_bit(load: Load, family: str, tmp_path: Path) -> None:
     pipeline = load()
-    encoders = adapted(pipeline, rank_pattern={"to_q": 3}, alpha_pattern={"to_v": 1})
+    encoders = adapted(pipeline)
     path = cat_rs.save_lora(tmp_path / "0.safetensors", pipeline.unet, **encoders)
     for number, format in enumerate(["kohya", "peft", "diffusers", "peft", "kohya", "diffusers"], start=1):
         target = tmp_path / (str(number) if format == "peft" else f"{number}.safetensors")
@@ -312,8 +321,9 @@ def flux_with_lora(layers: list[str], **settings: Any) -> Any:
 def test_diffusers_reads_flux(format: str, tmp_path: Path) -> None:
     # diffusers' reader of kohya files takes single blocks of FLUX's own width only: see the next test.
     layers = [layer.replace("attn.", r"^transformer_blocks\.\d+\.attn\.") for layer in FLUX_LAYERS]
-    pattern = "|".join(layers)
-    transformer = add_lora(flux_transformer(), target_modules=rf"(?:.*\.)?(?:{pattern})|x_embedder", r=2)
+    # Of layers outside the blocks it loses the prefix, without which they are not loaded.
+    pattern = "|".join(layer for layer in layers if format == "diffusers" or layer != "x_embedder")
+    transformer = add_lora(flux_transformer(), target_modules=rf"(?:.*\.)?(?:{pattern})", r=2)
     encoder = clip()
     add_text_lora(encoder, seed=7, r=2, lora_alpha=6)
     file = cat_rs.save_lora(tmp_path / "a.safetensors", transformer, format=format, text_encoder=encoder)
@@ -378,11 +388,13 @@ def test_peft_reads_what_is_written(tmp_path: Path) -> None:
     assert read_metadata(folder) == {"trigger": "sks"}
 
 
+# PEFT's own writer warns of biases of B, as of a matrix that lost a dimension.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 def test_peft_folders_come_back(settings: dict[str, Any], tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=3, target_modules=["to_q", "conv1"], rank_pattern={"to_q": 2}, **settings)
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=["to_out.0", "conv1"], rank_pattern={"conv1": 2}, **settings)
     model = get_peft_model(tiny_unet(), config)
     torch.manual_seed(2)
     randomize_b(model)
@@ -509,14 +521,17 @@ def test_what_kohya_cannot_hold_is_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "no place for DoRA" in message(add_lora(tiny_unet(), use_dora=True))
-    assert "no place for a bias of lora_B" in message(add_lora(tiny_unet(), lora_bias=True))
+    assert "no place for a bias of lora_B" in message(add_lora(tiny_unet(), lora_bias=True, target_modules=["conv1"]))
     assert "layers_per_block 2, got 1" in message(add_lora(tiny_unet()), family="sdxl")
     assert "no names for these layers of family flux" in message(add_lora(tiny_unet()), family="flux")
     assert not list(tmp_path.iterdir())
 
 
 def test_family_must_be_known_for_kohya(tmp_path: Path) -> None:
-    state = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1)}
+    state = {
+        "unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.ones(8, 2, 1, 1),
+    }
     with pytest.raises(InvalidValueError, match="`family` must be sd, sdxl or flux"):
         cat_rs.save_lora(tmp_path / "a.safetensors", state, format="kohya")
     file = cat_rs.save_lora(tmp_path / "a.safetensors", state, format="kohya", family="sd")
@@ -531,7 +546,10 @@ def test_ambiguous_names_are_refused(tmp_path: Path) -> None:
             self.mid_block_a = torch.nn.ModuleDict({"b": torch.nn.Linear(2, 2)})
 
     save_file(
-        {"lora_unet_mid_block_a_b.lora_down.weight": torch.ones(1, 2), "lora_unet_mid_block_a_b.lora_up.weight": torch.ones(2, 1)},
+        {
+            "lora_unet_mid_block_a_b.lora_down.weight": torch.ones(1, 2),
+            "lora_unet_mid_block_a_b.lora_up.weight": torch.ones(2, 1),
+        },
         tmp_path / "a.safetensors",
     )
     with pytest.raises(AdapterError, match="names that fit several layers of the model: `lora_unet_mid_block_a_b`"):
@@ -615,7 +633,9 @@ def test_older_files_of_diffusers_are_read(tmp_path: Path) -> None:
     lora = cat_rs.load_lora(tmp_path)
     assert lora.format == "diffusers"
     assert set(lora.state) == {"unet", "text_encoder"}
-    assert torch.equal(lora.state["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight"], down)
+    assert torch.equal(
+        lora.state["unet"]["mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight"], down
+    )
     assert lora.alphas["text_encoder"] == {"text_model.encoder.layers.0.self_attn.q_proj": 2}
 
 

@@ -159,7 +159,8 @@ def save_lora(
     """Write an adapter. An older file stays until the new one is whole.
 
     kohya's format has one number for each layer's scale and no more: rsLoRA is folded into it, DoRA and biases are
-    refused. In FLUX files query, key and value are one layer there, written block-diagonal with the sum of the ranks,
+    refused. (diffusers, unlike web UIs and `load_lora`, misreads kohya files whose attention layers differ in alpha,
+    and leaves FLUX's layers outside the blocks out.) In FLUX files query, key and value are one layer there, written block-diagonal with the sum of the ranks,
     which computes the same; `load_lora` takes it apart again.
 
     Args:
@@ -482,10 +483,13 @@ def _layers_of_model(model: torch.nn.Module, component: str, adapter_name: str) 
     adapters = getattr(model, "peft_config", {})
     if adapter_name not in adapters:
         has = ", ".join(map(repr, adapters)) or "none"
-        raise AdapterError(f"save_lora: `adapter_name` must be an adapter of the {component}, got {adapter_name!r}: it has {has}")
+        raise AdapterError(
+            f"save_lora: `adapter_name` must be an adapter of the {component}, got {adapter_name!r}: it has {has}"
+        )
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    # With a state dict of our own PEFT does not take a bias of B for a matrix that lost a dimension.
+    state = get_peft_model_state_dict(model, model.state_dict(), adapter_name, save_embedding_layers=False)
     alphas = {
         name.removeprefix("base_model.model."): module.lora_alpha[adapter_name]
         for name, module in model.named_modules()
@@ -510,7 +514,9 @@ def _check_fit(model: torch.nn.Module, layers: list[_Layer]) -> None:
     modules = _base_modules(model)
     absent = [layer.module for layer in layers if layer.module not in modules]
     if absent:
-        raise AdapterError(f"load_lora: expected layers of {type(model).__name__}, which does not have {_listed(absent)}")
+        raise AdapterError(
+            f"load_lora: expected layers of {type(model).__name__}, which does not have {_listed(absent)}"
+        )
     for layer in layers:
         base = modules[layer.module]
         if not isinstance(base, (torch.nn.Linear, torch.nn.Conv2d)):
@@ -553,10 +559,14 @@ def _add_adapter(model: Any, config: Mapping[str, Any], adapter_name: str) -> No
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, lora)
         model.set_adapter(adapter_name)
-    elif hasattr(model, "add_adapter"):
-        model.add_adapter(lora, adapter_name)
-    else:
-        inject_adapter_in_model(lora, model, adapter_name)
+        return
+    # What add_adapter of diffusers and transformers does, where the latter asks for a newer PEFT than this needs.
+    inject_adapter_in_model(lora, model, adapter_name)
+    for layer in model.modules():
+        if adapter_name in getattr(layer, "lora_A", ()):
+            layer.set_adapter(adapter_name)
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = True
 
 
 def _fill(model: torch.nn.Module, layers: list[_Layer], adapter_name: str) -> None:
@@ -601,7 +611,7 @@ def _exact_config(layers: list[_Layer], source: Mapping[str, Any]) -> dict[str, 
     return config | {
         "r": rank,
         "lora_alpha": alpha,
-        "target_modules": sorted(_matched(layer) for layer in layers),
+        "target_modules": sorted(ranks),
         "rank_pattern": {_pattern(layer): ranks[layer.module] for layer in layers if ranks[layer.module] != rank},
         "alpha_pattern": {_pattern(layer): alphas[layer.module] for layer in layers if alphas[layer.module] != alpha},
         "use_dora": any(layer.magnitude is not None for layer in layers),
@@ -616,24 +626,23 @@ def _diffusers_config(layers: list[_Layer], configs: Mapping[str, Mapping[str, A
     return packed
 
 
-def _configs_for(
-    layers: list[_Layer], configs: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Mapping[str, Any]]:
+def _configs_for(layers: list[_Layer], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """Each component's LoraConfig: the one it was made with, or one made from its layers."""
     found: dict[str, Mapping[str, Any]] = {}
     for component in dict.fromkeys(layer.component for layer in layers):
-        own = [layer for layer in layers if layer.component == component]
+        own = [_without_text_model(layer) for layer in layers if layer.component == component]
         found[component] = configs.get(component) or _exact_config(own, {})
     return found
 
 
-def _matched(layer: _Layer) -> str:
-    return layer.module.removeprefix("text_model.") if layer.component.startswith("text_encoder") else layer.module
+def _without_text_model(layer: _Layer) -> _Layer:
+    """The layer under the end of its name that fits with and without CLIP's `text_model.` before it."""
+    return layer._replace(module=layer.module.removeprefix("text_model."))
 
 
 def _pattern(layer: _Layer) -> str:
-    """A pattern for this layer alone; a text encoder's fits with and without `text_model.` before it."""
-    name = re.escape(_matched(layer))
+    """PEFT's pattern for this layer: it fits the ends of names, unless anchored."""
+    name = re.escape(layer.module)
     return name if layer.component.startswith("text_encoder") else f"^{name}"
 
 

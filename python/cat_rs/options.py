@@ -165,16 +165,21 @@ def _argument_kind(hint: Any, metavar: str | None) -> dict[str, Any]:
     return {"type": hint, "metavar": metavar or _METAVARS[hint]}
 
 
+def _is_union(hint: Any) -> bool:
+    """Whether the type is `X | None`, which Literal spells in the older way."""
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
 def _without_none(hint: Any) -> Any:
     """`X` of `X | None`."""
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     return hint
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as type `hint`; lists become tuples, whole numbers become floats where a float is meant."""
-    if value is None and isinstance(hint, types.UnionType):
+    if value is None and _is_union(hint):
         return None
     hint = _without_none(hint)
     if typing.get_origin(hint) is typing.Literal:

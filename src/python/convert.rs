@@ -55,6 +55,6 @@ fn raise_io(py: Python<'_>, path: &Path, source: &io::Error) -> PyErr {
         return PyOSError::new_err(format!("{}: {source}", path.display()));
     };
     let described = py.import("os").and_then(|os| os.call_method1("strerror", (number,)));
-    let instance = described.and_then(|text| py.get_type::<PyOSError>().call1((number, text, path)));
+    let instance = described.and_then(|text| py.get_type::<PyOSError>().call1((number, text, path.as_os_str())));
     instance.map_or_else(|error| error, PyErr::from_value)
 }
