@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,7 @@ def test_diffusers_reads_flux(format: str, tmp_path: Path) -> None:
     # Of layers outside the blocks it loses the prefix, without which they are not loaded.
     pattern = "|".join(layer for layer in layers if format == "diffusers" or layer != "x_embedder")
     transformer = add_lora(flux_transformer(), target_modules=rf"(?:.*\.)?(?:{pattern})", r=2)
+    assert any("transformer_blocks.1.attn.add_q_proj.lora_B" in name for name in state_of(transformer))
     encoder = clip()
     add_text_lora(encoder, seed=7, r=2, lora_alpha=6)
     file = cat_rs.save_lora(tmp_path / "a.safetensors", transformer, format=format, text_encoder=encoder)
@@ -456,7 +459,11 @@ def kohya_state(*, alpha: float | None = 2.0, dtype: torch.dtype = torch.float16
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_hand_made_kohya_file_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
     state = kohya_state(dtype=dtype)
-    save_file(state, tmp_path / "a.safetensors", {"ss_base_model_version": "sd_v1", "ss_note": "kept"})
+    save_file(
+        state,
+        tmp_path / "a.safetensors",
+        {"ss_base_model_version": "sd_v1", "ss_note": "kept", "sshs_model_hash": "1"},
+    )
     lora = cat_rs.load_lora(tmp_path / "a.safetensors")
     assert (lora.format, lora.family, lora.metadata) == ("kohya", "sd", {})
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -472,6 +479,7 @@ def test_hand_made_kohya_file_comes_back(dtype: torch.dtype, tmp_path: Path) -> 
     assert {written[name].dtype for name in state if "lora_" in name.split(".")[1]} == {dtype}
     with safe_open(again, "pt") as file:
         assert file.metadata()["ss_note"] == "kept"
+        assert "sshs_model_hash" not in file.metadata()
     unet = tiny_unet()
     lora.load_into(unet)
     scales = {name: module.scaling["default"] for name, module in unet.named_modules() if hasattr(module, "scaling")}
@@ -578,7 +586,7 @@ def test_what_does_not_fit_leaves_the_model_alone(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"attn2.to_k has weight \[16, 24\], which A \[4, 16\]"):
         cat_rs.load_lora(tmp_path, model=other)
     small = tiny_unet(down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"))
-    with pytest.raises(AdapterError, match="does not have down_blocks.1.attentions.0"):
+    with pytest.raises(AdapterError, match=r"does not have down_blocks\.1\.attentions\.0"):
         cat_rs.load_lora(tmp_path, model=small)
     with pytest.raises(AdapterError, match="expected layers of text_encoder, got only unet"):
         cat_rs.load_lora(tmp_path, text_encoder=clip())
@@ -647,6 +655,46 @@ def test_an_old_file_stays_when_writing_fails(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         cat_rs.save_lora(tmp_path, unet, dtype=torch.float16)
     assert file.read_bytes() == before
+
+
+def test_an_old_file_stays_when_the_disk_is_full(tmp_path: Path) -> None:
+    file = cat_rs.save_lora(tmp_path, add_lora(tiny_unet()))
+    before = file.read_bytes()
+    script = """
+import resource, sys, torch
+import cat_rs
+state = {"unet.conv_in.lora_A.weight": torch.ones(64, 64), "unet.conv_in.lora_B.weight": torch.ones(64, 64)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    cat_rs.save_lora(sys.argv[1], state)
+except OSError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout
+    assert str(file) in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == before
+
+
+def test_changed_bytes_never_crash(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(kohya_state(), path)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    errors = []
+    for _ in range(300):
+        changed = bytearray(whole[: generator.integers(len(whole))] if generator.random() < 0.2 else whole)
+        for place in generator.integers(min(len(changed), 900) or 1, size=generator.integers(1, 4)):
+            changed[place : place + 1] = bytes([generator.integers(256)])
+        path.write_bytes(changed)
+        try:
+            cat_rs.load_lora(path)
+        except AdapterError as error:
+            errors.append(str(error))
+    assert len(errors) > 200
+    assert not [error for error in errors if "panicked" in error]
 
 
 def test_trouble_with_files_has_its_own_errors(tmp_path: Path) -> None:

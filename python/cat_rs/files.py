@@ -106,7 +106,7 @@ class LoraFile:
 
         Args:
             model: A denoiser or a text encoder, with or without PEFT layers; or a PeftModel.
-            component: Which part of the file; the one that fits the model's class if None.
+            component: Which part of the file; if None the denoiser, or for a text encoder the first text encoder.
             adapter_name: PEFT's name of the adapter in the model.
 
         Raises:
@@ -159,9 +159,10 @@ def save_lora(
     """Write an adapter. An older file stays until the new one is whole.
 
     kohya's format has one number for each layer's scale and no more: rsLoRA is folded into it, DoRA and biases are
-    refused. (diffusers, unlike web UIs and `load_lora`, misreads kohya files whose attention layers differ in alpha,
-    and leaves FLUX's layers outside the blocks out.) In FLUX files query, key and value are one layer there, written block-diagonal with the sum of the ranks,
-    which computes the same; `load_lora` takes it apart again.
+    refused. In FLUX files query, key and value are one layer there, written block-diagonal with the sum of the ranks,
+    as kohya's own converter does; `load_lora` takes it apart again. Web UIs and `load_lora` read what is written;
+    diffusers' reader of kohya files mistakes alphas that differ among attention layers, and leaves out FLUX's layers
+    outside the blocks.
 
     Args:
         path: For "peft" a folder. Else a ``.safetensors`` file; with "diffusers" also a folder, in which
@@ -208,12 +209,14 @@ def save_lora(
         if model is not None:
             layers = [layer for layer in layers if layer.component != component]
             layers += _layers_of_model(model, component, adapter_name)
-            configs[component] = _reduced_config(model.peft_config[adapter_name].to_dict())  # type: ignore[union-attr, operator]
+            configs[component] = _reduced_config(model, adapter_name)
     if dtype is not None:
         layers = [_cast(layer, dtype) for layer in layers]
     family = family or _family_of_layers(layers)
     facts |= metadata or {}
-    common = {**file_metadata, "format": "pt", _FACTS: _json("metadata", facts)}
+    # A hash of the file that was read is not one of the file that is written.
+    kept = {name: text for name, text in file_metadata.items() if "hash" not in name}
+    common = {**kept, "format": "pt", _FACTS: _json("metadata", facts)}
     if format == "peft":
         return _save_peft(Path(path), layers, configs, common)
     if format == "kohya":
@@ -585,10 +588,11 @@ def _fill(model: torch.nn.Module, layers: list[_Layer], adapter_name: str) -> No
 # ---- LoraConfig
 
 
-def _reduced_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A LoraConfig as JSON without what has the default value: other versions of PEFT do not know every field."""
+def _reduced_config(model: Any, adapter_name: str) -> dict[str, Any]:
+    """A model's LoraConfig as JSON without defaults: other versions of PEFT do not know every field."""
     from peft import LoraConfig
 
+    config = model.peft_config[adapter_name].to_dict()
     defaults = LoraConfig().to_dict()
     kept = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", *_KEPT_SETTINGS)
     reduced: dict[str, Any] = {}

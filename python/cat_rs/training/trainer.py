@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import CaptionPairs, fill_template, pair_captions
@@ -19,14 +20,14 @@ from cat_rs.training.dataset import Example, fingerprint, read_folder
 from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInterrupted
 from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
-from cat_rs.training.model import ADAPTER_FILE, add_adapter, choose_device, load_pipeline
+from cat_rs.training.model import add_adapter, choose_device, load_pipeline
 from cat_rs.training.recorder import Recorder
 from cat_rs.training.run import TrainingRun
 from cat_rs.training.saver import Saver
 
 CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "train_config.yaml"
-_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, ADAPTER_FILE, CONFIG_FILE)
+_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, DIFFUSERS_FILE, CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class _Training:
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._config.seed)
             pipeline = load_pipeline(self._config.model, getattr(torch, self._config.dtype), self._device)
-            saver = Saver(self._config, self._checkpoints, data, type(pipeline))
+            saver = Saver(self._config, self._checkpoints, data)
             run = self._prepare(pipeline, self._encode(pipeline, examples, captions))
             # The VAE and the text encoders have done their work.
             del pipeline
