@@ -228,11 +228,11 @@ impl KohyaNames {
                 targets.push(Target { component, modules, family: entry.family });
             }
         }
-        for ((prefix, flat), modules) in &self.known {
-            if name.strip_prefix(prefix) == Some(flat.as_str()) {
-                for (component, module) in modules {
-                    targets.push(Target { component, modules: vec![module.clone()], family: None });
-                }
+        let prefixes: BTreeSet<&'static str> = self.tables.iter().map(|(prefix, ..)| *prefix).collect();
+        for prefix in prefixes {
+            let Some(flat) = name.strip_prefix(prefix) else { continue };
+            for (component, module) in self.known.get(&(prefix, flat.to_owned())).into_iter().flatten() {
+                targets.push(Target { component, modules: vec![module.clone()], family: None });
             }
         }
         let mut seen = BTreeSet::new();
