@@ -9,12 +9,13 @@ python := $(VENV)/bin/python
 with_torch := $(python) scripts/torch_env.py
 rust_sources := $(shell find src -type f) Cargo.toml Cargo.lock build.rs .cargo/config.toml
 
-.PHONY: help build test test-rust test-python lint format demo bench wheel test-wheel clean distclean
+.PHONY: help build test test-rust test-python lint format demo notebook bench wheel test-wheel clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make build        set up $(VENV): PyTorch, cat-rs built in place, everything to train and to develop"
 	@echo "make demo         personalize the bundled model without and with CAT, compare; writes demo/"
+	@echo "make notebook     execute examples/quickstart.ipynb and save it with its outputs"
 	@echo "make test         build, then the Rust and the Python tests"
 	@echo "make lint         formatting, clippy, ruff, mypy, and the stub file against the module"
 	@echo "make format       format Rust and Python sources"
@@ -23,7 +24,7 @@ help:
 	@echo "make test-wheel   the same, then the Python tests with that wheel installed"
 	@echo "make clean        remove what was built; make distclean: the environments too"
 	@echo
-	@echo "PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment, ARGS=... are passed to demo, bench,"
+	@echo "PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment, ARGS=... are passed to demo, notebook, bench,"
 	@echo "test-rust and test-python. \`make test-python ARGS='-k cat_loss'\` runs some of the tests."
 
 build: $(VENV)/.built
@@ -66,6 +67,9 @@ format:
 
 demo: build
 	$(VENV)/bin/cat-rs demo $(ARGS)
+
+notebook: build
+	$(python) scripts/notebook.py $(ARGS)
 
 bench: build
 	$(python) -m benchmarks $(ARGS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +57,13 @@ def share_weights(model: torch.nn.Module, settings: dict[str, Any]) -> torch.nn.
     return twin.requires_grad_(False)
 
 
-def add_lora(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """A rank-16 adapter on the attention's linear layers, its values from the seed; B is not zero, so that all of
-    its gradients matter from the first step on.
+def add_lora(model: torch.nn.Module, seed: int = 0, targets: Sequence[str] = TARGET_MODULES) -> torch.nn.Module:
+    """A rank-16 adapter, by default on the attention's linear layers, its values from the seed; B is not zero, so that
+    all of its gradients matter from the first step on.
     """
     from peft import LoraConfig
 
-    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGET_MODULES))
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(targets)))
     generator = torch.Generator().manual_seed(seed)
     for param in adapter(model):
         if param.device.type != "meta":

@@ -74,6 +74,15 @@ def lora_linear(
     return y if bias is None else y + bias.double()
 
 
+def lora_up(
+    y: torch.Tensor, hidden: torch.Tensor, lora_B: torch.Tensor, scaling: float, channels_second: bool
+) -> torch.Tensor:
+    """y + scaling * B h over the last or the second dimension, in float64."""
+    channel = 1 if channels_second else -1
+    branch = (hidden.double().movedim(channel, -1) @ lora_B.double().T).movedim(-1, channel)
+    return y.double() + scaling * branch
+
+
 def noising(
     latents: torch.Tensor,
     noise: torch.Tensor,

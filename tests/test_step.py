@@ -194,6 +194,34 @@ def test_equals_the_plain_recipe_with_gradient_checkpointing() -> None:
     compare_with_recipe(model, base, [batch(n) for n in range(3)])
 
 
+@pytest.mark.parametrize("frames", [None, 3], ids=["picture", "video"])
+def test_noise_offset_adds_one_draw_for_each_sample_and_channel(frames: int | None) -> None:
+    shape = (2, 4, 8, 8) if frames is None else (2, 4, frames, 8, 8)
+    step = cat_step(unet_pair()[0], noise_offset=0.1, generator=torch.Generator().manual_seed(7))
+    twin = torch.Generator().manual_seed(7)
+    expected = torch.randn(shape, generator=twin)
+    expected += 0.1 * torch.randn((2, 4) + (1,) * (len(shape) - 2), generator=twin)
+    assert torch.equal(step._draw_noise(torch.zeros(shape)), expected)
+    given = {name: value for name, value in batch(0).items() if name != "noise"}
+    if frames is None:
+        noise = step._draw_noise(given["latents"])
+        step.generator.manual_seed(7)
+        drawn, _ = step(**given), step.generator.manual_seed(7)
+        plain = cat_step(unet_pair()[0])(**given, noise=step._draw_noise(given["latents"]))
+        assert noise.shape == shape
+        assert torch.equal(drawn.loss, plain.loss)
+
+
+def test_noise_offset_needs_channels() -> None:
+    step = cat_step(unet_pair()[0], noise_offset=0.1)
+    with pytest.raises(
+        ShapeError, match=r"`latents` must have shape \[B, C, H, W\] .* for noise_offset, got \[2, 16, 4\]"
+    ):
+        step(**{**batch(0), "latents": torch.zeros(2, 16, 4), "noise": None})
+    with pytest.raises(InvalidValueError, match="`noise_offset` must be a finite number, got nan"):
+        cat_step(unet_pair()[0], noise_offset=float("nan"))
+
+
 class OwnModel(torch.nn.Module):
     """A model that is not called like a diffusers denoiser."""
 

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
+from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.files import LoraFile, load_lora, save_lora
 from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
 from cat_rs.kps import KpsResult, bootstrap_interval, cross_similarity, harmonic_mean, kps, similarity
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from cat_rs.peft import adapter_disabled, patch_peft, unpatch_peft
 
 __all__ = [
+    "CatFactorRamp",
+    "CatFactorRatio",
     "CatLossParts",
     "CatStep",
     "FlatAdamW",

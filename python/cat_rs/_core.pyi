@@ -21,6 +21,8 @@ __all__ = [
     "harmonic_mean",
     "lora_linear_backward",
     "lora_linear_forward",
+    "lora_up_backward",
+    "lora_up_forward",
     "noising",
     "paired_similarity",
     "read_safetensors",
@@ -70,6 +72,10 @@ def lora_linear_backward(
     scaling: float,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+def lora_up_forward(y: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float, channels_second: bool) -> None: ...
+def lora_up_backward(
+    grad: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float, channels_second: bool, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]: ...
 def frozen_conv2d_forward(
     x: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from cat_rs import operators
 from cat_rs._native import _core
 
 __all__ = ["FrozenConv2d", "patch_frozen_convolutions", "unpatch_frozen_convolutions"]
@@ -51,6 +52,8 @@ class FrozenConv2d(torch.nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._runs_as_product(x):
             return super().forward(x)
+        if torch.compiler.is_compiling():
+            return operators.frozen_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
         return FrozenConv2dFunction.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
     def _runs_as_product(self, x: torch.Tensor) -> bool:
@@ -64,7 +67,6 @@ class FrozenConv2d(torch.nn.Conv2d):
             # In another layout (channels_last) the product would copy the weight in every call.
             and self.weight.is_contiguous()
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
         )
 
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from cat_rs import operators
 from cat_rs._native import _core
 from cat_rs.errors import DtypeError, InvalidValueError, ShapeError
 
-__all__ = ["CatLossParts", "cat_loss", "lora_linear", "noising", "snr_weights"]
+__all__ = ["CatLossParts", "cat_loss", "lora_linear", "lora_up_", "noising", "snr_weights"]
 
 
 def _check_tensor(op: str, argument: str, value: object) -> None:
@@ -149,6 +150,18 @@ def cat_loss(
     """
     _check_tensor("cat_loss", "model_pred", model_pred)
     _check_tensor("cat_loss", "model_pred_no_trigger", model_pred_no_trigger)
+    if torch.compiler.is_compiling():
+        total, values = operators.cat_loss(
+            model_pred,
+            target,
+            model_pred_no_trigger,
+            base_pred,
+            sample_weight,
+            mask,
+            cat_factor,
+            mask_normalize,
+        )
+        return CatLossParts(total, *values.unbind()) if return_parts else total
     parts: list[float] = []
     total = CatLossFunction.apply(
         model_pred,
@@ -207,7 +220,7 @@ def snr_weights(
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """y = x W^T + b + scaling (x A^T) B^T with W and b frozen; saves x and scaling * x A^T."""
+    """y = x W^T + b + scaling (x A^T) B^T with W frozen; saves x and scaling * x A^T."""
 
     @staticmethod
     def forward(
@@ -225,14 +238,18 @@ class LoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, lora_A, lora_B, hidden = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        dx, dA, dB = _core.lora_linear_backward(
-            grad, x, weight, lora_A, lora_B, hidden, ctx.scaling, (needs[0], needs[3], needs[4])
-        )
-        return dx, None, None, dA, dB, None
+        needs, scaling = ctx.needs_input_grad, ctx.scaling
+        if torch.is_grad_enabled():  # create_graph=True: operations that can be differentiated again
+            rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            inner = scaling * (grad_rows @ lora_B)
+            dx = (grad_rows @ weight + inner @ lora_A).view_as(x) if needs[0] else None
+            dA, dB = inner.T @ rows, scaling * (grad_rows.T @ (rows @ lora_A.T))
+        else:
+            wanted = (needs[0], needs[3], needs[4])
+            dx, dA, dB = _core.lora_linear_backward(grad, x, weight, lora_A, lora_B, hidden, scaling, wanted)
+        return dx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs[2] else None, dA, dB, None
 
 
 def lora_linear(
@@ -252,7 +269,7 @@ def lora_linear(
     Args:
         x: [..., in]; float32, float64, bfloat16 or float16.
         weight: W, [out, in], frozen, in x's dtype.
-        bias: b, [out], frozen, or None.
+        bias: b, [out], or None; trained if it requires a gradient.
         lora_A: A, [r, in].
         lora_B: B, [out, r].
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
@@ -264,14 +281,68 @@ def lora_linear(
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
     _check_tensor("lora_linear", "weight", weight)
-    if bias is not None:
-        _check_tensor("lora_linear", "bias", bias)
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        name = "weight" if weight.requires_grad else "bias"
+    if weight.requires_grad:
         raise InvalidValueError(
-            f"lora_linear: `{name}` must be frozen, got a tensor with requires_grad=True: call requires_grad_(False)"
+            "lora_linear: `weight` must be frozen, got a tensor with requires_grad=True: call requires_grad_(False)"
         )
+    if torch.compiler.is_compiling():
+        return operators.lora_linear(x, weight, bias, lora_A, lora_B, scaling)[0]
     return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, float(scaling))
+
+
+class LoraUpFunction(torch.autograd.Function):
+    """y += scaling B h in place; saves h."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, hidden: torch.Tensor, lora_B: torch.Tensor, scaling: float, channels_second: bool
+    ) -> torch.Tensor:
+        _core.lora_up_forward(y, hidden, lora_B, scaling, channels_second)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(hidden, lora_B)
+        ctx.settings = scaling, channels_second
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, lora_B = ctx.saved_tensors
+        scaling, channels_second = ctx.settings
+        wanted = ctx.needs_input_grad[1:3]
+        if torch.is_grad_enabled():  # create_graph=True: operations that can be differentiated again
+            channel = 1 if channels_second else -1
+            dh = scaling * (grad.movedim(channel, -1) @ lora_B).movedim(-1, channel)
+            dB = scaling * grad.movedim(channel, 0).flatten(1) @ hidden.movedim(channel, 0).flatten(1).T
+        else:
+            dh, dB = _core.lora_up_backward(grad, hidden, lora_B, scaling, channels_second, wanted)
+        return grad, dh, dB, None, None
+
+
+def lora_up_(
+    y: torch.Tensor, hidden: torch.Tensor, lora_B: torch.Tensor, scaling: float, *, channels_second: bool = False
+) -> torch.Tensor:
+    """Adds the up projection of a LoRA branch onto a layer's output, in place: y += scaling B h.
+
+    For branches whose down projection h = A x stays a call of its own: convolutions, dropout, further adapters.
+    Gradients, with g = dL/dy: dh = scaling B^T g, dB = scaling g h^T, and g goes on to y.
+
+    Args:
+        y: The layer's output, [..., out], or [B, out, ...] with ``channels_second``, contiguous or channels_last;
+            float32, float64, bfloat16 or float16. Nothing else may hold it for its own backward pass.
+        hidden: h, of y's shape with r for out, in y's dtype.
+        lora_B: B, [out, r].
+        scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
+        channels_second: Whether the channels are the second dimension, as in convolutions, or the last.
+
+    Returns:
+        y; under torch.compile a new tensor.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, LayoutError, InvalidValueError: Naming the argument, what was expected and
+            what came.
+    """
+    if torch.compiler.is_compiling():
+        return operators.lora_up(y, hidden, lora_B, scaling, channels_second)
+    return LoraUpFunction.apply(y, hidden, lora_B, float(scaling), channels_second)
 
 
 def noising(
@@ -303,4 +374,6 @@ def noising(
     Raises:
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
+    if torch.compiler.is_compiling():
+        return operators.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies)
     return _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cat_rs import distributed
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 
@@ -107,6 +108,9 @@ def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
 def _check_param(param: torch.nn.Parameter) -> None:
     if not param.is_floating_point():
         raise DtypeError(f"FlatAdamW: `params` must have a float dtype, got {param.dtype}")
+    sharding = distributed.sharding_of(param)
+    if sharding is not None:
+        raise InvalidValueError(f"FlatAdamW: `params` must be whole on every rank, got {sharding}")
     if param.device.type != "cpu":
         raise DeviceError(f"FlatAdamW: `params` must be on the CPU, got a parameter on {param.device}")
 
@@ -123,6 +127,11 @@ class FlatAdamW(torch.optim.Optimizer):
     gradients, which become zero, and raises ``skipped_steps`` by one. A parameter whose ``.grad`` is None counts as
     having a gradient of zero. The state dict has the layout of ``torch.optim.AdamW``.
 
+    With a ``process_group``, each of its ranks gets rank 0's parameters when they are added, and ``step()`` averages
+    the gradients over the ranks before their norm is taken: one all_reduce for each flat buffer, that is for each
+    group and dtype; most adapters have one. So the ranks take, or skip, the same steps. Adding parameters and
+    ``step()`` are then collective: every rank calls them.
+
     Args:
         params: Parameters or parameter groups, dense, on the CPU, of a float dtype.
         lr: Learning rate.
@@ -130,9 +139,11 @@ class FlatAdamW(torch.optim.Optimizer):
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are scaled so that their joint L2 norm is at most this; None does not clip.
+        process_group: Ranks that train the same parameters, each on its own data: ``torch.distributed.group.WORLD``
+            for all. None, the default, trains alone, also where torch.distributed is initialized.
 
     Attributes:
-        grad_norm: The norm before clipping at the last step, a float; NaN before the first.
+        grad_norm: The norm before clipping, and after averaging, at the last step, a float; NaN before the first.
         skipped_steps: Steps skipped because their gradient norm was not finite.
 
     Raises:
@@ -148,6 +159,7 @@ class FlatAdamW(torch.optim.Optimizer):
         weight_decay: float = 1e-2,
         *,
         max_grad_norm: float | None = None,
+        process_group: Any = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
@@ -156,7 +168,10 @@ class FlatAdamW(torch.optim.Optimizer):
             raise InvalidValueError(f"FlatAdamW: `betas` must be two numbers in [0, 1), got {betas}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidValueError(f"FlatAdamW: `max_grad_norm` must be > 0 or None, got {max_grad_norm}")
+        if process_group is not None:
+            distributed.check_group("FlatAdamW", process_group)
         self.max_grad_norm = max_grad_norm
+        self._process_group = process_group
         self.grad_norm = math.nan
         self.skipped_steps = 0
         self._flats: list[tuple[dict[str, Any], _Flat]] = []
@@ -169,6 +184,8 @@ class FlatAdamW(torch.optim.Optimizer):
         try:
             for param in group["params"]:
                 _check_param(param)
+            if self._process_group is not None:
+                distributed.check_alike("FlatAdamW", self._process_group, group["params"])
         except Exception:
             del self.param_groups[-1]
             raise
@@ -177,6 +194,10 @@ class FlatAdamW(torch.optim.Optimizer):
             by_dtype.setdefault(param.dtype, []).append(param)
         for params in by_dtype.values():
             flat = _flatten(params)
+            if self._process_group is not None:
+                distributed.broadcast_(flat.master, self._process_group)
+                if flat.low_precision is not None:
+                    flat.low_precision.copy_(flat.master)
             self._flats.append((group, flat))
             self._bind_state(flat)
 
@@ -208,6 +229,9 @@ class FlatAdamW(torch.optim.Optimizer):
             flat.check_in_place()
             flat.refresh_master()
             flat.attach_grads()
+        if self._process_group is not None:
+            for _, flat in self._flats:
+                distributed.average_(flat.grad, self._process_group)
         self.grad_norm = math.hypot(*(_core.grad_norm(flat.grad) for _, flat in self._flats))
         if not math.isfinite(self.grad_norm):
             self.skipped_steps += 1
@@ -255,8 +279,9 @@ class FlatAdamW(torch.optim.Optimizer):
         """The state in the layout of ``torch.optim.AdamW``; the moments are views, as in every torch optimizer."""
         state_dict = super().state_dict()
         # The parameters of a flat buffer share one count here; torch would raise a shared one once for each.
-        for state in state_dict["state"].values():
-            state["step"] = state["step"].clone()
+        state_dict["state"] = {
+            key: {**state, "step": state["step"].clone()} for key, state in state_dict["state"].items()
+        }
         return state_dict
 
     @torch.no_grad()

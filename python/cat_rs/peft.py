@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from cat_rs.errors import AdapterError
-from cat_rs.functional import lora_linear
+from cat_rs.functional import lora_linear, lora_up_
 
 __all__ = ["PatchReport", "adapter_disabled", "has_adapter", "patch_peft", "unpatch_peft"]
 
@@ -35,20 +35,84 @@ class PatchReport(NamedTuple):
 
 
 @dataclass
-class _Switch:
-    """Shared by all fused layers of a model: turning the adapter off touches this one flag."""
+class AdapterSwitch:
+    """Shared by all patched layers of a model: turning the adapter off touches this one flag."""
 
     enabled: bool = True
-    # Adapter modules without a fused forward; these have PEFT's own flag set one by one.
-    kept: list[Any] = field(default_factory=list)
+    # Adapter modules that do not know the switch; these have PEFT's own flag set one by one.
+    others: list[Any] = field(default_factory=list)
+    # The flags of `others` before the adapter was turned off.
+    flags: list[bool] = field(default_factory=list)
+    # Blocks that may checkpoint their activations.
+    checkpointing: list[Any] = field(default_factory=list)
     # The adapters the model had when it was patched: another one may have brought layers.
     adapters: frozenset[str] = frozenset()
 
+    def turn(self, enabled: bool) -> None:
+        """Turns the adapter on or off."""
+        if enabled == self.enabled:
+            return
+        self.enabled = enabled
+        if not enabled:
+            # PEFT's own switch would also change requires_grad; the flag alone is what its forward reads.
+            self.flags = [layer._disable_adapters for layer in self.others]
+        for layer, flag in zip(self.others, self.flags, strict=True):
+            layer._disable_adapters = flag if enabled else True
 
-class FusedLinear(PeftLinear):
-    """A PEFT LoRA layer over torch.nn.Linear; becomes one by assignment of ``__class__``, so state is unchanged."""
+    @contextmanager
+    def turned(self, enabled: bool) -> Iterator[None]:
+        """The adapter on or off within the context."""
+        before = self.enabled
+        self.turn(enabled)
+        try:
+            yield
+        finally:
+            self.turn(before)
 
-    _cat_rs_switch: _Switch
+    def follow_checkpointing(self) -> None:
+        """Makes checkpointed blocks remember the switch; blocks are told to checkpoint at any time."""
+        for block in self.checkpointing:
+            function = getattr(block, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, _CheckpointWithSwitch):
+                block._gradient_checkpointing_func = _CheckpointWithSwitch(function, self)
+
+
+@dataclass
+class _CheckpointWithSwitch:
+    """A checkpoint function whose recomputation sees the switch as the first computation did."""
+
+    checkpoint: Callable[..., Any]
+    switch: AdapterSwitch
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(_WithSwitch(function, self.switch, self.switch.enabled), *args, **kwargs)
+
+
+@dataclass
+class _WithSwitch:
+    function: Callable[..., Any]
+    switch: AdapterSwitch
+    enabled: bool
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.switch.turned(self.enabled):
+            return self.function(*args, **kwargs)
+
+
+class _SwitchedLayer:
+    """A PEFT layer that reads the model's switch; a layer becomes one by assignment of ``__class__``."""
+
+    # Without slots, and behind PEFT's class among the bases, it leaves the memory layout as it was, which that
+    # assignment asks for.
+    __slots__ = ()
+    _cat_rs_switch: AdapterSwitch
+    base_layer: Any
+    active_adapters: list[str]
+    lora_A: Any
+    lora_B: Any
+    scaling: dict[str, Any]
+    merged: bool
+    _disable_adapters: bool
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self._cat_rs_switch.enabled:
@@ -56,35 +120,164 @@ class FusedLinear(PeftLinear):
                 raise AdapterError(
                     "adapter_disabled: the adapter must not be merged, got merged weights: unmerge first"
                 )
-            return self.base_layer(x, *args, **kwargs)
-        adapter = self.active_adapters[0] if len(self.active_adapters) == 1 else None
-        if adapter is None or args or kwargs or not self._fusable(x, adapter):
-            return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        return lora_linear(
-            x,
-            base.weight,
-            base.bias,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
-        )
+            own = {key: value for key, value in kwargs.items() if key not in _LAYER_ARGUMENTS}
+            return self.base_layer(x, *args, **own)
+        if not (args or kwargs or self._disable_adapters or self.merged):
+            y = self._fused(x)
+            if y is not None:
+                return y
+        return _PEFT_CLASSES[type(self)].forward(self, x, *args, **kwargs)
 
-    def _fusable(self, x: torch.Tensor, adapter: str) -> bool:
-        """Whether the layer's state is one that the fused kernel computes: else PEFT's own forward runs."""
-        if adapter not in self.lora_A or adapter in self.lora_variant or self._disable_adapters or self.merged:
-            return False
-        weight, bias, lora_A = self.base_layer.weight, self.base_layer.bias, self.lora_A[adapter].weight
-        dropout = self.lora_dropout[adapter]
-        return (
-            x.device.type == "cpu"
-            and x.dtype == weight.dtype == lora_A.dtype
-            and not weight.requires_grad
-            and (bias is None or not bias.requires_grad)
-            and self.lora_B[adapter].bias is None
-            and (not dropout.training or isinstance(dropout, torch.nn.Identity))
-            and not torch.is_autocast_enabled("cpu")
-        )
+    def _get_name(self) -> str:
+        """The name in ``print(model)``."""
+        return _PEFT_CLASSES[type(self)].__name__
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output, or None where it is asked for something that is not fused."""
+        return None
+
+    def _active(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _compute_dtype(self, x: torch.Tensor, adapters: list[str]) -> torch.dtype | None:
+        """The dtype in which the layer computes; None where PEFT converts on the way, or another device does."""
+        if x.device.type != "cpu" or not (type(x) in _PLAIN_TENSORS or torch.compiler.is_compiling()):
+            return None
+        dtypes = {x.dtype, self.base_layer.weight.dtype, *(self.lora_A[name].weight.dtype for name in adapters)}
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
+            return dtype if dtypes <= {torch.float32, dtype} else None
+        return x.dtype if len(dtypes) == 1 else None
+
+    def _bias(self, adapters: list[str], dtype: torch.dtype) -> torch.Tensor | None:
+        """The sum of the layer's bias and those of the adapters."""
+        bias = self.base_layer.bias
+        for name in adapters:
+            own = self.lora_B[name].bias
+            if own is not None:
+                own = self.scaling[name] * own
+                bias = own if bias is None else bias + own
+        return None if bias is None else bias.to(dtype)
+
+
+class FusedLinear(lora.Linear, _SwitchedLayer):
+    """A PEFT LoRA layer over torch.nn.Linear."""
+
+    forward = _SwitchedLayer.forward
+    _get_name = _SwitchedLayer._get_name
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
+        adapters, base = self._active(), self.base_layer
+        dtype = self._compute_dtype(x, adapters)
+        if dtype is None or _why_not_fused(self) or base.weight.requires_grad:
+            return None
+        x, weight, bias = x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype)
+        if len(adapters) == 1 and not _drops(self.lora_dropout[adapters[0]]):
+            (name,) = adapters
+            lora_A, lora_B = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
+            return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling[name])
+        y = torch.nn.functional.linear(x, weight, bias)
+        for name in adapters:
+            hidden = self.lora_A[name](self.lora_dropout[name](x))
+            y = lora_up_(y, hidden, self.lora_B[name].weight.to(dtype), self.scaling[name])
+        return y
+
+
+class FusedConv2d(lora.Conv2d, _SwitchedLayer):
+    """A PEFT LoRA layer over torch.nn.Conv2d: the up projection is added onto the convolution's output in place."""
+
+    forward = _SwitchedLayer.forward
+    _get_name = _SwitchedLayer._get_name
+
+    def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
+        adapters, base = self._active(), self.base_layer
+        dtype = self._compute_dtype(x, adapters)
+        if dtype is None or x.dim() != 4 or _why_not_fused(self):
+            return None
+        if any(self.lora_B[name].bias is not None for name in adapters):
+            y = base._conv_forward(x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype))
+        else:
+            y = base(x)
+        for name in adapters:
+            hidden = self.lora_A[name](self.lora_dropout[name](x))
+            lora_B = self.lora_B[name].weight.flatten(1).to(dtype)
+            y = lora_up_(y, hidden, lora_B, self.scaling[name], channels_second=True)
+        return y
+
+
+class SwitchedConv1d(lora.Conv1d, _SwitchedLayer):
+    """PEFT's own forward behind the switch."""
+
+    forward = _SwitchedLayer.forward
+    _get_name = _SwitchedLayer._get_name
+
+
+class SwitchedConv3d(lora.Conv3d, _SwitchedLayer):
+    """PEFT's own forward behind the switch."""
+
+    forward = _SwitchedLayer.forward
+    _get_name = _SwitchedLayer._get_name
+
+
+class SwitchedEmbedding(lora.Embedding, _SwitchedLayer):
+    """PEFT's own forward behind the switch."""
+
+    forward = _SwitchedLayer.forward
+    _get_name = _SwitchedLayer._get_name
+
+
+_PATCHED_CLASSES: dict[type[Any], type[Any]] = {
+    lora.Linear: FusedLinear,
+    lora.Conv2d: FusedConv2d,
+    lora.Conv1d: SwitchedConv1d,
+    lora.Conv3d: SwitchedConv3d,
+    lora.Embedding: SwitchedEmbedding,
+}
+_PEFT_CLASSES: dict[type[Any], type[Any]] = {patched: own for own, patched in _PATCHED_CLASSES.items()}
+# What PEFT's forward takes for itself, beside the base layer's arguments.
+_LAYER_ARGUMENTS = ("adapter_names", *lora.VARIANT_KWARG_KEYS)
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def _drops(dropout: torch.nn.Module) -> bool:
+    return dropout.training and not isinstance(dropout, torch.nn.Identity)
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether calling the module does nothing but its class's forward: no hooks, no offloading."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _why_not_fused(layer: _SwitchedLayer) -> str | None:
+    """What of the layer and its active adapters is not fused, whatever the input."""
+    if not isinstance(layer, FusedLinear | FusedConv2d):
+        return f"{type(layer).__name__.removeprefix('Switched')} layers are not fused"
+    base = layer.base_layer
+    linear = isinstance(layer, FusedLinear)
+    if not (type(base) is torch.nn.Linear if linear else isinstance(base, torch.nn.Conv2d)):
+        return f"the base layer is a {type(base).__name__}, not a plain torch.nn.{'Linear' if linear else 'Conv2d'}"
+    if layer.fan_in_fan_out if linear else base.groups != 1:
+        return "its weight is stored transposed (fan_in_fan_out)" if linear else "the convolution has groups"
+    if not _is_plain(base):
+        return "the base layer has hooks"
+    adapters = layer._active()
+    if not adapters:
+        return "no adapter is active"
+    for name in adapters:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__.removesuffix('Variant')}"
+        parts = (layer.lora_B[name], layer.lora_A[name], layer.lora_dropout[name])
+        if not all(_is_plain(part) for part in parts):
+            return f"adapter {name!r} has hooks"
+        if not isinstance(layer.scaling[name], int | float):
+            return f"the scaling of adapter {name!r} is a {type(layer.scaling[name]).__name__}"
+    return None
 
 
 def _adapter_modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -103,86 +296,91 @@ def has_adapter(model: torch.nn.Module) -> bool:
 
 
 def patch_peft(model: torch.nn.Module) -> PatchReport:
-    """Gives the model's PEFT LoRA layers over torch.nn.Linear the fused forward and backward of ``lora_linear``.
+    """Gives the model's PEFT LoRA layers a fused forward and backward, and a switch common to all.
 
-    Parameters, names and the state dict are unchanged, and so are results up to rounding. A fused layer falls back
-    to PEFT's own forward, call by call, where it is asked for what is not fused: several active adapters, merged
-    weights, dropout, DoRA and other variants, a bias in B, mixed dtypes, autocast, devices other than the CPU.
-    Calling it again picks up layers added since.
+    Fused are layers over torch.nn.Linear and torch.nn.Conv2d, with any number of active adapters, dropout, biases in
+    B and trained biases, in float32, float64, bfloat16 and float16, and under autocast. Parameters, names and the
+    state dict are unchanged, and so are results up to rounding. PEFT's own forward runs, call by call, where a layer
+    is asked for something else: merged weights, DoRA and other variants, an adapter for each sample, an adapter in
+    another dtype than the base layer's, a layer with hooks, grouped convolutions, devices other than the CPU. Calling
+    it again picks up layers added since.
 
     Args:
         model: A model with PEFT LoRA layers, e.g. after ``model.add_adapter(LoraConfig(...))``.
 
     Returns:
-        Which layers are fused, and why the others are not.
+        Which layers are fused in their present state, and why the others are not.
 
     Raises:
-        AdapterError: The model has no adapter layers.
+        AdapterError: The model has no adapter layers, or its adapter is disabled at the moment.
     """
     layers = dict(_adapter_modules(model))
     if not layers:
         raise AdapterError(
             "patch_peft: `model` must have PEFT adapter layers (model.add_adapter(LoraConfig(...))), got none"
         )
-    switch = next((layer._cat_rs_switch for layer in layers.values() if isinstance(layer, FusedLinear)), _Switch())
-    report = PatchReport([], {})
-    switch.kept.clear()
+    patched = (layer._cat_rs_switch for layer in layers.values() if isinstance(layer, _SwitchedLayer))
+    switch = next(patched, None) or AdapterSwitch()
+    if not switch.enabled:
+        raise AdapterError("patch_peft: `model` must have its adapter on, got one within adapter_disabled")
+    switch.others.clear()
     switch.adapters = _adapter_names(model)
+    switch.checkpointing = [block for block in model.modules() if hasattr(block, "gradient_checkpointing")]
+    switch.follow_checkpointing()
+    report = PatchReport([], {})
     for name, layer in layers.items():
-        if not isinstance(layer, PeftLinear) or type(layer) not in (PeftLinear, FusedLinear):
+        if type(layer) in _PATCHED_CLASSES:
+            layer.__class__ = _PATCHED_CLASSES[type(layer)]
+        if type(layer) not in _PEFT_CLASSES:
+            switch.others.append(layer)
             report.kept[name] = f"{type(layer).__name__} layers are not fused"
-        elif type(layer.get_base_layer()) is not torch.nn.Linear or layer.fan_in_fan_out:
-            base = type(layer.get_base_layer()).__name__
-            report.kept[name] = f"the base layer is a {base}, not a plain torch.nn.Linear"
-        else:
-            layer.__class__ = FusedLinear
-            layer._cat_rs_switch = switch
-            report.fused.append(name)
             continue
-        switch.kept.append(layer)
+        layer._cat_rs_switch = switch
+        reason = _why_not_fused(layer)
+        if reason is None:
+            report.fused.append(name)
+        else:
+            report.kept[name] = reason
     return report
 
 
 def unpatch_peft(model: torch.nn.Module) -> None:
-    """Gives fused layers PEFT's own forward back."""
-    for _, layer in _adapter_modules(model):
-        if isinstance(layer, FusedLinear):
-            layer.__class__ = PeftLinear
-            del layer._cat_rs_switch
+    """Gives patched layers PEFT's own forward back."""
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if isinstance(function, _CheckpointWithSwitch):
+            module._gradient_checkpointing_func = function.checkpoint
+        if isinstance(module, _SwitchedLayer):
+            module.__class__ = _PEFT_CLASSES[type(module)]
+            del module._cat_rs_switch
 
 
-def _find_switch(model: torch.nn.Module) -> _Switch:
+def _find_switch(model: torch.nn.Module) -> AdapterSwitch:
     """The model's switch; for a model that is not patched, one that lists all adapter layers."""
-    kept = []
+    others = []
     for _, layer in _adapter_modules(model):
-        if isinstance(layer, FusedLinear):
+        if isinstance(layer, _SwitchedLayer):
             switch = layer._cat_rs_switch
             if switch.adapters != _adapter_names(model) and hasattr(model, "peft_config"):
                 patch_peft(model)
+            switch.follow_checkpointing()
             return switch
-        kept.append(layer)
-    return _Switch(kept=kept)
+        others.append(layer)
+    return AdapterSwitch(others=others)
 
 
 @contextmanager
 def adapter_disabled(model: torch.nn.Module) -> Iterator[None]:
     """Within the context the model computes what the base model computes.
 
-    For fused layers this is one flag for the whole model: no tensor work and no loop. ``requires_grad`` flags stay
-    as they are, nesting works, and the state comes back when the body raises.
+    For a patched model this is one flag for all LoRA layers: no tensor work and no loop over layers. ``requires_grad``
+    flags stay as they are, nesting works, and the state comes back when the body raises. Blocks of diffusers and
+    transformers models that checkpoint their activations are recomputed with the adapter as it was when they ran, in
+    whatever state the backward pass finds it.
 
     Args:
         model: A model with PEFT adapter layers.
     """
-    switch = _find_switch(model)
-    # PEFT's own switch would also change requires_grad; the flag alone is what its forward reads.
-    before = switch.enabled, [layer._disable_adapters for layer in switch.kept]
-    switch.enabled = False
-    for layer in switch.kept:
-        layer._disable_adapters = True
-    try:
+    with _find_switch(model).turned(False):
         yield
-    finally:
-        switch.enabled = before[0]
-        for layer, disabled in zip(switch.kept, before[1], strict=True):
-            layer._disable_adapters = disabled

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cat_rs import distributed
 from cat_rs._native import _core
+from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
 from cat_rs.convolution import patch_frozen_convolutions
 from cat_rs.errors import AdapterError, InvalidValueError, ShapeError
 from cat_rs.optim import FlatAdamW
@@ -31,12 +33,14 @@ class StepMetrics(NamedTuple):
         diffusion: The diffusion term.
         cat: The preservation term, without its factor; 0 with cat_factor 0.
         grad_norm: The gradient's L2 norm before clipping; NaN on a step that only accumulates.
+        cat_factor: The weight that the preservation term had.
     """
 
     loss: torch.Tensor
     diffusion: torch.Tensor
     cat: torch.Tensor
     grad_norm: torch.Tensor
+    cat_factor: torch.Tensor
 
 
 def _as_kwargs(name: str, cond: Cond) -> Mapping[str, Any]:
@@ -75,8 +79,9 @@ def _join(name: str, first: Any, second: Any) -> Any:
 
 def _denoiser_predict(model: torch.nn.Module) -> Predict:
     """How to call a diffusers denoiser: its first argument is the latent, and it takes ``timestep``."""
-    unwrap: Callable[[], torch.nn.Module] | None = getattr(model, "get_base_model", None)
-    inner = unwrap() if unwrap else model
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    unwrap: Callable[[], torch.nn.Module] | None = getattr(inner, "get_base_model", None)
+    inner = unwrap() if unwrap else getattr(inner, "_fsdp_wrapped_module", inner)
     parameters = list(inspect.signature(inner.forward).parameters)
     if not parameters or "timestep" not in parameters:
         raise InvalidValueError(
@@ -114,17 +119,37 @@ class CatStep:
             requires a gradient is trained.
         scheduler: The model's diffusers scheduler: one with ``alphas_cumprod`` or a flow-matching one.
         lr, betas, eps, weight_decay, max_grad_norm: Of :class:`FlatAdamW`.
-        cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. May be set between steps.
+        cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
+            number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a
+            :class:`cat_rs.CatFactorRatio`. May be set between steps.
         snr_gamma: Min-SNR weighting of both terms (arXiv 2303.09556); None for uniform weights.
+        noise_offset: Adds this much of one more draw for each sample and channel to the noise that the step draws, so
+            that brightness is learned too; for latents [B, C, H, W] or [B, C, F, H, W]. 0.05 to 0.1 is usual.
         prediction_type: "epsilon", "v_prediction" or "flow"; by default the scheduler's.
         accumulate: Calls to one optimizer step; each contributes 1/accumulate of its gradient.
         predict: ``predict(model, latents, timesteps, cond) -> prediction`` for models that are not called like a
             diffusers denoiser; ``cond`` is a mapping.
         generator: Draws noise and timesteps; by default torch's global one. Saved with the state.
+        process_group: The ranks that train this adapter together; by default all, if torch.distributed is
+            initialized. A group of this rank alone trains alone.
+
+    Under torch.distributed every rank makes a step of its own model and calls it with its own data. When the step is
+    made, all get rank 0's adapter; the gradients are averaged once in ``accumulate`` calls, by one all_reduce of the
+    flat buffer before its norm is taken, so that the adapters stay the same bit for bit, and all ranks skip a step
+    that is not finite on one. N ranks at batch B train as one process does at batch N B. ``loss``, ``diffusion`` and
+    ``cat`` stay those of the rank's own data; ``grad_norm`` is of the average. A model in DistributedDataParallel, as
+    ``accelerator.prepare`` returns it, is taken out: its own reduction does not run. Under FSDP shard only the frozen
+    base.
+
+    Seed each rank differently (``torch.manual_seed(seed + rank)``, ``accelerate.utils.set_seed(seed,
+    device_specific=True)``, or ``generator``): ranks seeded alike draw the same noise and timesteps. For the same
+    reason a resuming rank needs its own generator state; the rest of the state is the same on every rank as long as
+    no gradient is accumulated.
 
     Attributes:
         optimizer: The :class:`FlatAdamW`; learning-rate schedulers attach to it.
         cat_factor: As above.
+        steps_done: Finished optimizer steps.
 
     Raises:
         AdapterError, InvalidValueError, ShapeError, DtypeError, DeviceError: Naming what was expected and what came.
@@ -140,12 +165,14 @@ class CatStep:
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         max_grad_norm: float | None = 1.0,
-        cat_factor: float = 1.0,
+        cat_factor: CatFactor = 1.0,
         snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
         prediction_type: str | None = None,
         accumulate: int = 1,
         predict: Predict | None = None,
         generator: torch.Generator | None = None,
+        process_group: Any = None,
     ) -> None:
         # PEFT is imported only where a model with its layers is trained.
         from cat_rs import peft
@@ -154,6 +181,12 @@ class CatStep:
             raise InvalidValueError(f"CatStep: `accumulate` must be at least 1, got {accumulate}")
         if snr_gamma is not None and not snr_gamma > 0:
             raise InvalidValueError(f"CatStep: `snr_gamma` must be > 0 or None, got {snr_gamma}")
+        if not math.isfinite(noise_offset):
+            raise InvalidValueError(f"CatStep: `noise_offset` must be a finite number, got {noise_offset}")
+        process_group = distributed.data_parallel_group(process_group)
+        if process_group is not None:
+            distributed.check_group("CatStep", process_group)
+        model = distributed.without_ddp(model)
         if not peft.has_adapter(model):
             raise AdapterError(
                 "CatStep: `model` must have PEFT adapter layers (model.add_adapter(LoraConfig(...))), got none"
@@ -161,9 +194,18 @@ class CatStep:
         self.trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
         if not self.trainable:
             raise AdapterError("CatStep: `model` must have trainable adapter parameters, got all of them frozen")
+        for name, param in self.trainable.items():
+            sharding = distributed.sharding_of(param)
+            if sharding is not None:
+                raise AdapterError(
+                    f"CatStep: `model` must have its trainable parameters whole on every rank, got {name}: "
+                    f"{sharding}; shard only the frozen base: fully_shard(model, ignored_params=...) or "
+                    f"FullyShardedDataParallel(model, ignored_states=...), with the adapter's parameters"
+                )
         self.model = model
         self.cat_factor = cat_factor
         self.snr_gamma = snr_gamma
+        self.noise_offset = noise_offset
         self.accumulate = accumulate
         self.generator = generator
         self._schedule = NoiseSchedule(scheduler, prediction_type)
@@ -172,19 +214,26 @@ class CatStep:
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
         peft.patch_peft(model)
         patch_frozen_convolutions(model)
-        self.optimizer = FlatAdamW(self.trainable.values(), lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm)
+        self.optimizer = FlatAdamW(
+            self.trainable.values(),
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            max_grad_norm=max_grad_norm,
+            process_group=process_group,
+        )
+        self.steps_done = 0
         self._accumulated = 0
 
     @property
-    def cat_factor(self) -> float:
-        """Weight of the preservation term."""
+    def cat_factor(self) -> CatFactor:
+        """Weight of the preservation term, or what makes it."""
         return self._cat_factor
 
     @cat_factor.setter
-    def cat_factor(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise InvalidValueError(f"CatStep: `cat_factor` must be a finite number >= 0, got {value}")
-        self._cat_factor = float(value)
+    def cat_factor(self, value: CatFactor) -> None:
+        self._cat_factor = value if callable(value) else check_cat_factor(value)
 
     def __call__(
         self,
@@ -203,7 +252,8 @@ class CatStep:
             latents: x, [B, ...], in the model's dtype, scaled as the model expects.
             cond: The prompts with the trigger: ``encoder_hidden_states`` [B, L, D], or a nested mapping of the model's
                 keyword arguments, whose tensors have a batch dimension.
-            cond_no_trigger: The same prompts without the trigger, in the same form.
+            cond_no_trigger: The same prompts without the trigger, in the same form; or any other prompts whose
+                pictures are to stay.
             noise: [B, ...]; drawn from the standard normal by default.
             timesteps: [B]; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
@@ -217,7 +267,7 @@ class CatStep:
         batch = latents.shape[0]
         with_trigger, without_trigger = _as_kwargs("cond", cond), _as_kwargs("cond_no_trigger", cond_no_trigger)
         if noise is None:
-            noise = torch.randn(latents.shape, dtype=latents.dtype, generator=self.generator)
+            noise = self._draw_noise(latents)
         if timesteps is None:
             timesteps = self._schedule.draw(batch, self.generator)
         signal_rate, noise_rate = self._schedule.rates(timesteps, batch)
@@ -230,7 +280,9 @@ class CatStep:
                 raise ShapeError(f"CatStep: `sample_weight` must have shape [{batch}], got {got}")
             weight = weight * sample_weight
 
-        preserve = self._cat_factor > 0
+        made = self._cat_factor
+        cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
+        preserve = cat_factor > 0
         noisy, target = _core.noising(
             latents, noise, signal_rate, noise_rate, self._schedule.prediction_type, 2 if preserve else 1
         )
@@ -243,13 +295,25 @@ class CatStep:
             )
         else:
             student = self._predict(self.model, noisy, timesteps, with_trigger)
-        loss, parts, grad = _core.student_loss(
-            student, target, base, weight, mask, self._cat_factor, 1.0 / self.accumulate
-        )
+        loss, parts, grad = _core.student_loss(student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate)
         del base
         torch.autograd.backward(student, grad)
         diffusion, cat = parts.unbind()
-        return StepMetrics(loss, diffusion, cat, torch.tensor(self._update()))
+        if isinstance(made, CatFactorRatio):
+            made.update(diffusion.item(), cat.item())
+        return StepMetrics(loss, diffusion, cat, torch.tensor(self._update()), torch.tensor(cat_factor))
+
+    def _draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(latents.shape, dtype=latents.dtype, generator=self.generator)
+        if self.noise_offset:
+            if latents.dim() < 4:
+                raise ShapeError(
+                    f"CatStep: `latents` must have shape [B, C, H, W] or [B, C, F, H, W] for noise_offset, "
+                    f"got {list(latents.shape)}"
+                )
+            shape = (*latents.shape[:2], *(1 for _ in latents.shape[2:]))
+            noise += self.noise_offset * torch.randn(shape, dtype=latents.dtype, generator=self.generator)
+        return noise
 
     def _update(self) -> float:
         """The optimizer step where it is due; returns the gradient norm, or NaN."""
@@ -257,14 +321,20 @@ class CatStep:
         if self._accumulated:
             return math.nan
         self.optimizer.step()
+        self.steps_done += 1
         return self.optimizer.grad_norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients, generator."""
+        """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients, generator.
+
+        Accumulated gradients and the generator are the rank's own. Taking and loading a state is not collective.
+        """
         return {
             "parameters": {name: param.detach().clone() for name, param in self.trainable.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "steps_done": self.steps_done,
             "accumulated": self._accumulated,
+            "cat_factor": self._cat_factor.state_dict() if isinstance(self._cat_factor, CatFactorRatio) else None,
             "gradients": {name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None}
             if self._accumulated
             else {},
@@ -291,7 +361,10 @@ class CatStep:
             param.copy_(saved[name])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.optimizer.zero_grad()
+        self.steps_done = state_dict["steps_done"]
         self._accumulated = state_dict["accumulated"]
+        if isinstance(self._cat_factor, CatFactorRatio) and state_dict["cat_factor"] is not None:
+            self._cat_factor.load_state_dict(state_dict["cat_factor"])
         for name, saved_grad in state_dict["gradients"].items():
             grad = self.trainable[name].grad
             if grad is not None:

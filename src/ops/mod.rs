@@ -4,6 +4,7 @@ pub mod adamw;
 pub mod cat_loss;
 pub mod frozen_conv2d;
 pub mod lora_linear;
+pub mod lora_up;
 pub mod noising;
 pub mod similarity;
 

@@ -21,6 +21,7 @@ use crate::ops::adamw::{AdamW, FlatBuffers};
 use crate::ops::cat_loss::{CatLoss, Pair};
 use crate::ops::frozen_conv2d::Convolution;
 use crate::ops::lora_linear::Layer;
+use crate::ops::lora_up::UpProjection;
 use crate::ops::noising::PredictionType;
 use crate::ops::similarity::{Reduce, Statistic};
 use crate::step::StudentLoss;
@@ -152,6 +153,38 @@ fn lora_linear_backward(
     let gradients = released(py, move || layer.backward(&grad, &x, &hidden, [wanted.0, wanted.1, wanted.2]))?;
     let wrapped = |tensor: Option<Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
     Ok((wrapped(gradients.x)?, wrapped(gradients.lora_a)?, wrapped(gradients.lora_b)?))
+}
+
+/// Adds scaling * B h onto y in place. See `cat_rs.functional.lora_up_`.
+#[pyfunction]
+fn lora_up_forward(
+    py: Python<'_>,
+    y: PyTensor,
+    hidden: PyTensor,
+    lora_b: PyTensor,
+    scaling: f64,
+    channels_second: bool,
+) -> PyResult<()> {
+    let projection = UpProjection { lora_b: lora_b.0, scaling, channels_second };
+    let mut y = y.0;
+    released(py, move || projection.add_to(&mut y, &hidden))
+}
+
+/// The gradients of `lora_up_forward`: (dh, dB), each where wanted.
+#[pyfunction]
+fn lora_up_backward(
+    py: Python<'_>,
+    grad: PyTensor,
+    hidden: PyTensor,
+    lora_b: PyTensor,
+    scaling: f64,
+    channels_second: bool,
+    wanted: (bool, bool),
+) -> PyResult<(Option<PyObject>, Option<PyObject>)> {
+    let projection = UpProjection { lora_b: lora_b.0, scaling, channels_second };
+    let [dh, db] = released(py, move || projection.backward(&grad, &hidden, [wanted.0, wanted.1]))?;
+    let wrapped = |tensor: Option<Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
+    Ok((wrapped(dh)?, wrapped(db)?))
 }
 
 /// See `cat_rs.convolution`. Strides, paddings and dilations are (height, width).
@@ -286,6 +319,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(noising, module)?)?;
     module.add_function(wrap_pyfunction!(lora_linear_forward, module)?)?;
     module.add_function(wrap_pyfunction!(lora_linear_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(lora_up_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(lora_up_backward, module)?)?;
     module.add_function(wrap_pyfunction!(frozen_conv2d_forward, module)?)?;
     module.add_function(wrap_pyfunction!(frozen_conv2d_backward, module)?)?;
     module.add_function(wrap_pyfunction!(grad_norm, module)?)?;

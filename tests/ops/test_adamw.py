@@ -340,6 +340,18 @@ def test_resumes_bit_for_bit(dtype: torch.dtype, through: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, resumed, strict=True))
 
 
+def test_every_state_dict_has_the_step_count_of_its_time() -> None:
+    params = make_params()
+    optimizer = FlatAdamW(params, **SETTINGS)
+    counts = []
+    for grads in gradients(params, 3):
+        add_gradients(params, grads)
+        optimizer.step()
+        state = optimizer.state_dict()["state"]
+        counts.append({float(each["step"]) for each in state.values()})
+    assert counts == [{1.0}, {2.0}, {3.0}]
+
+
 @pytest.mark.parametrize("through", by_id({"copy": copy.deepcopy, "file": _through_a_file}))
 @pytest.mark.parametrize("dtype", by_id({"f32": F32, "f64": F64}))
 @pytest.mark.parametrize("direction", ["to-torch", "from-torch"])

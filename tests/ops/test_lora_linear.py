@@ -69,6 +69,7 @@ def check_against_reference(case: Case, upstream: torch.Tensor | None = None) ->
     for name, ours, theirs, length in [
         ("y", y, expected, inner + rank),
         *((name, case[name].grad, twins[name].grad, rows + rank) for name in ("x", "lora_A", "lora_B")),
+        *([("bias", case["bias"].grad, twins["bias"].grad, rows)] if case["bias"] is not None else []),
     ]:
         if theirs is None:
             assert ours is None, f"{name} has a gradient that nobody wanted"
@@ -132,13 +133,23 @@ def test_strided_weights() -> None:
     check_against_reference(case)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("dtype", by_id({"f32": torch.float32, "bf16": torch.bfloat16}))
+@pytest.mark.parametrize("leading", by_id(LEADING))
+def test_a_trained_bias(leading: tuple[int, ...], dtype: torch.dtype) -> None:
+    case = make_case(leading, dtype=dtype)
+    case["bias"].requires_grad_()
+    check_against_reference(case)
+
+
+def test_gradients_and_second_derivatives() -> None:
     case = make_case((2, 3), (4, 5, 2), torch.float64)
 
-    def layer(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
-        return cat_rs.lora_linear(x, case["weight"], case["bias"], lora_A, lora_B, case["scaling"])
+    def layer(x: torch.Tensor, bias: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+        return cat_rs.lora_linear(x, case["weight"], bias, lora_A, lora_B, case["scaling"])
 
-    assert torch.autograd.gradcheck(layer, (case["x"], case["lora_A"], case["lora_B"]))
+    inputs = (case["x"], case["bias"].requires_grad_(), case["lora_A"], case["lora_B"])
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
 
 
 def test_a_second_backward_adds_the_same_gradients() -> None:
@@ -205,7 +216,6 @@ BAD = {
         "`weight` must have dtype the dtype of `x`, got bfloat16 beside x of float32",
     ),
     "weight-grad": ({"weight": torch.ones(7, 13, requires_grad=True)}, InvalidValueError, "`weight` must be frozen"),
-    "bias-grad": ({"bias": torch.ones(7, requires_grad=True)}, InvalidValueError, "`bias` must be frozen"),
     "bias-shape": ({"bias": torch.ones(8)}, ShapeError, r"`bias` must have shape \[7\], got \[8\]"),
     "bias-meta": ({"bias": torch.ones(7, device="meta")}, DeviceError, "`bias` must be on the CPU"),
     "A-shape": ({"lora_A": torch.ones(3, 12)}, ShapeError, r"`lora_A` must have shape \[3, 13\], got \[3, 12\]"),

@@ -75,3 +75,23 @@ def test_latents_are_those_of_the_vae(pipeline: Any, concept_dir: Path) -> None:
 def test_every_view_is_prepared(pipeline: Any, concept_dir: Path, settings: dict[str, Any], views: int) -> None:
     cache = build(pipeline, concept_dir, **settings)
     assert [len(prepared) for prepared in cache._views] == [views] * 3
+
+
+def test_prompts_to_preserve_take_their_share(pipeline: Any, concept_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\na red car\n")
+    cache = build(pipeline, concept_dir, preserve_prompts=str(tmp_path / "prompts.txt"), preserve_share=0.25)
+    embeddings = {
+        text: encode_caption(pipeline, text)["encoder_hidden_states"]
+        for text in ("a dog", "a red car", "a cat on a red background")
+    }
+    generator = torch.Generator().manual_seed(0)
+    batch = cache.batch([0] * 400, generator)
+    counts = {
+        text: sum(torch.equal(row, value) for row in batch.cond_no_trigger["encoder_hidden_states"])
+        for text, value in embeddings.items()
+    }
+    assert sum(counts.values()) == 400
+    # Within four standard deviations of the expected 50, 50 and 300.
+    assert all(abs(counts[text] - 50) < 27 for text in ("a dog", "a red car"))
+    expected = encode_caption(pipeline, "a sks cat on a red background")["encoder_hidden_states"]
+    assert all(torch.equal(row, expected) for row in batch.cond["encoder_hidden_states"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,3 +49,28 @@ def test_template_is_filled() -> None:
 def test_template_with_other_fields_is_refused(caption: str) -> None:
     with pytest.raises(ConfigError, match=r"caption: expected a text with the fields {trigger}, {name}"):
         fill_template(config(caption=caption))
+
+
+def test_prompts_to_preserve_are_read_once_each(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a dog\n\n  a red car \na dog\n")
+    pairs = pair_captions(["a sks cat"], config(preserve_prompts=str(file)))
+    assert pairs.preserved == ("a dog", "a red car")
+    assert pairs.summary().endswith("; 2 more prompts are preserved")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n \n", "expected prompts, one a line, got none"),
+        ("a dog\na Sks dog\n", "expected prompts without a trigger, got 'a Sks dog'"),
+        (None, "cannot read"),
+    ],
+    ids=["empty", "trigger", "missing"],
+)
+def test_prompts_that_cannot_be_preserved_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "prompts.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(DatasetError, match=f"preserve_prompts: {message}"):
+        pair_captions(["a sks cat"], config(preserve_prompts=str(file)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,47 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
 
 
 @pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"cat_factor": 2.0, "cat_factor_end": 0.5}, [2.0, 1.5, 1.0, 0.5]),
+        ({"cat_factor": 0.0, "cat_factor_end": 3.0}, [0.0, 1.0, 2.0, 3.0]),
+        ({"cat_factor": 1.0, "cat_factor_end": 0.0, "cat_factor_shape": "cosine"}, [1.0, 0.75, 0.25, 0.0]),
+        ({"cat_factor": 7.0, "cat_ratio": 0.1}, None),
+    ],
+    ids=["down", "up", "cosine", "ratio"],
+)
+def test_cat_factor_changes_as_told(
+    configure: Configure, settings: dict[str, Any], factors: list[float] | None
+) -> None:
+    result = quiet(configure(**settings))
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    if factors is None:
+        assert rows[0]["cat_factor"] == 7.0
+        assert all(0 < row["cat_factor"] <= 7.0 for row in rows)
+    else:
+        assert [row["cat_factor"] for row in rows] == pytest.approx(factors)
+
+
+def test_more_prompts_and_noise_offset_resume_bit_for_bit(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog\na red car\n")
+    settings: dict[str, Any] = {"preserve_prompts": str(prompts), "noise_offset": 0.1, "cat_ratio": 0.3}
+    whole = quiet(configure(**settings, output_dir=str(tmp_path / "whole")))
+    parts = configure(**settings, output_dir=str(tmp_path / "parts"))
+    stop_at(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(TrainingInterrupted):
+        quiet(parts)
+    monkeypatch.undo()
+    resumed = quiet(replace(parts, resume=True))
+    assert_same_weights(whole.output_dir, resumed.output_dir)
+    prompts.write_text("a dog\na blue car\n")
+    with pytest.raises(ConfigError, match="expected the pictures and captions"):
+        quiet(replace(parts, resume=True, steps=6))
+
+
+@pytest.mark.parametrize(
     "settings",
     [{}, {"lora_alpha": 8.0, "rank": 4}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}],
     ids=["default", "alpha", "bfloat16", "gradient_checkpointing"],
@@ -142,7 +184,7 @@ def test_metrics_have_a_line_for_each_step(configure: Configure) -> None:
     result = quiet(configure(steps=5, log_every=2, lr_scheduler="linear", checkpoint_every=0))
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert set(rows[0]) == {"step", "loss", "diffusion", "cat", "grad_norm", "lr", "seconds"}
+    assert set(rows[0]) == {"step", "loss", "diffusion", "cat", "grad_norm", "cat_factor", "lr", "seconds"}
     assert [row["lr"] for row in rows] == pytest.approx([1e-2 * share for share in (1, 0.8, 0.6, 0.4, 0.2)])
     assert rows[0]["cat"] < 1e-8 * rows[0]["diffusion"]
     assert rows[-1]["cat"] > 0

@@ -37,6 +37,9 @@ class Settings(SamplingSettings):
     lr: float = option(2e-4, group=_TRAINING, help="learning rate")
     rank: int = option(16, group=_TRAINING, help="rank r of the adapters")
     cat_factor: float = option(1.0, group=_TRAINING, help="weight of the preservation term in the CAT adapter")
+    preserve_prompts: str | None = option(
+        None, group=_TRAINING, help="file of more prompts that the CAT adapter preserves, one a line", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def _train(settings: Settings, concept: Concept, seed: int, cat_factor: float, o
         trigger=(concept.trigger,),
         class_word=concept.class_word,
         cat_factor=cat_factor,
+        preserve_prompts=settings.preserve_prompts if cat_factor > 0 else None,
         rank=settings.rank,
         steps=settings.steps,
         batch_size=settings.batch_size,

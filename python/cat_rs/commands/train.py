@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cat_rs.distributed import is_main
 from cat_rs.training import TrainConfig, train
 
 Settings = TrainConfig
@@ -10,6 +11,8 @@ Settings = TrainConfig
 def run(settings: TrainConfig) -> None:
     """Train, and say where the adapter is."""
     result = train(settings)
+    if not is_main():
+        return
     print(f"{result.steps} steps in {result.seconds:.0f} s; adapter: {result.adapter}")
     if result.skipped_steps:
         print(f"{result.skipped_steps} steps had a gradient that was not finite and left the weights alone")

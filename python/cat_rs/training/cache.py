@@ -46,11 +46,16 @@ class TrainingCache:
     """
 
     def __init__(
-        self, views: Sequence[Sequence[View]], captions: CaptionPairs, embeddings: dict[str, Conditioning]
+        self,
+        views: Sequence[Sequence[View]],
+        captions: CaptionPairs,
+        embeddings: dict[str, Conditioning],
+        preserve_share: float = 0.5,
     ) -> None:
         self._views = views
         self._captions = captions
         self._embeddings = embeddings
+        self._preserve_share = preserve_share
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -71,9 +76,16 @@ class TrainingCache:
             latents=mean + std * noise,
             cond=self._conditioning([self._captions.with_trigger[picture] for picture in pictures], views),
             cond_no_trigger=self._conditioning(
-                [self._captions.without_trigger[picture] for picture in pictures], views
+                [self._draw_without_trigger(picture, generator) for picture in pictures], views
             ),
         )
+
+    def _draw_without_trigger(self, picture: int, generator: torch.Generator) -> str:
+        """The picture's caption without the trigger or, with the chosen probability, another prompt to preserve."""
+        preserved = self._captions.preserved
+        if preserved and float(torch.rand((), generator=generator, device=generator.device)) < self._preserve_share:
+            return preserved[int(torch.randint(len(preserved), (), generator=generator, device=generator.device))]
+        return self._captions.without_trigger[picture]
 
     def _draw_view(self, picture: int, generator: torch.Generator) -> View:
         views = self._views[picture]
@@ -111,8 +123,9 @@ def build_cache(
         raise DatasetError(f"resolution: expected a multiple of {pipeline.vae_scale_factor}, got {size}")
     generator = torch.Generator().manual_seed(config.seed)
     views = [_views(pipeline, example, size, config, generator) for example in examples]
-    texts = dict.fromkeys((*captions.with_trigger, *captions.without_trigger))
-    return TrainingCache(views, captions, {text: encode_caption(pipeline, text) for text in texts})
+    texts = dict.fromkeys((*captions.with_trigger, *captions.without_trigger, *captions.preserved))
+    embeddings = {text: encode_caption(pipeline, text) for text in texts}
+    return TrainingCache(views, captions, embeddings, config.preserve_share)
 
 
 def _views(pipeline: Any, example: Example, size: int, config: TrainConfig, generator: torch.Generator) -> list[View]:

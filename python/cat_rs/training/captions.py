@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cat_rs.options import ConfigError
 from cat_rs.prompts import remove_trigger
@@ -21,18 +22,21 @@ class CaptionPairs:
         with_trigger: One caption for each example.
         without_trigger: The same captions after `remove_trigger`.
         changed: How many captions held a trigger.
+        preserved: More prompts to preserve, which take the place of captions without the trigger now and then.
     """
 
     with_trigger: tuple[str, ...]
     without_trigger: tuple[str, ...]
     changed: int
+    preserved: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """A line for the person who starts the training."""
         text = f"trigger removed from {self.changed} of {len(self.with_trigger)} captions"
         pairs = zip(self.with_trigger, self.without_trigger, strict=True)
         example = next((f" ({before!r} -> {after!r})" for before, after in pairs if before != after), "")
-        return text + example
+        more = f"; {len(self.preserved)} more prompts are preserved" if self.preserved else ""
+        return text + example + more
 
 
 def fill_template(config: TrainConfig) -> str | None:
@@ -66,10 +70,28 @@ def pair_captions(captions: Sequence[str], config: TrainConfig) -> CaptionPairs:
         return CaptionPairs(tuple(captions), tuple(captions), 0)
     removed = [remove_trigger(caption, triggers) for caption in captions]
     changed = sum(found for _, found in removed)
-    if config.cat_factor > 0 and changed == 0:
+    if config.preserves() and changed == 0:
         shown = "; ".join(map(repr, captions[:_SHOWN])) + (" ..." if len(captions) > _SHOWN else "")
         raise DatasetError(
             f"trigger: expected {' or '.join(map(repr, triggers))} in the captions, which cat_factor > 0 needs; "
             f"got no caption with it: {shown}"
         )
-    return CaptionPairs(tuple(captions), tuple(caption for caption, _ in removed), changed)
+    without_trigger = tuple(caption for caption, _ in removed)
+    return CaptionPairs(tuple(captions), without_trigger, changed, _read_preserved(config))
+
+
+def _read_preserved(config: TrainConfig) -> tuple[str, ...]:
+    """The prompts of `preserve_prompts`, one a line."""
+    if config.preserve_prompts is None:
+        return ()
+    try:
+        lines = Path(config.preserve_prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"preserve_prompts: cannot read {config.preserve_prompts}: {error}") from error
+    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise DatasetError(f"preserve_prompts: expected prompts, one a line, got none in {config.preserve_prompts}")
+    for prompt in prompts:
+        if remove_trigger(prompt, config.class_words())[1]:
+            raise DatasetError(f"preserve_prompts: expected prompts without a trigger, got {prompt!r}")
+    return prompts

@@ -62,6 +62,24 @@ class TrainConfig:
     cat_factor: float = option(
         1.0, group=_CAT, help="weight of the preservation term: L = L_diff + cat_factor * L_cat; 0 is plain LoRA"
     )
+    cat_factor_end: float | None = option(
+        None, group=_CAT, help="weight of the preservation term in the last step; as in the first if not given"
+    )
+    cat_factor_shape: Literal["linear", "cosine"] = option(
+        "linear", group=_CAT, help="how the weight goes from the first step to the last"
+    )
+    cat_ratio: float | None = option(
+        None,
+        group=_CAT,
+        help="keep cat_factor * L_cat at this fraction of L_diff instead; cat_factor is then its upper bound",
+        metavar="RATIO",
+    )
+    preserve_prompts: str | None = option(
+        None, group=_CAT, help="file of more prompts to preserve, one a line, beside the captions", metavar="FILE"
+    )
+    preserve_share: float = option(
+        0.5, group=_CAT, help="how often one of them takes the place of a caption without the trigger"
+    )
     snr_gamma: float | None = option(
         None, group=_CAT, help="weight both terms by min-SNR with this gamma (5 is usual)", metavar="GAMMA"
     )
@@ -74,7 +92,7 @@ class TrainConfig:
     )
 
     steps: int = option(500, group=_OPTIMIZER, help="optimizer steps")
-    batch_size: int = option(4, group=_OPTIMIZER, help="pictures in a batch")
+    batch_size: int = option(4, group=_OPTIMIZER, help="pictures in a batch, of each process")
     accumulate: int = option(1, group=_OPTIMIZER, help="batches in an optimizer step")
     lr: float = option(1e-4, group=_OPTIMIZER, help="learning rate")
     lr_scheduler: Literal[
@@ -89,6 +107,7 @@ class TrainConfig:
     seed: int = option(0, group=_OPTIMIZER, help="seed of the adapter, the order, the noise and the timesteps")
 
     resolution: int | None = option(None, group=_PICTURES, help="side in pixels; the model's own if not given")
+    noise_offset: float = option(0.0, group=_PICTURES, help="one more draw of noise for each sample and channel")
     crop: Literal["center", "random"] = option("center", group=_PICTURES, help="which square of a picture is used")
     crops: int = option(4, group=_PICTURES, help="random crops prepared for each picture")
     flip: bool = option(False, group=_PICTURES, help="also train on mirrored pictures")
@@ -111,17 +130,29 @@ class TrainConfig:
             check_range(name, getattr(self, name), 1)
         for name in ("cat_factor", "weight_decay", "lr_warmup_steps", "max_grad_norm", "checkpoint_every", "seed"):
             check_range(name, getattr(self, name), 0)
-        for name in ("lr", "eps", "snr_gamma", "lora_alpha", "resolution"):
+        for name in ("cat_factor_end", "noise_offset"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("lr", "eps", "snr_gamma", "cat_ratio", "lora_alpha", "resolution"):
             check_range(name, getattr(self, name), 0, exclusive=True)
         for name in ("beta1", "beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.preserve_share <= 1:
+            raise ConfigError(f"preserve_share: expected a number in (0, 1], got {self.preserve_share}")
+        if self.cat_ratio is not None and self.cat_factor_end is not None:
+            raise ConfigError("cat_ratio, cat_factor_end: expected one of them, got both")
+        if not self.preserves() and (self.cat_ratio is not None or self.preserve_prompts is not None):
+            raise ConfigError("cat_factor: expected a number > 0 with cat_ratio or preserve_prompts, got 0")
         if not self.target_modules:
             raise ConfigError("target_modules: expected at least one layer name, got none")
-        if not self.trigger and self.cat_factor > 0:
+        if not self.trigger and self.preserves():
             raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
         if self.resume and self.overwrite:
             raise ConfigError("resume, overwrite: expected one of them, got both")
+
+    def preserves(self) -> bool:
+        """Whether the preservation term has a weight in any step."""
+        return self.cat_factor > 0 or (self.cat_factor_end or 0) > 0
 
     def class_words(self) -> dict[str, str | None]:
         """Trigger word -> class word."""

@@ -79,9 +79,9 @@ def read_folder(folder: str | os.PathLike[str], *, caption: str | None = None) -
     return [Example(path, text) for path, text in found.items() if text is not None]
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
-    """A hash of the captions and of the pictures' bytes, to tell whether a run continues on the same data."""
-    digest = hashlib.sha256()
+def fingerprint(examples: Sequence[Example], prompts: Sequence[str] = ()) -> str:
+    """A hash of captions, pictures' bytes and other prompts, to tell whether a run continues on the same data."""
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode())
     for example in examples:
         digest.update(json.dumps([example.path.name, example.caption]).encode())
         digest.update(example.path.read_bytes())

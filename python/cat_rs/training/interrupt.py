@@ -15,10 +15,15 @@ class InterruptGuard:
     """Context manager: the first SIGINT or SIGTERM is only noted in `received`, the second acts as usual.
 
     Python delivers signals to the main thread; in another thread the guard does nothing.
+
+    Args:
+        second_acts: False where a launcher passes the terminal's signals on, so that each comes twice, and ends
+            what does not stop in time by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, second_acts: bool = True) -> None:
         self.received: int | None = None
+        self._second_acts = second_acts
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> InterruptGuard:
@@ -31,8 +36,11 @@ class InterruptGuard:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.received = number
-        self._restore()
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        hint = ""
+        if self._second_acts:
+            self._restore()
+            hint = "; once more stops at once"
+        print(f"\nstopping after this step{hint}", file=sys.stderr)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

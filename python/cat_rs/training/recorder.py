@@ -10,16 +10,25 @@ import torch
 
 from cat_rs.training.errors import TrainingError
 from cat_rs.training.log import MetricsLog
+from cat_rs.training.processes import Processes
 
-FIGURES = ("loss", "diffusion", "cat", "grad_norm")
+FIGURES = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
 
 
 class Recorder:
-    """Keeps figures on the device until `flush`, so that a step never waits for them."""
+    """Keeps figures on the device until `flush`, so that a step never waits for them.
 
-    def __init__(self, log: MetricsLog, bar: Any, *, seconds_before: float = 0.0) -> None:
+    Args:
+        log: Where they go; None in a process that does not write.
+        bar: The progress bar.
+        processes: Those of the run: the figures are the mean over them.
+        seconds_before: Of the run's earlier parts.
+    """
+
+    def __init__(self, log: MetricsLog | None, bar: Any, processes: Processes, *, seconds_before: float = 0.0) -> None:
         self._log = log
         self._bar = bar
+        self._processes = processes
         self._began = time.monotonic() - seconds_before
         self._waiting: list[tuple[int, float, float, torch.Tensor]] = []
         self.skipped = 0
@@ -35,22 +44,23 @@ class Recorder:
         self._waiting.append((step, lr, self.seconds, figures))
 
     def flush(self) -> None:
-        """Write out the noted steps.
+        """Write out the noted steps; every process calls it after the same steps.
 
         Raises:
-            TrainingError: A loss is not finite.
+            TrainingError: A loss is not finite, in any process.
         """
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        values = torch.stack([figures for *_, figures in waiting]).tolist()
+        values = self._processes.mean(torch.stack([figures for *_, figures in waiting])).tolist()
         for (step, lr, seconds, _), row in zip(waiting, values, strict=True):
             self._write(step, dict(zip(FIGURES, row, strict=True)) | {"lr": lr, "seconds": round(seconds, 3)})
         self._bar.update(len(waiting))
         self._bar.set_postfix({name: f"{self.last[name]:.4g}" for name in FIGURES[:3]})
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
-        self._log.write(step, figures)
+        if self._log is not None:
+            self._log.write(step, figures)
         self.last = figures
         if not math.isfinite(figures["loss"]):
             raise TrainingError(

@@ -9,6 +9,19 @@ import torch
 from cat_rs.training.cache import TrainingCache
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.order import ShuffledOrder
+from cat_rs.training.processes import Processes
+
+
+def _cat_factor(config: TrainConfig) -> Any:
+    """The weight of the preservation term as the settings describe it."""
+    import cat_rs
+
+    if config.cat_ratio is not None:
+        return cat_rs.CatFactorRatio(config.cat_ratio, maximum=config.cat_factor)
+    if config.cat_factor_end is None:
+        return config.cat_factor
+    last = max(config.steps - 1, 1)
+    return cat_rs.CatFactorRamp(config.cat_factor, config.cat_factor_end, last, config.cat_factor_shape)
 
 
 class TrainingRun:
@@ -16,9 +29,14 @@ class TrainingRun:
 
     Noise, timesteps and latents are drawn from a generator of the run's own, so that two runs of the same seed see the
     same draws whatever their adapters draw; dropout uses torch's global generator.
+
+    Of several processes, each takes its part of a batch that is `processes.count` times as large, and draws noise,
+    timesteps and latents of its own.
     """
 
-    def __init__(self, config: TrainConfig, unet: Any, scheduler: Any, cache: TrainingCache) -> None:
+    def __init__(
+        self, config: TrainConfig, unet: Any, scheduler: Any, cache: TrainingCache, processes: Processes
+    ) -> None:
         from diffusers.optimization import get_scheduler
 
         import cat_rs
@@ -29,8 +47,9 @@ class TrainingRun:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._cache = cache
         self._device: torch.device = unet.device
-        self._generator = torch.Generator(self._device).manual_seed(config.seed)
-        self._order = ShuffledOrder(len(cache), config.batch_size, config.seed)
+        self._generator = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
+        self._order = ShuffledOrder(len(cache), config.batch_size * processes.count, config.seed)
+        self._part = slice(config.batch_size * processes.rank, config.batch_size * (processes.rank + 1))
         self._step = cat_rs.CatStep(
             unet,
             scheduler,
@@ -39,8 +58,9 @@ class TrainingRun:
             eps=config.eps,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm or None,
-            cat_factor=config.cat_factor,
+            cat_factor=_cat_factor(config),
             snr_gamma=config.snr_gamma,
+            noise_offset=config.noise_offset,
             accumulate=config.accumulate,
             generator=self._generator,
         )
@@ -60,14 +80,15 @@ class TrainingRun:
         """Do one optimizer step.
 
         Returns:
-            loss, diffusion, cat (means over the accumulated batches) and grad_norm, as one tensor on the device.
+            loss, diffusion, cat (means over the accumulated batches), grad_norm and cat_factor, as one tensor on the
+            device.
         """
         metrics = [self._advance_batch() for _ in range(self._accumulate)]
         self._lr_scheduler.step()
         self.steps_done += 1
         means = torch.stack(metrics).mean(0)
         # The gradient is whole, and its norm taken, only in the last batch.
-        means[-1] = metrics[-1][-1]
+        means[3] = metrics[-1][3]
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,8 +98,7 @@ class TrainingRun:
             "step": self._step.state_dict(),
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "order": self._order.state_dict(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+            **self._global_draws(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -87,11 +107,29 @@ class TrainingRun:
         self._step.load_state_dict(state["step"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self._order.load_state_dict(state["order"])
+        self._load_global_draws(state)
+
+    def draws_state_dict(self) -> dict[str, Any]:
+        """The part of `state_dict` that differs between processes: what they draw next."""
+        return {"generator": self._generator.get_state(), **self._global_draws()}
+
+    def load_draws_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue to draw where `draws_state_dict` was called."""
+        self._generator.set_state(state["generator"])
+        self._load_global_draws(state)
+
+    def _global_draws(self) -> dict[str, Any]:
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
+        }
+
+    def _load_global_draws(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
     def _advance_batch(self) -> torch.Tensor:
-        batch = self._cache.batch(self._order.next_batch(), self._generator)
+        batch = self._cache.batch(self._order.next_batch()[self._part], self._generator)
         metrics = self._step(batch.latents.to(self._dtype), batch.cond, batch.cond_no_trigger)
         return torch.stack([value.float() for value in metrics])

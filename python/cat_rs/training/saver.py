@@ -9,22 +9,31 @@ from cat_rs.files import DIFFUSERS_FILE, save_lora
 from cat_rs.training.checkpoint import CheckpointFolder
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
+from cat_rs.training.processes import Processes
 from cat_rs.training.run import TrainingRun
 
 
 class Saver:
-    """Writes one run's checkpoints and adapter.
+    """Writes one run's checkpoints and adapter, in the main process; every process calls its methods.
 
     Args:
         config: The run's settings.
         checkpoints: Its checkpoint folder.
         data: The fingerprint of its pictures and captions.
+        processes: Those of the run.
     """
 
-    def __init__(self, config: TrainConfig, checkpoints: CheckpointFolder, data: str) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        checkpoints: CheckpointFolder,
+        data: str,
+        processes: Processes,
+    ) -> None:
         self._config = config
         self._checkpoints = checkpoints
         self._data = data
+        self._processes = processes
 
     def save_checkpoint(self, run: TrainingRun, seconds: float) -> Path:
         """Write a checkpoint of the run after its last finished step.
@@ -32,8 +41,20 @@ class Saver:
         Raises:
             CheckpointError: It cannot be written; the earlier ones are untouched.
         """
-        state = {"run": run.state_dict(), "config": self._config.to_dict(), "data": self._data, "seconds": seconds}
-        return self._checkpoints.save(run.steps_done, state, lambda folder: self._write_adapter(run, folder))
+        # The state of the main process is everyone's, but for what the others draw.
+        others = self._processes.gathered(run.draws_state_dict())[1:]
+
+        def write() -> Path:
+            state = {
+                "run": run.state_dict(),
+                "other_processes": others,
+                "config": self._config.to_dict(),
+                "data": self._data,
+                "seconds": seconds,
+            }
+            return self._checkpoints.save(run.steps_done, state, lambda folder: self._write_adapter(run, folder))
+
+        return self._processes.on_main(write)
 
     def save_adapter(self, run: TrainingRun) -> Path:
         """Write the adapter into the output folder.
@@ -41,6 +62,9 @@ class Saver:
         Raises:
             CheckpointError: It cannot be written.
         """
+        return self._processes.on_main(lambda: self._save_adapter(run))
+
+    def _save_adapter(self, run: TrainingRun) -> Path:
         output = Path(self._config.output_dir)
         try:
             return self._write_adapter(run, output)
@@ -63,10 +87,12 @@ class Saver:
             "base_model": model.resolve().name if model.is_dir() else config.model,
             "trigger": config.class_words(),
             "cat_factor": config.cat_factor,
+            "cat_factor_end": config.cat_factor_end,
+            "cat_ratio": config.cat_ratio,
             "snr_gamma": config.snr_gamma,
             "rank": config.rank,
             "lr": config.lr,
-            "batch_size": config.batch_size * config.accumulate,
+            "batch_size": config.batch_size * config.accumulate * self._processes.count,
             "seed": config.seed,
             "steps": run.steps_done,
         }

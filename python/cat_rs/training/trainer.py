@@ -21,6 +21,7 @@ from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInter
 from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
+from cat_rs.training.processes import Processes
 from cat_rs.training.recorder import Recorder
 from cat_rs.training.run import TrainingRun
 from cat_rs.training.saver import Saver
@@ -59,6 +60,11 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     Writes the adapter, the log and checkpoints into `config.output_dir`. Ctrl-C (SIGINT) and SIGTERM finish the
     running step and write a checkpoint. Torch's global random state is as before afterwards.
 
+    Started by `torchrun` or `accelerate launch --multi_gpu`, the processes train one adapter: each encodes all
+    pictures, trains on `batch_size` of every batch of `batch_size` times their number, and gets the same gradient.
+    The main process writes and reports; the log holds means over the processes. A signal to one, or a checkpoint that
+    cannot be written, ends all after the same step.
+
     Args:
         config: The settings.
         progress: Show progress bars.
@@ -78,24 +84,31 @@ class _Training:
 
     def __init__(self, config: TrainConfig, progress: bool, report: Callable[[str], object]) -> None:
         self._config = config
-        self._progress = progress
-        self._report = report
+        self._device = choose_device(config.device)
+        self._processes = Processes.joined(self._device)
+        if self._device == torch.device("cuda") and self._processes.count > 1:
+            self._device = torch.device("cuda", self._processes.local_rank)
+        self._progress = progress and self._processes.is_main
+        self._report = report if self._processes.is_main else _say_nothing
         self._output = Path(config.output_dir)
         self._checkpoints = CheckpointFolder(self._output / CHECKPOINT_FOLDER, config.keep_checkpoints)
-        self._device = choose_device(config.device)
 
     def go(self) -> TrainResult:
-        self._check_output()
+        # In the main process alone: it may already write when another one looks.
+        self._processes.on_main(self._check_output)
         examples = read_folder(self._config.data, caption=fill_template(self._config))
         captions = pair_captions([example.caption for example in examples], self._config)
         self._report(f"{len(examples)} pictures; {captions.summary()}")
-        data = fingerprint(examples)
-        state = self._earlier_state(data)
+        data = fingerprint(examples, captions.preserved)
+        state = self._processes.on_main(lambda: self._earlier_state(data))
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._config.seed)
             pipeline = load_pipeline(self._config.model, getattr(torch, self._config.dtype), self._device)
-            saver = Saver(self._config, self._checkpoints, data)
+            saver = Saver(self._config, self._checkpoints, data, self._processes)
             run = self._prepare(pipeline, self._encode(pipeline, examples, captions))
+            if not self._processes.is_main:
+                # The adapter is drawn; what dropout draws from here on differs between the processes.
+                torch.manual_seed(self._config.seed + self._processes.rank)
             # The VAE and the text encoders have done their work.
             del pipeline
             return self._train(run, saver, state, captions.changed)
@@ -120,6 +133,12 @@ class _Training:
         self._config.check_continues(state["config"])
         if state["data"] != data:
             raise ConfigError(f"resume: expected the pictures and captions of {checkpoint}, got others")
+        # A checkpoint of version 0.1 is one process's.
+        processes = 1 + len(state.get("other_processes", ()))
+        if processes != self._processes.count:
+            raise ConfigError(
+                f"resume: expected as many processes as wrote {checkpoint}, {processes}, got {self._processes.count}"
+            )
         self._report(f"continuing from {checkpoint}")
         return state
 
@@ -132,22 +151,27 @@ class _Training:
         if self._config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         add_adapter(unet, self._config)
-        return TrainingRun(self._config, unet, pipeline.scheduler, cache)
+        return TrainingRun(self._config, unet, pipeline.scheduler, cache, self._processes)
 
     def _train(
         self, run: TrainingRun, saver: Saver, state: dict[str, Any] | None, captions_changed: int
     ) -> TrainResult:
         if state is not None:
             run.load_state_dict(state["run"])
-        self._open_output()
-        log = MetricsLog(self._output, after_step=run.steps_done, tensorboard=self._config.tensorboard)
+            if not self._processes.is_main:
+                run.load_draws_state_dict(state["other_processes"][self._processes.rank - 1])
+        self._processes.on_main(self._open_output)
+        log = None
+        if self._processes.is_main:
+            log = MetricsLog(self._output, after_step=run.steps_done, tensorboard=self._config.tensorboard)
         bar = self._bar(total=self._config.steps, initial=run.steps_done, desc="training")
-        recorder = Recorder(log, bar, seconds_before=state["seconds"] if state else 0.0)
+        recorder = Recorder(log, bar, self._processes, seconds_before=state["seconds"] if state else 0.0)
         try:
             self._loop(run, saver, recorder)
         finally:
             bar.close()
-            log.close()
+            if log is not None:
+                log.close()
         return TrainResult(
             output_dir=self._output,
             adapter=saver.save_adapter(run),
@@ -168,19 +192,20 @@ class _Training:
             raise CheckpointError(f"cannot write to the output folder {self._output}: {error}") from error
 
     def _loop(self, run: TrainingRun, saver: Saver, recorder: Recorder) -> None:
-        with InterruptGuard() as guard:
+        with InterruptGuard(second_acts=self._processes.count == 1) as guard:
             while run.steps_done < self._config.steps:
                 lr = run.lr
                 figures = run.advance()
                 recorder.add(run.steps_done, lr, figures)
                 last = run.steps_done == self._config.steps
-                save = guard.received is not None or self._checkpoint_is_due(run.steps_done, last)
+                signal_number = self._processes.highest(guard.received or 0, self._device)
+                save = signal_number > 0 or self._checkpoint_is_due(run.steps_done, last)
                 if save or last or run.steps_done % self._config.log_every == 0:
                     self._flush(recorder)
                 if save:
                     checkpoint = saver.save_checkpoint(run, recorder.seconds)
-                    if guard.received is not None and not last:
-                        raise TrainingInterrupted(run.steps_done, checkpoint, guard.received)
+                    if signal_number > 0 and not last:
+                        raise TrainingInterrupted(run.steps_done, checkpoint, signal_number)
 
     def _checkpoint_is_due(self, step: int, last: bool) -> bool:
         every = self._config.checkpoint_every
@@ -201,6 +226,10 @@ class _Training:
         from tqdm import tqdm
 
         return tqdm(*items, disable=not self._progress, dynamic_ncols=True, **settings)
+
+
+def _say_nothing(_line: str) -> None:
+    """What the processes that do not report do with their news."""
 
 
 def _remove_run(output: Path) -> None:

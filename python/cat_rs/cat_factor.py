@@ -1,0 +1,105 @@
+"""Weights of the preservation term that change while training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cat_rs.errors import InvalidValueError
+
+__all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor"]
+
+CatFactor = float | Callable[[int], float]
+"""A number, or a function of the number of finished optimizer steps."""
+
+
+def check_cat_factor(value: float) -> float:
+    """The value as a float.
+
+    Raises:
+        InvalidValueError: It is negative or not finite.
+    """
+    if not 0 <= value < math.inf:
+        raise InvalidValueError(f"CatStep: `cat_factor` must be a finite number >= 0, got {value}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class CatFactorRamp:
+    """A ``cat_factor`` that goes from one value to another over a number of optimizer steps, and stays there.
+
+    Attributes:
+        start: In the first step.
+        end: From step ``steps`` on.
+        steps: How long it takes, >= 1.
+        shape: "linear", or "cosine" for half a wave.
+    """
+
+    start: float
+    end: float
+    steps: int
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        check_cat_factor(self.start)
+        check_cat_factor(self.end)
+        if self.steps < 1:
+            raise InvalidValueError(f"CatFactorRamp: `steps` must be at least 1, got {self.steps}")
+        if self.shape not in ("linear", "cosine"):
+            raise InvalidValueError(f"CatFactorRamp: `shape` must be 'linear' or 'cosine', got {self.shape!r}")
+
+    def __call__(self, step: int) -> float:
+        """The factor after ``step`` finished optimizer steps."""
+        done = min(step / self.steps, 1.0)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
+
+
+class CatFactorRatio:
+    """A ``cat_factor`` that keeps the preservation term at a chosen fraction of the diffusion term.
+
+    cat_factor = ratio * mean(L_diff) / mean(L_cat), with exponentially decaying means over the steps so far, at most
+    ``maximum``. The useful factor depends on model, data and learning rate; a ratio does so less. L_cat is zero where
+    training starts, so the first steps use ``maximum``. Note the direction: where preservation gets worse, L_cat grows
+    and the factor falls, so that the two terms keep their proportion. In several processes each follows its own terms.
+
+    Args:
+        ratio: cat_factor * L_cat / L_diff, > 0.
+        maximum: The largest factor, > 0.
+        decay: Of the means, in [0, 1); 0 looks at the last step alone.
+    """
+
+    def __init__(self, ratio: float, *, maximum: float = 1000.0, decay: float = 0.9) -> None:
+        for name, value in (("ratio", ratio), ("maximum", maximum)):
+            if not 0 < value < math.inf:
+                raise InvalidValueError(f"CatFactorRatio: `{name}` must be a finite number > 0, got {value}")
+        if not 0 <= decay < 1:
+            raise InvalidValueError(f"CatFactorRatio: `decay` must be in [0, 1), got {decay}")
+        self.ratio = ratio
+        self.maximum = maximum
+        self.decay = decay
+        self._diffusion = 0.0
+        self._cat = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The factor of the coming step."""
+        # Both means start at zero, so their common bias cancels.
+        wanted = self.ratio * self._diffusion
+        return wanted / self._cat if wanted < self.maximum * self._cat else self.maximum
+
+    def update(self, diffusion: float, cat: float) -> None:
+        """Takes a step's terms into the means; terms that are not finite are left out."""
+        if math.isfinite(diffusion) and math.isfinite(cat):
+            self._diffusion = self.decay * self._diffusion + (1 - self.decay) * diffusion
+            self._cat = self.decay * self._cat + (1 - self.decay) * cat
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means."""
+        return {"diffusion": self._diffusion, "cat": self._cat}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where :meth:`state_dict` was called."""
+        self._diffusion, self._cat = state_dict["diffusion"], state_dict["cat"]

@@ -1,0 +1,101 @@
+"""The processes of one training run: which one writes, and what all have to agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cat_rs.errors import CatRsError
+from cat_rs.options import ConfigError
+
+# Where torchrun and accelerate, MPICH, Open MPI and MVAPICH write how many processes they started.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that `torchrun` or `accelerate launch` started for this run; a single one without them.
+
+    The methods that pass something on are collective: every process calls them, in the same order.
+
+    Attributes:
+        rank: Number of this process.
+        count: How many there are.
+        local_rank: Number of this process on its machine.
+        is_main: Whether this is the process that writes and reports.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.count = count
+        self.local_rank = local_rank
+        self.is_main = rank == 0
+
+    @classmethod
+    def joined(cls, device: torch.device) -> Processes:
+        """Join the processes that a launcher started; they stay joined until they end.
+
+        Args:
+            device: Where the model is to be: decides how tensors travel.
+
+        Raises:
+            ConfigError: The launcher was asked for several processes, and started one.
+        """
+        started = max(int(os.environ.get(name, "1")) for name in _COUNTS)
+        if started == 1 and not (dist.is_available() and dist.is_initialized()):
+            # `accelerate launch --cpu --num_processes N` prepares N > 1 processes and starts them with mpirun only.
+            if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
+                raise ConfigError(
+                    "processes: expected the number given to accelerate launch, got 1, as --cpu starts without "
+                    "--mpirun_hostfile; start them with torchrun --nproc-per-node N -m cat_rs.cli train"
+                )
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device.type == "cpu")
+        return cls(state.process_index, state.num_processes, state.local_process_index)
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Call `act` in the main process; what it returns, or raises of this package, comes out in all of them."""
+        if self.count == 1:
+            return act()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = act()
+            except CatRsError as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        result, failure = outcome
+        if failure is not None:
+            raise failure
+        return result
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every process's value, by rank; on the CPU."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over the processes; not finite where one of the values is not."""
+        if self.count == 1:
+            return values
+        values = values / self.count
+        dist.all_reduce(values)
+        return values
+
+    def highest(self, value: int, device: torch.device) -> int:
+        """The largest of the processes' values."""
+        if self.count == 1:
+            return value
+        values = torch.tensor(value, device=device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return int(values)

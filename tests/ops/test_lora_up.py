@@ -1,0 +1,189 @@
+"""lora_up_: the sum in place and its gradients against float64 in every layout, and bad input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
+from cat_rs.functional import lora_up_
+from tests import references
+from tests.tolerances import assert_close, max_abs
+
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+OUT, RANK = 7, 3
+# The shape of y, and whether channels are its second dimension.
+SHAPES = {
+    "vector": ((OUT,), False),
+    "rows": ((5, OUT), False),
+    "sequence": ((2, 9, OUT), False),
+    "picture": ((2, OUT, 5, 3), True),
+    "one-position": ((3, OUT, 1, 1), True),
+    "one-row": ((1, OUT, 1, 6), True),
+    "line": ((2, OUT, 11), True),
+    "volume": ((2, OUT, 2, 3, 4), True),
+    "matrix": ((4, OUT), True),
+}
+EMPTY = {"rows": ((0, OUT), False), "batch": ((0, OUT, 4, 4), True), "positions": ((2, OUT, 0, 4), True)}
+
+Case = dict[str, Any]
+
+
+def by_id(table: dict[str, Any]) -> list[Any]:
+    return [pytest.param(value, id=name) for name, value in table.items()]
+
+
+def make_case(
+    shape: tuple[int, ...] = (2, 9, OUT), channels_second: bool = False, dtype: torch.dtype = torch.float32
+) -> Case:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    hidden = list(shape)
+    hidden[1 if channels_second else -1] = RANK
+    return {
+        "y": draw(*shape).requires_grad_(),
+        "hidden": draw(*hidden).requires_grad_(),
+        "lora_B": draw(OUT, RANK).requires_grad_(),
+        "scaling": 0.75,
+        "channels_second": channels_second,
+    }
+
+
+def in_layout(tensor: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+    return tensor.detach().contiguous(memory_format=layout).requires_grad_(tensor.requires_grad)
+
+
+def check_against_reference(case: Case, upstream: torch.Tensor | None = None) -> None:
+    """The sum and every gradient that is wanted are the float64 reference's on the same rounded inputs."""
+    # In place: on a copy, because a leaf may not be written to.
+    y = case["y"].clone()
+    result = lora_up_(**{**case, "y": y})
+    assert result.data_ptr() == y.data_ptr()
+    upstream = torch.randn(result.shape, dtype=torch.float64).to(result.dtype) if upstream is None else upstream
+    result.backward(upstream)
+
+    tensors = ("y", "hidden", "lora_B")
+    twins = {name: case[name].detach().double().requires_grad_(case[name].requires_grad) for name in tensors}
+    expected = references.lora_up(**twins, scaling=case["scaling"], channels_second=case["channels_second"])
+    expected.backward(upstream.double())
+    positions = result.numel() // OUT
+    for name, ours, theirs, length in [
+        ("result", result, expected, RANK),
+        *((name, case[name].grad, twins[name].grad, positions + OUT) for name in tensors),
+    ]:
+        assert (ours is None) == (theirs is None), f"{name}: a gradient where none was wanted, or none where one was"
+        if theirs is not None:
+            assert_close(ours, theirs, factor=math.sqrt(length), scale=max_abs(theirs), label=name)
+
+
+@pytest.mark.parametrize("dtype", by_id(DTYPES))
+@pytest.mark.parametrize(("shape", "channels_second"), [pytest.param(*row, id=name) for name, row in SHAPES.items()])
+def test_shapes_match_reference(shape: tuple[int, ...], channels_second: bool, dtype: torch.dtype) -> None:
+    check_against_reference(make_case(shape, channels_second, dtype))
+
+
+@pytest.mark.parametrize("dtype", by_id({"f32": torch.float32, "bf16": torch.bfloat16}))
+@pytest.mark.parametrize("y_layout", [torch.contiguous_format, torch.channels_last], ids=["y-plain", "y-last"])
+@pytest.mark.parametrize("h_layout", [torch.contiguous_format, torch.channels_last], ids=["h-plain", "h-last"])
+@pytest.mark.parametrize("g_layout", [torch.contiguous_format, torch.channels_last], ids=["g-plain", "g-last"])
+def test_memory_layouts(
+    y_layout: torch.memory_format, h_layout: torch.memory_format, g_layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    case = make_case((2, OUT, 5, 3), True, dtype)
+    case["y"], case["hidden"] = in_layout(case["y"], y_layout), in_layout(case["hidden"], h_layout)
+    check_against_reference(case, torch.randn(2, OUT, 5, 3).to(dtype).contiguous(memory_format=g_layout))
+
+
+def test_expanded_and_strided_gradients() -> None:
+    for shape, channels_second in SHAPES.values():
+        check_against_reference(make_case(shape, channels_second), torch.ones(()).expand(shape))
+        check_against_reference(make_case(shape, channels_second), torch.randn(*shape, 2)[..., 1])
+
+
+@pytest.mark.parametrize(("shape", "channels_second"), [pytest.param(*row, id=name) for name, row in EMPTY.items()])
+def test_an_empty_batch_has_zero_gradients(shape: tuple[int, ...], channels_second: bool) -> None:
+    check_against_reference(make_case(shape, channels_second))
+
+
+@pytest.mark.parametrize("wanted", ["y", "hidden", "lora_B", "y+hidden", "y+lora_B", "hidden+lora_B"])
+@pytest.mark.parametrize("shape", ["sequence", "picture"])
+def test_gradients_only_where_wanted(shape: str, wanted: str) -> None:
+    case = make_case(*SHAPES[shape])
+    for name in ("y", "hidden", "lora_B"):
+        case[name] = case[name].detach().requires_grad_(name in wanted.split("+"))
+    check_against_reference(case)
+
+
+@pytest.mark.parametrize("scaling", [0.0, 1.0, -2.5], ids=str)
+@pytest.mark.parametrize("shape", ["sequence", "picture"])
+def test_any_scaling(shape: str, scaling: float) -> None:
+    check_against_reference({**make_case(*SHAPES[shape]), "scaling": scaling})
+
+
+@pytest.mark.parametrize("shape", ["sequence", "picture"])
+def test_gradients_and_second_derivatives(shape: str) -> None:
+    case = make_case(*SHAPES[shape], torch.float64)
+
+    def add(y: torch.Tensor, hidden: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+        return lora_up_(y.clone(), hidden, lora_B, case["scaling"], channels_second=case["channels_second"])
+
+    inputs = (case["y"], case["hidden"], case["lora_B"])
+    assert torch.autograd.gradcheck(add, inputs)
+    assert torch.autograd.gradgradcheck(add, inputs)
+
+
+def test_writing_to_a_tensor_that_autograd_saved_is_noticed() -> None:
+    case = make_case()
+    y = case["y"].exp()
+    lora_up_(**{**case, "y": y})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+BAD: dict[str, tuple[Case, type[Exception], str]] = {
+    "y-int": ({"y": torch.ones(2, 9, 7).long()}, DtypeError, "`y` must have dtype float32, .* got int64"),
+    "y-meta": ({"y": torch.ones(2, 9, 7, device="meta")}, DeviceError, "`y` must be on the CPU"),
+    "y-scalar": ({"y": torch.tensor(1.0)}, ShapeError, r"`y` must have shape \[..., out\], got \[\]"),
+    "y-vector": (
+        {"y": torch.ones(7), "channels_second": True},
+        ShapeError,
+        r"`y` must have shape \[B, out, ...\], got \[7\]",
+    ),
+    "y-strided": (
+        {"y": torch.ones(9, 2, 7).transpose(0, 1)},
+        LayoutError,
+        "`y` must be a contiguous or channels_last tensor",
+    ),
+    "hidden-rank": (
+        {"hidden": torch.ones(2, 9, 4)},
+        ShapeError,
+        r"`hidden` must have shape \[2, 9, 3\], got \[2, 9, 4\]",
+    ),
+    "hidden-dtype": (
+        {"hidden": torch.ones(2, 9, 3).double()},
+        DtypeError,
+        "`hidden` must have dtype the dtype of `y`, got float64 beside y of float32",
+    ),
+    "B-dims": ({"lora_B": torch.ones(7, 3, 1)}, ShapeError, r"`lora_B` must have shape \[out, r\], got \[7, 3, 1\]"),
+    "B-out": ({"lora_B": torch.ones(6, 3)}, ShapeError, r"`lora_B` must have shape \[7, 3\], got \[6, 3\]"),
+    "scaling-nan": ({"scaling": float("nan")}, InvalidValueError, "`scaling` must be a finite number, got NaN"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), [pytest.param(*row, id=name) for name, row in BAD.items()])
+def test_bad_arguments_are_named(arguments: Case, error: type[Exception], text: str) -> None:
+    case = {**make_case(), **arguments}
+    if "y" not in arguments:
+        case["y"] = case["y"].detach()
+    before = case["y"].clone()
+    with pytest.raises(error, match=f"^lora_up: {text}") as caught:
+        lora_up_(**case)
+    assert isinstance(caught.value, CatRsError)
+    if before.device.type == "cpu":
+        assert torch.equal(case["y"], before)

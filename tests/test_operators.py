@@ -1,0 +1,184 @@
+"""The registered operators: PyTorch's own checks of them, and models under torch.compile and torch.export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import cat_rs
+from cat_rs import operators
+from cat_rs.functional import lora_up_, noising
+from tests.models import LAYERS, add_lora, batch, tiny_unet
+from tests.tolerances import assert_close, max_abs
+
+CONVOLUTIONS = [*LAYERS, "conv1", "conv_in"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def draw(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
+    "cat_loss": (
+        operators.cat_loss,
+        lambda: (
+            draw(3, 4, 5, grad=True),
+            draw(3, 4, 5),
+            draw(3, 4, 5, grad=True),
+            draw(3, 4, 5),
+            None,
+            None,
+            0.5,
+            False,
+        ),
+    ),
+    "cat_loss-weighted": (
+        operators.cat_loss,
+        lambda: (
+            draw(2, 4, 3, grad=True, dtype=torch.bfloat16),
+            draw(2, 4, 3),
+            draw(2, 4, 3, dtype=torch.bfloat16),
+            draw(2, 4, 3, dtype=torch.float64),
+            torch.tensor([1.0, 0.5]),
+            torch.rand(2, 1, 3),
+            2.0,
+            True,
+        ),
+    ),
+    "lora_linear": (
+        operators.lora_linear,
+        lambda: (
+            draw(2, 5, 6, grad=True),
+            draw(7, 6),
+            draw(7, grad=True),
+            draw(3, 6, grad=True),
+            draw(7, 3, grad=True),
+            0.5,
+        ),
+    ),
+    "lora_linear-frozen-input": (
+        operators.lora_linear,
+        lambda: (draw(5, 6), draw(7, 6), None, draw(3, 6, grad=True), draw(7, 3, grad=True), 1.0),
+    ),
+    "lora_up": (
+        operators.lora_up,
+        lambda: (draw(2, 5, 7, grad=True), draw(2, 5, 3, grad=True), draw(7, 3, grad=True), 0.5, False),
+    ),
+    "lora_up-picture": (
+        operators.lora_up,
+        lambda: (draw(2, 7, 4, 5), draw(2, 3, 4, 5, grad=True), draw(7, 3, grad=True), 1.0, True),
+    ),
+    "noising": (
+        operators.noising,
+        lambda: (draw(2, 4, 3), draw(2, 4, 3), torch.rand(2), torch.rand(2), "v_prediction", 2),
+    ),
+    "noising-epsilon": (
+        operators.noising,
+        lambda: (draw(2, 4, 3), draw(2, 4, 3), torch.rand(2), torch.rand(2), "epsilon", 1),
+    ),
+    "frozen_conv2d": (
+        operators.frozen_conv2d,
+        lambda: (draw(2, 3, 8, 7, grad=True), draw(4, 3, 3, 3), draw(4), [2, 1], [1, 0], [1, 2]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("operator", "arguments"), [pytest.param(*row, id=name) for name, row in OPERATORS.items()])
+def test_pytorchs_checks_pass(operator: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    torch.library.opcheck(operator, arguments())
+
+
+def result(model: Callable[..., Any], parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    """The output, and the gradients of the latents and of the parameters."""
+    one = batch(0)
+    latents = one["latents"].requires_grad_()
+    prediction = model(latents, one["timesteps"], one["cond"], return_dict=False)[0]
+    return [prediction.detach(), *torch.autograd.grad(prediction.square().sum(), [latents, *parameters])]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"lora_bias": True, "target_modules": ["to_out.0", "conv1"]}], ids=["", "bias"]
+)
+def test_a_compiled_model_is_one_graph_with_the_same_numbers(settings: dict[str, Any]) -> None:
+    model = add_lora(tiny_unet(), **{"target_modules": CONVOLUTIONS, **settings})
+    assert not cat_rs.patch_peft(model).kept
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = result(model, parameters)
+    # The plain backend: fused kernels are opaque to any compiler.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(result(compiled, parameters), expected, strict=True):
+        assert_close(ours, theirs, factor=20, scale=max_abs(theirs))
+    one = batch(0)
+    with torch.no_grad(), cat_rs.adapter_disabled(model):
+        base = compiled(one["latents"], one["timesteps"], one["cond"], return_dict=False)[0]
+        assert_close(base, model(one["latents"], one["timesteps"], one["cond"], return_dict=False)[0], factor=20)
+    for ours, theirs in zip(result(compiled, parameters), expected, strict=True):
+        assert_close(ours, theirs, factor=20, scale=max_abs(theirs))
+
+
+def test_a_compiled_loss_is_one_graph_with_the_same_numbers() -> None:
+    def loss(pred: torch.Tensor, pred_no_trigger: torch.Tensor, *constants: torch.Tensor) -> Any:
+        target, base, weight = constants
+        return cat_rs.cat_loss(
+            pred, target, pred_no_trigger, base, cat_factor=0.5, sample_weight=weight, return_parts=True
+        )
+
+    constants = (draw(2, 4, 8, 8), draw(2, 4, 8, 8), torch.rand(2))
+    predictions = [draw(2, 4, 8, 8, grad=True) for _ in range(2)]
+    eager, compiled = (
+        loss(*predictions, *constants),
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(*predictions, *constants),
+    )
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(parts.total * 3, predictions) for parts in (compiled, eager)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_functions_compile_to_one_graph() -> None:
+    def function(x: torch.Tensor, noise: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        noisy, target = noising(x, noise, torch.full((2,), 0.8), torch.full((2,), 0.6), "epsilon")
+        return lora_up_(noisy * 2, noisy[..., :3], lora_B, 0.5), target
+
+    arguments = (draw(2, 5, 7), draw(2, 5, 7), draw(7, 3))
+    for ours, theirs in zip(
+        torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments), function(*arguments), strict=True
+    ):
+        assert_close(ours, theirs)
+
+
+def test_a_patched_model_can_be_exported() -> None:
+    model = add_lora(tiny_unet(), target_modules=CONVOLUTIONS).eval()
+    cat_rs.patch_peft(model)
+    one = batch(0)
+    arguments = (one["latents"], one["timesteps"], one["cond"])
+    exported = torch.export.export(model, arguments, {"return_dict": False})
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert {"cat_rs.lora_linear.default", "cat_rs.lora_up.default"} <= called
+    with torch.no_grad():
+        expected = model(*arguments, return_dict=False)[0]
+        assert_close(exported.module()(*arguments, return_dict=False)[0], expected, factor=20)
+
+
+def test_a_step_of_a_compiled_model_is_a_step_of_the_model() -> None:
+    from diffusers import DDPMScheduler
+
+    losses = []
+    for compiled in (False, True):
+        model = add_lora(tiny_unet(), target_modules=CONVOLUTIONS)
+        step = cat_rs.CatStep(
+            torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model, DDPMScheduler(), lr=1e-2
+        )
+        losses.append([float(step(**batch(number)).loss) for number in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
