@@ -603,6 +603,28 @@ def test_layers_that_end_alike_get_no_adapter(tmp_path: Path) -> None:
     assert_same_state(other, transformer)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
+def test_compiled_and_parallel_models_are_unwrapped(tmp_path: Path) -> None:
+    unet = add_lora(tiny_unet())
+    expected = load_file(cat_rs.save_lora(tmp_path, unet))
+    for number, wrapped in enumerate([torch.compile(unet), torch.nn.DataParallel(unet)]):
+        file = cat_rs.save_lora(tmp_path / str(number), wrapped)
+        assert load_file(file).keys() == expected.keys()
+    other = tiny_unet()
+    cat_rs.load_lora(tmp_path, model=torch.compile(other))
+    assert_same_state(other, unet)
+
+
+def test_a_text_encoder_alone(tmp_path: Path) -> None:
+    encoder = clip()
+    add_text_lora(encoder, seed=5, r=2)
+    file = cat_rs.save_lora(tmp_path, encoder)
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in load_file(file))
+    other = clip()
+    cat_rs.load_lora(file).load_into(other)
+    assert_same_state(other, encoder)
+
+
 def test_dtype_and_adapter_name(tmp_path: Path) -> None:
     unet = add_lora(tiny_unet())
     file = cat_rs.save_lora(tmp_path, unet, dtype=torch.bfloat16)

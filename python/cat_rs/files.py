@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cat_rs._native import _core
 from cat_rs.atomic import write_bytes
@@ -112,6 +113,7 @@ class LoraFile:
         Raises:
             AdapterError: The file has no such part, or a layer does not fit the model; the model is unchanged.
         """
+        model = _unwrapped(model)
         component = self._component_for(model) if component is None else component
         if component not in self.state:
             raise AdapterError(f"load_lora: expected layers of {component}, got only {', '.join(self.state)}")
@@ -125,10 +127,9 @@ class LoraFile:
         _fill(model, layers, adapter_name)
 
     def _component_for(self, model: torch.nn.Module) -> str:
-        if _is_text_encoder(model):
-            return "text_encoder"
+        component = _component_of_model(model)
         denoisers = [name for name in self.state if not name.startswith("text_encoder")]
-        return denoisers[0] if denoisers else _component_of_model(model)
+        return component if component == "text_encoder" or not denoisers else denoisers[0]
 
     def _layers(self) -> Iterator[_Layer]:
         for component, state in self.state.items():
@@ -167,8 +168,9 @@ def save_lora(
     Args:
         path: For "peft" a folder. Else a ``.safetensors`` file; with "diffusers" also a folder, in which
             ``pytorch_lora_weights.safetensors`` is written.
-        model_or_state: The denoiser with its PEFT adapter, what `load_lora` returned, or tensors by their names in
-            one of the formats, scaled by 1 where no ``alpha`` is among them. None where only text encoders have one.
+        model_or_state: The denoiser with its PEFT adapter, or the one text encoder that has one; what `load_lora`
+            returned; or tensors by their names in one of the formats, scaled by 1 where no ``alpha`` is among them.
+            None where only the text encoders below have an adapter.
         format: "diffusers", "peft" or "kohya".
         text_encoder: The first text encoder, where it has an adapter too.
         text_encoder_2: The second.
@@ -197,16 +199,17 @@ def save_lora(
         facts, file_metadata = dict(model_or_state.metadata), dict(model_or_state.file_metadata)
         family = family or model_or_state.family
     elif isinstance(model_or_state, torch.nn.Module):
-        denoiser = model_or_state
+        denoiser = _unwrapped(model_or_state)
     elif model_or_state is not None:
         _, found, layers = _parse(dict(model_or_state), {}, None)
         family = family or found
     models = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     if denoiser is not None:
-        models = {_component_of_model(denoiser): denoiser, **models}
+        models = {**models, _component_of_model(denoiser): denoiser}
         family = family or _family_of_model(denoiser)
     for component, model in models.items():
         if model is not None:
+            model = _unwrapped(model)
             layers = [layer for layer in layers if layer.component != component]
             layers += _layers_of_model(model, component, adapter_name)
             configs[component] = _reduced_config(model, adapter_name)
@@ -260,8 +263,8 @@ def load_lora(
     """
     given = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     if model is not None:
-        given = {_component_of_model(model): model, **given}
-    models = {component: each for component, each in given.items() if each is not None}
+        given = {**given, _component_of_model(_unwrapped(model)): model}
+    models = {component: _unwrapped(each) for component, each in given.items() if each is not None}
     lora = read_lora(path, models)
     for component, each in models.items():
         lora.load_into(each, component, adapter_name)
@@ -456,7 +459,20 @@ def _is_text_encoder(model: torch.nn.Module) -> bool:
     return any(name.endswith(("encoder.layers", "encoder.block")) for name in _base_modules(model))
 
 
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without what torch.compile and data parallelism put around it, and before its layers' names."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 def _component_of_model(model: torch.nn.Module) -> str:
+    if _is_text_encoder(model):
+        return "text_encoder"
     return "unet" if "mid_block" in _base_modules(model) else "transformer"
 
 
