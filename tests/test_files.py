@@ -546,6 +546,19 @@ def test_family_must_be_known_for_kohya(tmp_path: Path) -> None:
     assert "lora_unet_conv_in.alpha" in load_file(file)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_tensors_without_alpha_have_scale_one(format: str, tmp_path: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    unet = add_lora(tiny_unet(), lora_alpha=4)
+    path = tmp_path / PATHS[format]
+    cat_rs.save_lora(path, get_peft_model_state_dict(unet), format=format, family="sd")
+    other = tiny_unet()
+    cat_rs.load_lora(path, model=other)
+    assert_same_state(other, unet)
+    assert_same_scales(other, unet)
+
+
 def test_ambiguous_names_are_refused(tmp_path: Path) -> None:
     class Odd(torch.nn.Module):
         def __init__(self) -> None:

@@ -202,6 +202,7 @@ def save_lora(
         denoiser = _unwrapped(model_or_state)
     elif model_or_state is not None:
         _, found, layers = _parse(dict(model_or_state), {}, None)
+        layers = [_with_alpha(layer, {}) for layer in layers]
         family = family or found
     models = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     if denoiser is not None:
