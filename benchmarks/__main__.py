@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # The longest last.
-SCRIPTS = ("cat_loss", "noising", "adamw", "lora_linear", "frozen_conv2d", "similarity", "peft_unet", "step")
+SCRIPTS = (
+    "cat_loss",
+    "noising",
+    "adamw",
+    "lora_linear",
+    "lora_up",
+    "frozen_conv2d",
+    "similarity",
+    "precision",
+    "peft_unet",
+    "step",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,8 @@ import torch
 
 CROSS = 16
 """Width of the text embeddings."""
+VOCABULARY, WORDS = 50, 6
+"""Of the text encoder."""
 LAYERS = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
@@ -50,6 +52,26 @@ def tiny_transformer(seed: int = 1) -> torch.nn.Module:
         pos_embed_max_size=8,
     )
     return model.requires_grad_(False)
+
+
+def tiny_text_encoder(seed: int = 3, width: int = CROSS) -> torch.nn.Module:
+    """A CLIPTextModel with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=WORDS,
+        bos_token_id=0,
+        eos_token_id=VOCABULARY - 1,
+        pad_token_id=1,
+    )
+    return CLIPTextModel(config).requires_grad_(False)
 
 
 def add_lora(model: torch.nn.Module, *, seed: int = 2, start: bool = False, **settings: Any) -> torch.nn.Module:

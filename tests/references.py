@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,6 +145,8 @@ class PlainRecipe:
         scheduler: A diffusers scheduler; makes the noisy latents and the velocity.
         cat_factor, snr_gamma, prediction_type, accumulate, max_grad_norm: As of cat_rs.CatStep.
         predict: How to call the model.
+        text_encoders: Further modules that train.
+        grad_scaler: Scales the loss.
         adamw: Further settings of torch.optim.AdamW.
     """
 
@@ -160,12 +162,17 @@ class PlainRecipe:
         accumulate: int = 1,
         max_grad_norm: float | None = 1.0,
         predict: Predict = denoiser_predict,
+        text_encoders: Sequence[torch.nn.Module] = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
         **adamw: Any,
     ) -> None:
         self.model, self.base_model, self.scheduler, self.predict = model, base_model, scheduler, predict
         self.cat_factor, self.snr_gamma, self.prediction_type = cat_factor, snr_gamma, prediction_type
         self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
-        self.trainable = [param for param in model.parameters() if param.requires_grad]
+        self.grad_scaler = grad_scaler or torch.amp.GradScaler("cpu", enabled=False)
+        self.trainable = [
+            param for trained in (model, *text_encoders) for param in trained.parameters() if param.requires_grad
+        ]
         self.masters = [
             param if param.dtype in (torch.float32, torch.float64) else param.detach().float().requires_grad_()
             for param in self.trainable
@@ -183,8 +190,12 @@ class PlainRecipe:
         timesteps: torch.Tensor,
         sample_weight: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        cond_base: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
-        """One step; returns loss, diffusion, cat and, on an optimizer step, grad_norm."""
+        """One step; returns loss, diffusion, cat and, on an optimizer step, grad_norm.
+
+        Where text encoders train, ``cond_base`` is the condition without the trigger of the base text encoders.
+        """
         cond, cond_no_trigger = (
             {"encoder_hidden_states": c} if isinstance(c, torch.Tensor) else c for c in (cond, cond_no_trigger)
         )
@@ -194,11 +205,11 @@ class PlainRecipe:
         cat = torch.zeros(())
         if self.cat_factor:
             with torch.no_grad():
-                base = self.predict(self.base_model, noisy, timesteps, cond_no_trigger)
+                base = self.predict(self.base_model, noisy, timesteps, cond_base or cond_no_trigger)
             student = self.predict(self.model, noisy, timesteps, cond_no_trigger)
             cat = self._mse(student, base, weight, mask)
         loss = diffusion + self.cat_factor * cat
-        (loss / self.accumulate).backward()
+        self.grad_scaler.scale(loss / self.accumulate).backward()
         metrics = {"loss": loss.item(), "diffusion": diffusion.item(), "cat": cat.item()}
         self.calls += 1
         if self.calls % self.accumulate == 0:
@@ -240,9 +251,11 @@ class PlainRecipe:
         for master, param in zip(self.masters, self.trainable, strict=True):
             if master is not param:
                 master.grad = param.grad.float()
+        self.grad_scaler.unscale_(self.optimizer)
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.masters, limit)
-        self.optimizer.step()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
         for master, param in zip(self.masters, self.trainable, strict=True):
             if master is not param:
                 param.data.copy_(master)

@@ -138,6 +138,30 @@ def not_finite_on_one(rank: int, counter: Counter) -> dict[str, Any]:
     }
 
 
+def overflow_on_one(rank: int, counter: Counter) -> dict[str, Any]:
+    """A scale that overflows on the second rank only; then steps at the scale that both have."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    step = cat_step(add_lora(tiny_unet()), grad_scaler=scaler)
+    before, metrics, counts, scales = adapter_of(step), [], [], []
+    for number in range(2):
+        one = batch(RANKS * number + rank)
+        if (number, rank) == (0, 1):
+            one["sample_weight"] = torch.full((2,), 1e36)
+        with torch.autocast("cpu", torch.float16):
+            counts.append(counter.during(lambda one=one: metrics.append(step(**one))))
+        scales.append(scaler.get_scale())
+        if number == 0:
+            skipped = adapter_of(step)
+    return {
+        "before": before,
+        "skipped": skipped,
+        "after": adapter_of(step),
+        "scales": scales,
+        "counts": counts,
+        "norms": [one.grad_norm for one in metrics],
+    }
+
+
 def fully_sharded_base(rank: int, counter: Counter) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -261,6 +285,7 @@ SCENARIOS = (
     accumulating,
     prepared_by_accelerate,
     not_finite_on_one,
+    overflow_on_one,
     fully_sharded_base,
     fully_sharded_base_first_version,
     sharded_adapters,
@@ -481,6 +506,17 @@ def test_a_gradient_not_finite_on_one_rank_is_skipped_by_all(ranks: Results) -> 
         assert_same(results["skipped"], results["before"])
     assert_same(ours["after"], theirs["after"])
     assert_trained_as_one(ours["after"], [joint_batch(0), joint_batch(2)])
+
+
+def test_an_overflow_on_one_rank_lowers_the_scale_of_all(ranks: Results) -> None:
+    ours, theirs = (results["overflow_on_one"] for results in ranks)
+    for results in (ours, theirs):
+        assert results["scales"] == [2.0**9, 2.0**9]
+        assert results["counts"] == [1, 1]
+        assert [bool(norm.isfinite()) for norm in results["norms"]] == [False, True]
+        assert_same(results["skipped"], results["before"])
+        assert not torch.equal(*(next(iter(results[key].values())) for key in ("after", "before")))
+    assert_same(ours["after"], theirs["after"])
 
 
 def test_the_base_may_be_fully_sharded(ranks: Results) -> None:

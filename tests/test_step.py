@@ -13,24 +13,12 @@ import torch
 
 import cat_rs
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, DtypeError, InvalidValueError, ShapeError
+from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow_matching
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_transformer, tiny_unet
 from tests.references import PlainRecipe
 from tests.tolerances import assert_close
 
 DRAWN = ("noise", "timesteps")
-SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
-
-
-def ddpm(**settings: Any) -> Any:
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **settings)
-
-
-def flow_matching() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
 
 
 @functools.cache
@@ -49,45 +37,6 @@ def float64_pair(dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Models with the weights of ``unet_pair(dtype)`` that compute in float64."""
     model, base = unet_pair(dtype)
     return model.double(), base.double()
-
-
-def cat_step(model: torch.nn.Module, scheduler: Any = None, **options: Any) -> cat_rs.CatStep:
-    return cat_rs.CatStep(model, scheduler or ddpm(), **{**SETTINGS, **options})
-
-
-def compare_with_recipe(
-    model: torch.nn.Module,
-    base: torch.nn.Module,
-    batches: list[dict[str, Any]],
-    *,
-    scheduler: Any = None,
-    tolerance: float = 1e-4,
-    prediction_type: str = "epsilon",
-    recipe_options: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> None:
-    """Trains a copy with the plain recipe; the adapters' changes must agree to ``tolerance`` of their size."""
-    scheduler = scheduler or ddpm(prediction_type=prediction_type)
-    plain = copy.deepcopy(model)
-    recipe = PlainRecipe(
-        plain, base, scheduler, prediction_type=prediction_type, **SETTINGS, **options, **(recipe_options or {})
-    )
-    step = cat_step(model, scheduler, **options)
-    before = lora_parameters(model)
-    for one in batches:
-        ours, theirs = step(**one), recipe(**one)
-        for name, value in theirs.items():
-            assert float(getattr(ours, name)) == pytest.approx(value, rel=tolerance, abs=1e-9), name
-        if "grad_norm" not in theirs:
-            assert ours.grad_norm.isnan()
-    ours, theirs = lora_parameters(model), lora_parameters(plain)
-    assert ours.keys() == theirs.keys()
-    change, error = (
-        torch.cat([(one[name].double() - other[name].double()).flatten() for name in before]).norm()
-        for one, other in ((theirs, before), (ours, theirs))
-    )
-    assert change > 0
-    assert error <= tolerance * change, f"the changes differ by {float(error / change):.2g} of their size"
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

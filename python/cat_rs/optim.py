@@ -172,6 +172,7 @@ class FlatAdamW(torch.optim.Optimizer):
             distributed.check_group("FlatAdamW", process_group)
         self.max_grad_norm = max_grad_norm
         self._process_group = process_group
+        self._averaged = False
         self.grad_norm = math.nan
         self.skipped_steps = 0
         self._flats: list[tuple[dict[str, Any], _Flat]] = []
@@ -212,6 +213,19 @@ class FlatAdamW(torch.optim.Optimizer):
                 self.state[param]["master"] = master
 
     @torch.no_grad()
+    def average_gradients(self) -> None:
+        """Averages the gradients over the ranks of ``process_group`` now; ``step()`` then does not do it again.
+
+        For what must see the averaged gradients before the step, as a ``GradScaler`` must.
+        """
+        if self._process_group is None or self._averaged:
+            return
+        for _, flat in self._flats:
+            flat.attach_grads()
+            distributed.average_(flat.grad, self._process_group)
+        self._averaged = True
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step; the gradients are zero afterwards.
 
@@ -229,9 +243,8 @@ class FlatAdamW(torch.optim.Optimizer):
             flat.check_in_place()
             flat.refresh_master()
             flat.attach_grads()
-        if self._process_group is not None:
-            for _, flat in self._flats:
-                distributed.average_(flat.grad, self._process_group)
+        self.average_gradients()
+        self._averaged = False
         self.grad_norm = math.hypot(*(_core.grad_norm(flat.grad) for _, flat in self._flats))
         if not math.isfinite(self.grad_norm):
             self.skipped_steps += 1

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +14,12 @@ from cat_rs import distributed
 from cat_rs._native import _core
 from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
 from cat_rs.convolution import patch_frozen_convolutions
+from cat_rs.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
 from cat_rs.errors import AdapterError, InvalidValueError, ShapeError
 from cat_rs.optim import FlatAdamW
 from cat_rs.schedule import NoiseSchedule
 
 __all__ = ["CatStep", "StepMetrics"]
-
-Cond = torch.Tensor | Mapping[str, Any]
-Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Mapping[str, Any]], torch.Tensor]
 
 
 class StepMetrics(NamedTuple):
@@ -43,62 +40,35 @@ class StepMetrics(NamedTuple):
     cat_factor: torch.Tensor
 
 
-def _as_kwargs(name: str, cond: Cond) -> Mapping[str, Any]:
-    if isinstance(cond, torch.Tensor):
-        return {"encoder_hidden_states": cond}
-    if isinstance(cond, Mapping):
-        return cond
-    raise InvalidValueError(
-        f"CatStep: `{name}` must be a tensor (encoder_hidden_states) or a mapping of the model's keyword arguments, "
-        f"got {type(cond).__name__}"
-    )
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a nested condition."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
-def _join(name: str, first: Any, second: Any) -> Any:
-    """Both conditions along the batch; what is not a tensor must be the same in both."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        if first.dim() == 0 or first.shape != second.shape:
-            raise ShapeError(
-                f"CatStep: `cond_no_trigger{name}` must have cond's shape {list(first.shape)} and a batch dimension, "
-                f"got {list(second.shape)}"
-            )
-        return torch.cat([first, second])
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        if first.keys() != second.keys():
-            raise InvalidValueError(
-                f"CatStep: `cond_no_trigger{name}` must have cond's keys {sorted(first)}, got {sorted(second)}"
-            )
-        return {key: _join(f"{name}[{key!r}]", first[key], second[key]) for key in first}
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
-        pairs = enumerate(zip(first, second, strict=True))
-        return type(first)([_join(f"{name}[{index}]", *pair) for index, pair in pairs])
-    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor) or first != second:
-        raise InvalidValueError(f"CatStep: `cond_no_trigger{name}` must equal cond's {first!r}, got {second!r}")
-    return first
+def _adapter_parameters(argument: str, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """What of the model trains, by name."""
+    from cat_rs import peft
 
-
-def _denoiser_predict(model: torch.nn.Module) -> Predict:
-    """How to call a diffusers denoiser: its first argument is the latent, and it takes ``timestep``."""
-    inner = getattr(model, "_orig_mod", model)  # of torch.compile
-    unwrap: Callable[[], torch.nn.Module] | None = getattr(inner, "get_base_model", None)
-    inner = unwrap() if unwrap else getattr(inner, "_fsdp_wrapped_module", inner)
-    parameters = list(inspect.signature(inner.forward).parameters)
-    if not parameters or "timestep" not in parameters:
-        raise InvalidValueError(
-            f"CatStep: `model` must take its latent first and have an argument 'timestep', got {type(inner).__name__} "
-            f"with {parameters}: pass predict=lambda model, latents, timesteps, cond: ..."
+    if not peft.has_adapter(model):
+        raise AdapterError(
+            f"CatStep: `{argument}` must have PEFT adapter layers (model.add_adapter(LoraConfig(...))), got none"
         )
-    latent_name = parameters[0]
-    takes_return_dict = "return_dict" in parameters
-
-    def predict(
-        model: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]
-    ) -> torch.Tensor:
-        options = {"return_dict": False} if takes_return_dict else {}
-        output = model(**{latent_name: latents}, timestep=timesteps, **cond, **options)
-        return output[0] if isinstance(output, tuple) else output
-
-    return predict
+    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if not trainable:
+        raise AdapterError(f"CatStep: `{argument}` must have trainable adapter parameters, got all of them frozen")
+    for name, param in trainable.items():
+        sharding = distributed.sharding_of(param)
+        if sharding is not None:
+            raise AdapterError(
+                f"CatStep: `{argument}` must have its trainable parameters whole on every rank, got {name}: "
+                f"{sharding}; shard only the frozen base: fully_shard(model, ignored_params=...) or "
+                f"FullyShardedDataParallel(model, ignored_states=...), with the adapter's parameters"
+            )
+    return trainable
 
 
 class CatStep:
@@ -128,7 +98,14 @@ class CatStep:
         prediction_type: "epsilon", "v_prediction" or "flow"; by default the scheduler's.
         accumulate: Calls to one optimizer step; each contributes 1/accumulate of its gradient.
         predict: ``predict(model, latents, timesteps, cond) -> prediction`` for models that are not called like a
-            diffusers denoiser; ``cond`` is a mapping.
+            diffusers denoiser; ``cond`` is a mapping. docs/families.md lists the models that need none.
+        text_encoders: Modules with PEFT adapters that train with the model's; the base prediction runs with all of
+            the adapters off. The conditions must then be functions that call the text encoders. In
+            :meth:`state_dict` the names of their parameters begin with ``text_encoders[0].`` and so on.
+        unbatched: Keys of conditioning tensors without a batch dimension. Needed only where the first dimension of
+            such a tensor may equal B by chance: see ``cond``.
+        grad_scaler: Scales the gradient for float16 autocast (``torch.amp.GradScaler("cpu")``); the step unscales it,
+            skips where it is not finite, and calls ``update()``. Saved with the state.
         generator: Draws noise and timesteps; by default torch's global one. Saved with the state.
         process_group: The ranks that train this adapter together; by default all, if torch.distributed is
             initialized. A group of this rank alone trains alone.
@@ -171,6 +148,9 @@ class CatStep:
         prediction_type: str | None = None,
         accumulate: int = 1,
         predict: Predict | None = None,
+        text_encoders: Sequence[torch.nn.Module] = (),
+        unbatched: Sequence[str] = (),
+        grad_scaler: torch.amp.GradScaler | None = None,
         generator: torch.Generator | None = None,
         process_group: Any = None,
     ) -> None:
@@ -187,32 +167,28 @@ class CatStep:
         if process_group is not None:
             distributed.check_group("CatStep", process_group)
         model = distributed.without_ddp(model)
-        if not peft.has_adapter(model):
-            raise AdapterError(
-                "CatStep: `model` must have PEFT adapter layers (model.add_adapter(LoraConfig(...))), got none"
-            )
-        self.trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        if not self.trainable:
-            raise AdapterError("CatStep: `model` must have trainable adapter parameters, got all of them frozen")
-        for name, param in self.trainable.items():
-            sharding = distributed.sharding_of(param)
-            if sharding is not None:
-                raise AdapterError(
-                    f"CatStep: `model` must have its trainable parameters whole on every rank, got {name}: "
-                    f"{sharding}; shard only the frozen base: fully_shard(model, ignored_params=...) or "
-                    f"FullyShardedDataParallel(model, ignored_states=...), with the adapter's parameters"
-                )
         self.model = model
+        self.text_encoders = tuple(distributed.without_ddp(encoder) for encoder in text_encoders)
+        self.trainable = _adapter_parameters("model", model)
+        for index, encoder in enumerate(self.text_encoders):
+            argument = f"text_encoders[{index}]"
+            if any(encoder is other for other in (model, *self.text_encoders[:index])):
+                raise InvalidValueError(f"CatStep: `{argument}` must be another module, got one that was given before")
+            for name, param in _adapter_parameters(argument, encoder).items():
+                self.trainable[f"{argument}.{name}"] = param
         self.cat_factor = cat_factor
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
         self.accumulate = accumulate
+        self.grad_scaler = grad_scaler
         self.generator = generator
         self._schedule = NoiseSchedule(scheduler, prediction_type)
         self._schedule.weights(torch.zeros(1, dtype=torch.long), snr_gamma)
-        self._predict = predict or _denoiser_predict(model)
+        self._predict = predict or denoiser_predict(model)
+        self._convention, self._unbatched = convention_of(model), frozenset(unbatched)
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
-        peft.patch_peft(model)
+        for adapted in (model, *self.text_encoders):
+            peft.patch_peft(adapted)
         patch_frozen_convolutions(model)
         self.optimizer = FlatAdamW(
             self.trainable.values(),
@@ -238,8 +214,8 @@ class CatStep:
     def __call__(
         self,
         latents: torch.Tensor,
-        cond: Cond,
-        cond_no_trigger: Cond,
+        cond: Cond | Callable[[], Cond],
+        cond_no_trigger: Cond | Callable[[], Cond],
         *,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
@@ -251,9 +227,12 @@ class CatStep:
         Args:
             latents: x, [B, ...], in the model's dtype, scaled as the model expects.
             cond: The prompts with the trigger: ``encoder_hidden_states`` [B, L, D], or a nested mapping of the model's
-                keyword arguments, whose tensors have a batch dimension.
+                keyword arguments, or a function without arguments that returns either. A tensor whose first dimension
+                is B is taken to have a batch dimension; every other value, tensors such as FLUX's ``img_ids`` [L, 3]
+                included, must be the same in both conditions and is passed as it is.
             cond_no_trigger: The same prompts without the trigger, in the same form; or any other prompts whose
-                pictures are to stay.
+                pictures are to stay. With ``text_encoders``, the function is called twice: for the student, and under
+                no_grad with all adapters off for the base.
             noise: [B, ...]; drawn from the standard normal by default.
             timesteps: [B]; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
@@ -265,7 +244,11 @@ class CatStep:
         if latents.dim() < 2 or latents.shape[0] == 0:
             raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
         batch = latents.shape[0]
-        with_trigger, without_trigger = _as_kwargs("cond", cond), _as_kwargs("cond_no_trigger", cond_no_trigger)
+        made = self._cat_factor
+        cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
+        preserve = cat_factor > 0
+        with_trigger = self._evaluate("cond", cond)
+        without_trigger = self._evaluate("cond_no_trigger", cond_no_trigger) if preserve else {}
         if noise is None:
             noise = self._draw_noise(latents)
         if timesteps is None:
@@ -280,24 +263,29 @@ class CatStep:
                 raise ShapeError(f"CatStep: `sample_weight` must have shape [{batch}], got {got}")
             weight = weight * sample_weight
 
-        made = self._cat_factor
-        cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
-        preserve = cat_factor > 0
         noisy, target = _core.noising(
             latents, noise, signal_rate, noise_rate, self._schedule.prediction_type, 2 if preserve else 1
         )
         base = None
         if preserve:
-            with torch.no_grad(), self._adapter_disabled(self.model):
-                base = self._predict(self.model, noisy[:batch], timesteps, without_trigger)
-            student = self._predict(
-                self.model, noisy, torch.cat([timesteps, timesteps]), _join("", with_trigger, without_trigger)
+            with torch.no_grad(), self._adapters_disabled():
+                base_cond = (
+                    self._evaluate("cond_no_trigger", cond_no_trigger) if self.text_encoders else without_trigger
+                )
+                base = self._prediction(noisy[:batch], timesteps, base_cond)
+            both = join_conditions(
+                with_trigger, without_trigger, batch, unbatched=self._unbatched, convention=self._convention
             )
+            student = self._prediction(noisy, torch.cat([timesteps, timesteps]), both)
         else:
-            student = self._predict(self.model, noisy, timesteps, with_trigger)
+            student = self._prediction(noisy, timesteps, with_trigger)
         loss, parts, grad = _core.student_loss(student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate)
         del base
-        torch.autograd.backward(student, grad)
+        if self.grad_scaler is not None:
+            grad = self.grad_scaler.scale(grad)
+        # Autocast is for forward passes: the backward of each operation runs in the dtype of its forward.
+        with torch.autocast(grad.device.type, enabled=False):
+            torch.autograd.backward(student, grad)
         diffusion, cat = parts.unbind()
         if isinstance(made, CatFactorRatio):
             made.update(diffusion.item(), cat.item())
@@ -315,12 +303,53 @@ class CatStep:
             noise += self.noise_offset * torch.randn(shape, dtype=latents.dtype, generator=self.generator)
         return noise
 
+    def _prediction(self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]) -> torch.Tensor:
+        prediction = self._predict(self.model, latents, timesteps, cond)
+        # Under autocast the loss is taken in the latents' dtype, and the scaled gradient is rounded once.
+        return prediction.to(latents.dtype) if torch.is_autocast_enabled(latents.device.type) else prediction
+
+    @contextmanager
+    def _adapters_disabled(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for model in (self.model, *self.text_encoders):
+                stack.enter_context(self._adapter_disabled(model))
+            yield
+
+    def _evaluate(self, name: str, cond: Cond | Callable[[], Cond]) -> Mapping[str, Any]:
+        """The condition as keyword arguments; with text encoders, one through which their adapters get gradients."""
+        if callable(cond):
+            cond = cond()
+        elif self.text_encoders:
+            raise InvalidValueError(
+                f"CatStep: `{name}` must be a function that calls the text encoders, such as "
+                f"lambda: text_encoder(input_ids)[0], for text_encoders to train, got {type(cond).__name__}"
+            )
+        kwargs = as_kwargs(name, cond)
+        if (
+            self.text_encoders
+            and torch.is_grad_enabled()
+            and not any(tensor.requires_grad for tensor in _tensors(kwargs))
+        ):
+            raise InvalidValueError(
+                f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "
+                "train, got no tensor that requires a gradient"
+            )
+        return kwargs
+
     def _update(self) -> float:
         """The optimizer step where it is due; returns the gradient norm, or NaN."""
         self._accumulated = (self._accumulated + 1) % self.accumulate
         if self._accumulated:
             return math.nan
+        if self.grad_scaler is not None:
+            # Averaged first, an overflow on one rank lowers the scale on all.
+            self.optimizer.average_gradients()
+            self.grad_scaler.unscale_(self.optimizer)
         self.optimizer.step()
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+        # Around several steps, autocast would keep the copies of the old weights.
+        torch.clear_autocast_cache()
         self.steps_done += 1
         return self.optimizer.grad_norm
 
@@ -338,6 +367,7 @@ class CatStep:
             "gradients": {name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None}
             if self._accumulated
             else {},
+            "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 
@@ -369,5 +399,7 @@ class CatStep:
             grad = self.trainable[name].grad
             if grad is not None:
                 grad.copy_(saved_grad)
+        if self.grad_scaler is not None and state_dict["grad_scaler"] is not None:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if self.generator is not None and state_dict["generator"] is not None:
             self.generator.set_state(state_dict["generator"])
