@@ -1,5 +1,8 @@
 //! Every failure of the crate. Each variant names the operation, the argument, what was expected and what came.
 
+use std::io;
+use std::path::{Path, PathBuf};
+
 use tch::TchError;
 use thiserror::Error;
 
@@ -85,9 +88,37 @@ pub enum CatError {
         /// What failed.
         message: String,
     },
+    /// A file could not be read or written.
+    #[error("{op}: {}: {source}", path.display())]
+    Io {
+        /// The operation.
+        op: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// A file, or a set of tensors, is not an adapter that can be used as asked.
+    #[error("{op}: {message}")]
+    Adapter {
+        /// The operation.
+        op: &'static str,
+        /// What was expected and what came.
+        message: String,
+    },
 }
 
 impl CatError {
+    /// What the operating system said about a file.
+    pub fn io(op: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io { op, path: path.to_owned(), source }
+    }
+
+    /// An adapter that cannot be used as asked.
+    pub fn adapter(op: &'static str, message: impl Into<String>) -> Self {
+        Self::Adapter { op, message: message.into() }
+    }
+
     /// A value outside its domain.
     pub fn value(op: &'static str, argument: &'static str, expected: impl Into<String>, got: impl ToString) -> Self {
         Self::Value { op, argument, expected: expected.into(), got: got.to_string() }

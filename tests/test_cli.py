@@ -55,6 +55,10 @@ def emoji_model(tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path,
         ("evaluate", ["model and adapters:", "sampling:", "UPS, TPS and KPS"]),
         ("generate", ["--prompt TEXT", "sampling:"]),
         ("demo", ["--concepts NAME", "--seeds N"]),
+        (
+            "convert",
+            ["convert INPUT OUTPUT [--config FILE]", "--to {diffusers,peft,kohya}", "--family {sd,sdxl,flux}"],
+        ),
         ("info", ["--debug"]),
     ],
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
 from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
+from cat_rs.files import LoraFile, load_lora, save_lora
 from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
 from cat_rs.kps import KpsResult, bootstrap_interval, cross_similarity, harmonic_mean, kps, similarity
 from cat_rs.optim import FlatAdamW
@@ -26,6 +27,7 @@ __all__ = [
     "FlatAdamW",
     "KpsEvaluator",
     "KpsResult",
+    "LoraFile",
     "StepMetrics",
     "adapter_disabled",
     "bootstrap_interval",
@@ -34,9 +36,11 @@ __all__ = [
     "errors",
     "harmonic_mean",
     "kps",
+    "load_lora",
     "lora_linear",
     "patch_peft",
     "remove_trigger",
+    "save_lora",
     "similarity",
     "snr_weights",
     "unpatch_peft",

@@ -1,6 +1,7 @@
 """The Rust extension. Shapes, dtypes and formulas are documented on the public functions of cat_rs."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ from torch import Tensor
 
 __all__ = [
     "adamw_step",
+    "adapter_layers",
+    "adapter_tensors",
     "bootstrap_interval",
     "build_info",
     "cat_loss",
@@ -22,7 +25,9 @@ __all__ = [
     "lora_up_forward",
     "noising",
     "paired_similarity",
+    "read_safetensors",
     "student_loss",
+    "write_safetensors",
 ]
 
 def cat_loss(
@@ -114,4 +119,16 @@ def bootstrap_interval(
     resamples: int,
     seed: int,
 ) -> tuple[float, float]: ...
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[list[tuple[str, Tensor]], dict[str, str]]: ...
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> None: ...
+
+# Component, module, A, B, bias of B, magnitude, alpha.
+_Layer = tuple[str, str, Tensor, Tensor, Tensor | None, Tensor | None, float | None]
+
+def adapter_layers(
+    tensors: Sequence[tuple[str, Tensor]], known: Mapping[str, Sequence[str]]
+) -> tuple[str, str | None, list[_Layer]]: ...
+def adapter_tensors(layers: Sequence[_Layer], format: str, family: str | None) -> list[tuple[str, Tensor]]: ...
 def build_info() -> dict[str, str]: ...

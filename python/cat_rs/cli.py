@@ -27,6 +27,7 @@ class _Command:
     module: str
     help: str
     description: str
+    positionals: str = ""
 
 
 _COMMANDS = {
@@ -54,6 +55,13 @@ _COMMANDS = {
         "Draws the same prompts and seeds with the base model and with each adapter, and scores what was learned and "
         "what was kept: UPS, TPS and KPS (this project's reading of the paper's score), identity, prompt similarity, "
         "drift and diversity, each with its 95 % interval.",
+    ),
+    "convert": _Command(
+        "cat_rs.commands.convert",
+        "write an adapter in the format of diffusers, PEFT or kohya",
+        "Reads an adapter of any of the formats and writes it in another, with its scales and what it tells of its "
+        "making. The formats and the models they have names for are those of cat_rs.load_lora and cat_rs.save_lora.",
+        "INPUT OUTPUT ",
     ),
     "info": _Command(
         "cat_rs.info",
@@ -106,7 +114,7 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     for name, command in _COMMANDS.items():
         options = commands.add_parser(
             name,
-            usage=f"cat-rs {name} [--config FILE] [options]",
+            usage=f"cat-rs {name} {command.positionals}[--config FILE] [options]",
             help=command.help,
             description=command.description,
             allow_abbrev=False,

@@ -25,7 +25,14 @@ class ConfigError(CatRsError, ValueError):
     """A setting that is unknown, missing, of the wrong type or out of range."""
 
 
-def option(default: Any = dataclasses.MISSING, *, group: str, help: str, metavar: str | None = None) -> Any:
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    group: str,
+    help: str,
+    metavar: str | None = None,
+    positional: bool = False,
+) -> Any:
     """A dataclass field that is also a command-line option.
 
     Args:
@@ -33,8 +40,10 @@ def option(default: Any = dataclasses.MISSING, *, group: str, help: str, metavar
         group: The heading under which `--help` lists the option.
         help: One line on what it does; the default is appended.
         metavar: What `--help` writes for the value.
+        positional: Given by its place, without a name before it.
     """
-    return dataclasses.field(default=default, metadata={"group": group, "help": help, "metavar": metavar})
+    metadata = {"group": group, "help": help, "metavar": metavar, "positional": positional}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -48,8 +57,15 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
+        if field.metadata["positional"]:
+            # Optional to the parser: a config file may hold it.
+            metavar = field.name.upper()
+            groups[title].add_argument(
+                field.name, nargs="?", default=argparse.SUPPRESS, metavar=metavar, help=field.metadata["help"]
+            )
+            continue
         groups[title].add_argument(
-            f"--{field.name.replace('_', '-')}",
+            _flag(field),
             dest=field.name,
             default=argparse.SUPPRESS,
             help=_help_text(field),
@@ -103,7 +119,7 @@ def from_mapping(settings: type[Settings], values: Mapping[str, Any], source: st
         raise ConfigError(f"{source}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(fields)}")
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     if missing:
-        raise ConfigError(f"{source}: missing {', '.join(_flag(name) for name in missing)}")
+        raise ConfigError(f"{source}: missing {', '.join(_flag(fields[name]) for name in missing)}")
     hints = typing.get_type_hints(settings)
     return settings(**{name: _convert(value, hints[name], f"{source}: {name}") for name, value in values.items()})
 
@@ -123,8 +139,8 @@ def _own_fields_first(settings: type) -> list[dataclasses.Field[Any]]:
     return sorted(dataclasses.fields(settings), key=lambda field: field.name in inherited)
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return field.name.upper() if field.metadata.get("positional") else f"--{field.name.replace('_', '-')}"
 
 
 def _help_text(field: dataclasses.Field[Any]) -> str:
@@ -149,16 +165,21 @@ def _argument_kind(hint: Any, metavar: str | None) -> dict[str, Any]:
     return {"type": hint, "metavar": metavar or _METAVARS[hint]}
 
 
+def _is_union(hint: Any) -> bool:
+    """Whether the type is `X | None`, which Literal spells in the older way."""
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
 def _without_none(hint: Any) -> Any:
     """`X` of `X | None`."""
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     return hint
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as type `hint`; lists become tuples, whole numbers become floats where a float is meant."""
-    if value is None and isinstance(hint, types.UnionType):
+    if value is None and _is_union(hint):
         return None
     hint = _without_none(hint)
     if typing.get_origin(hint) is typing.Literal:

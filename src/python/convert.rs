@@ -1,6 +1,9 @@
 //! Tensors to and from Python, and errors to exceptions.
 
-use pyo3::exceptions::PyRuntimeError;
+use std::io;
+use std::path::Path;
+
+use pyo3::exceptions::{PyOSError, PyRuntimeError};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 use tch::Tensor;
@@ -33,6 +36,8 @@ pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
         CatError::Layout { .. } => "LayoutError",
         CatError::Value { .. } => "InvalidValueError",
         CatError::Torch { .. } | CatError::Kernel { .. } => "KernelError",
+        CatError::Adapter { .. } => "AdapterError",
+        CatError::Io { path, source, .. } => return raise_io(py, path, source),
     };
     let instance = py
         .import("cat_rs.errors")
@@ -42,4 +47,14 @@ pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
         Ok(instance) => PyErr::from_value(instance),
         Err(_) => PyRuntimeError::new_err(error.to_string()),
     }
+}
+
+/// OSError with number and file name, of which Python makes FileNotFoundError and the like.
+fn raise_io(py: Python<'_>, path: &Path, source: &io::Error) -> PyErr {
+    let Some(number) = source.raw_os_error() else {
+        return PyOSError::new_err(format!("{}: {source}", path.display()));
+    };
+    let described = py.import("os").and_then(|os| os.call_method1("strerror", (number,)));
+    let instance = described.and_then(|text| py.get_type::<PyOSError>().call1((number, text, path.as_os_str())));
+    instance.map_or_else(|error| error, PyErr::from_value)
 }

@@ -2,6 +2,7 @@
 //!
 //! Shapes, dtypes and formulas are documented once, on the Python functions of `cat_rs` that call these.
 
+mod adapter_file;
 mod convert;
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -328,6 +329,10 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cross_similarity, module)?)?;
     module.add_function(wrap_pyfunction!(harmonic_mean, module)?)?;
     module.add_function(wrap_pyfunction!(bootstrap_interval, module)?)?;
+    module.add_function(wrap_pyfunction!(adapter_file::read_safetensors, module)?)?;
+    module.add_function(wrap_pyfunction!(adapter_file::write_safetensors, module)?)?;
+    module.add_function(wrap_pyfunction!(adapter_file::adapter_layers, module)?)?;
+    module.add_function(wrap_pyfunction!(adapter_file::adapter_tensors, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
     Ok(())
 }

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cat_rs import atomic
+from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
 from cat_rs.training import (
     CheckpointError,
@@ -25,7 +26,6 @@ from cat_rs.training import (
     TrainingInterrupted,
     train,
 )
-from cat_rs.training.model import read_adapter_facts
 from cat_rs.training.run import TrainingRun
 
 pytest.importorskip("diffusers")
@@ -178,7 +178,7 @@ def test_sdxl_trains_and_loads(configure: Configure, tiny_sdxl_pipeline_dir: Pat
 
 def test_adapter_file_tells_how_it_was_made(configure: Configure) -> None:
     result = quiet(configure(cat_factor=2.0, snr_gamma=5.0))
-    facts = read_adapter_facts(result.adapter)
+    facts = read_metadata(result.adapter)
     assert facts["trigger"] == {"sks": "cat"}
     assert (facts["cat_factor"], facts["snr_gamma"], facts["steps"], facts["rank"]) == (2.0, 5.0, 4, 2)
     assert facts["base_model"] == "pipeline"

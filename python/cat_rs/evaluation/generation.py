@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+from cat_rs.files import DIFFUSERS_FILE
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,11 @@ def adapter_file(path: str | os.PathLike[str]) -> Path:
         EvaluationFileError: There is no such file.
     """
     given = Path(path)
-    file = given / ADAPTER_FILE if given.is_dir() else given
+    file = given / DIFFUSERS_FILE if given.is_dir() else given
     if not file.is_file():
-        raise EvaluationFileError(f"adapter: expected a safetensors file or a folder with {ADAPTER_FILE}, got {given}")
+        raise EvaluationFileError(
+            f"adapter: expected a safetensors file or a folder with {DIFFUSERS_FILE}, got {given}"
+        )
     return file
 
 

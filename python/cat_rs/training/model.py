@@ -1,24 +1,15 @@
-"""The model that is trained: loading, conditioning, adding the adapter and saving it."""
+"""The model that is trained: loading, conditioning and adding the adapter."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cat_rs.atomic import write_bytes
 from cat_rs.options import ConfigError
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import TrainingError
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-# Where diffusers looks for the adapter's LoraConfig, and where ours stands beside it, in the file's metadata.
-_DIFFUSERS_METADATA_KEY = "lora_adapter_metadata"
-METADATA_KEY = "cat_rs"
 
 _SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
@@ -124,50 +115,6 @@ def add_adapter(unet: torch.nn.Module, config: TrainConfig) -> None:
     unet.train()
 
 
-def save_adapter(
-    unet: torch.nn.Module, pipeline_class: Any, folder: str | os.PathLike[str], facts: dict[str, Any]
-) -> Path:
-    """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` reads.
-
-    Args:
-        unet: The U-Net with its adapter.
-        pipeline_class: The diffusers pipeline class whose file format is written.
-        folder: Where to write.
-        facts: What the file's metadata tells under the key `cat_rs`, as JSON.
-
-    Raises:
-        OSError: The file cannot be written; an older one stays.
-    """
-    import safetensors.torch
-    from diffusers.utils import convert_state_dict_to_diffusers
-    from peft import get_peft_model_state_dict
-
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    # The trained tensors may be views of one buffer, which safetensors refuses to write.
-    layers = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in layers.items()}
-    metadata = {
-        "format": "pt",
-        _DIFFUSERS_METADATA_KEY: json.dumps(_lora_config(unet), sort_keys=True),
-        METADATA_KEY: json.dumps(facts, sort_keys=True),
-    }
-
-    def write(tensors: dict[str, torch.Tensor], path: str) -> None:
-        write_bytes(path, safetensors.torch.save(tensors, metadata))
-
-    pipeline_class.save_lora_weights(folder, unet_lora_layers=layers, save_function=write)
-    return Path(folder, ADAPTER_FILE)
-
-
-def read_adapter_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `save_adapter` noted in an adapter file or folder; empty for files of other programs."""
-    from safetensors import safe_open
-
-    path = Path(path)
-    with safe_open(path / ADAPTER_FILE if path.is_dir() else path, framework="pt") as file:
-        facts: dict[str, Any] = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    return facts
-
-
 def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
     """One batch of several captions' conditionings."""
     first = conditionings[0]
@@ -177,12 +124,6 @@ def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
         else torch.stack([each[name] for each in conditionings])
         for name in first
     }
-
-
-def _lora_config(unet: Any) -> dict[str, Any]:
-    """The adapter's LoraConfig under the names that diffusers reads back."""
-    config = unet.peft_config["default"].to_dict()
-    return {f"unet.{name}": sorted(value) if isinstance(value, set) else value for name, value in config.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cat_rs.files import DIFFUSERS_FILE, save_lora
 from cat_rs.training.checkpoint import CheckpointFolder
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
-from cat_rs.training.model import ADAPTER_FILE, save_adapter
 from cat_rs.training.processes import Processes
 from cat_rs.training.run import TrainingRun
 
@@ -20,7 +20,6 @@ class Saver:
         config: The run's settings.
         checkpoints: Its checkpoint folder.
         data: The fingerprint of its pictures and captions.
-        pipeline_class: The diffusers pipeline that is to load the adapter.
         processes: Those of the run.
     """
 
@@ -29,13 +28,11 @@ class Saver:
         config: TrainConfig,
         checkpoints: CheckpointFolder,
         data: str,
-        pipeline_class: Any,
         processes: Processes,
     ) -> None:
         self._config = config
         self._checkpoints = checkpoints
         self._data = data
-        self._pipeline_class = pipeline_class
         self._processes = processes
 
     def save_checkpoint(self, run: TrainingRun, seconds: float) -> Path:
@@ -74,10 +71,10 @@ class Saver:
         except OSError as error:
             latest = self._checkpoints.latest()
             kept = f"; the checkpoint {latest} is whole" if latest else ""
-            raise CheckpointError(f"cannot write {output / ADAPTER_FILE}: {error}{kept}") from error
+            raise CheckpointError(f"cannot write {output / DIFFUSERS_FILE}: {error}{kept}") from error
 
     def _write_adapter(self, run: TrainingRun, folder: Path) -> Path:
-        return save_adapter(run.unet, self._pipeline_class, folder, self._facts(run))
+        return save_lora(folder, run.unet, metadata=self._facts(run))
 
     def _facts(self, run: TrainingRun) -> dict[str, Any]:
         """What an adapter file tells of its making; of a local model only the folder's name."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import CaptionPairs, fill_template, pair_captions
@@ -19,7 +20,7 @@ from cat_rs.training.dataset import Example, fingerprint, read_folder
 from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInterrupted
 from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
-from cat_rs.training.model import ADAPTER_FILE, add_adapter, choose_device, load_pipeline
+from cat_rs.training.model import add_adapter, choose_device, load_pipeline
 from cat_rs.training.processes import Processes
 from cat_rs.training.recorder import Recorder
 from cat_rs.training.run import TrainingRun
@@ -27,7 +28,7 @@ from cat_rs.training.saver import Saver
 
 CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "train_config.yaml"
-_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, ADAPTER_FILE, CONFIG_FILE)
+_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, DIFFUSERS_FILE, CONFIG_FILE)
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class _Training:
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._config.seed)
             pipeline = load_pipeline(self._config.model, getattr(torch, self._config.dtype), self._device)
-            saver = Saver(self._config, self._checkpoints, data, type(pipeline), self._processes)
+            saver = Saver(self._config, self._checkpoints, data, self._processes)
             run = self._prepare(pipeline, self._encode(pipeline, examples, captions))
             if not self._processes.is_main:
                 # The adapter is drawn; what dropout draws from here on differs between the processes.

@@ -1,0 +1,58 @@
+"""`cat-rs convert`: an adapter file in another format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cat_rs.options import option
+
+_FILES = "files"
+_ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to read, and what to write."""
+
+    input: str = option(group=_FILES, help="adapter file, or the folder that holds it", positional=True)
+    output: str = option(group=_FILES, help="file to write, for peft the folder", positional=True)
+    to: Literal["diffusers", "peft", "kohya"] = option(group=_FILES, help="the format of OUTPUT")
+    family: Literal["sd", "sdxl", "flux"] | None = option(
+        None, group=_ADAPTER, help="the model's family, where the adapter does not tell; kohya's names depend on it"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, group=_ADAPTER, help="of the tensors; as they are if not given"
+    )
+    model: str | None = option(
+        None,
+        group=_ADAPTER,
+        help="the model that the adapter is for: every layer of the adapter is looked up in it",
+        metavar="DIR_OR_ID",
+    )
+
+
+def run(settings: Settings) -> None:
+    """Convert the adapter."""
+    import torch
+
+    from cat_rs.files import read_lora, save_lora
+
+    lora = read_lora(settings.input, _models(settings.model))
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    written = save_lora(settings.output, lora, format=settings.to, family=settings.family, dtype=dtype)
+    parts = ", ".join(f"{len(alphas)} layers of {name}" for name, alphas in lora.alphas.items())
+    print(f"{written}: {parts}, from {lora.format} to {settings.to}")
+
+
+def _models(model: str | None) -> dict[str, Any]:
+    """The parts of a pipeline that can have an adapter."""
+    if model is None:
+        return {}
+    import torch
+
+    from cat_rs.files import COMPONENTS
+    from cat_rs.training.model import load_pipeline
+
+    pipeline = load_pipeline(model, torch.float32, torch.device("cpu"))
+    return {name: pipeline.components[name] for name in COMPONENTS if pipeline.components.get(name) is not None}
