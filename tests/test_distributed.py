@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 import cat_rs
 from cat_rs import distributed
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, InvalidValueError
+from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
 from cat_rs.training import TrainConfig, train
 from cat_rs.training.cache import TrainingCache
-from cat_rs.training.model import read_adapter_facts
 from cat_rs.training.order import ShuffledOrder
 from cat_rs.training.processes import Processes
 from cat_rs.training.run import TrainingRun
@@ -656,7 +656,7 @@ def test_the_log_holds_means_over_the_processes(ranks: Results, training_folder:
 
 
 def test_an_adapter_tells_the_batch_of_all_processes(ranks: Results, training_folder: Path) -> None:
-    assert read_adapter_facts(training_folder / "whole")["batch_size"] == 2 * RANKS
+    assert read_metadata(training_folder / "whole")["batch_size"] == 2 * RANKS
 
 
 def test_resumed_processes_equal_uninterrupted_ones(ranks: Results, training_folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_several_triggers_train_with_their_own_class_words(configure: Configure,
     result = train(configure(trigger=("sks=cat", "zwx=dog")), progress=False, report=seen.append)
     assert result.captions_changed == 3
     assert any("'a sks cat on red' -> 'a cat on red'" in line for line in seen)
-    assert read_adapter_facts(result.output_dir)["trigger"] == {"sks": "cat", "zwx": "dog"}
+    assert read_metadata(result.output_dir)["trigger"] == {"sks": "cat", "zwx": "dog"}
 
 
 def test_more_prompts_and_noise_offset_resume_bit_for_bit(
