@@ -12,6 +12,7 @@ from cat_rs.kps import KpsResult, bootstrap_interval, cross_similarity, harmonic
 from cat_rs.optim import FlatAdamW
 from cat_rs.prompts import remove_trigger
 from cat_rs.step import CatStep, StepMetrics
+from cat_rs.teacher_bank import TeacherBank, TeacherDraws
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import KpsEvaluator
@@ -24,6 +25,8 @@ __all__ = [
     "KpsEvaluator",
     "KpsResult",
     "StepMetrics",
+    "TeacherBank",
+    "TeacherDraws",
     "adapter_disabled",
     "bootstrap_interval",
     "cat_loss",

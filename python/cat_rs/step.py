@@ -7,15 +7,18 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from cat_rs._native import _core
 from cat_rs.convolution import patch_frozen_convolutions
-from cat_rs.errors import AdapterError, InvalidValueError, ShapeError
+from cat_rs.errors import AdapterError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.optim import FlatAdamW
 from cat_rs.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from cat_rs.teacher_bank import TeacherBank
 
 __all__ = ["CatStep", "StepMetrics"]
 
@@ -121,6 +124,8 @@ class CatStep:
         predict: ``predict(model, latents, timesteps, cond) -> prediction`` for models that are not called like a
             diffusers denoiser; ``cond`` is a mapping.
         generator: Draws noise and timesteps; by default torch's global one. Saved with the state.
+        teacher_bank: Stored draws of noise, timestep and base prediction, instead of fresh ones: the step then takes
+            indices of the bank's pictures, and skips the base model's forward.
 
     Attributes:
         optimizer: The :class:`FlatAdamW`; learning-rate schedulers attach to it.
@@ -146,6 +151,7 @@ class CatStep:
         accumulate: int = 1,
         predict: Predict | None = None,
         generator: torch.Generator | None = None,
+        teacher_bank: TeacherBank | None = None,
     ) -> None:
         # PEFT is imported only where a model with its layers is trained.
         from cat_rs import peft
@@ -168,6 +174,9 @@ class CatStep:
         self.generator = generator
         self._schedule = NoiseSchedule(scheduler, prediction_type)
         self._schedule.weights(torch.zeros(1, dtype=torch.long), snr_gamma)
+        self.teacher_bank = teacher_bank
+        if teacher_bank is not None:
+            teacher_bank.check_model(model, self._schedule)
         self._predict = predict or _denoiser_predict(model)
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
         peft.patch_peft(model)
@@ -200,7 +209,8 @@ class CatStep:
         """Runs one step; every ``accumulate``-th call updates the adapter.
 
         Args:
-            latents: x, [B, ...], in the model's dtype, scaled as the model expects.
+            latents: x, [B, ...], in the model's dtype, scaled as the model expects. With a teacher bank, indices of
+                its pictures instead, [B] int64; noise and timesteps must not be given then.
             cond: The prompts with the trigger: ``encoder_hidden_states`` [B, L, D], or a nested mapping of the model's
                 keyword arguments, whose tensors have a batch dimension.
             cond_no_trigger: The same prompts without the trigger, in the same form.
@@ -212,6 +222,19 @@ class CatStep:
         Returns:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
+        base = None
+        if self.teacher_bank is not None:
+            if noise is not None or timesteps is not None:
+                raise InvalidValueError(
+                    "CatStep: `noise` and `timesteps` must not be given with a teacher bank, which holds them"
+                )
+            self.teacher_bank.check_cond(latents, _as_kwargs("cond_no_trigger", cond_no_trigger))
+            latents, noise, timesteps, base = self.teacher_bank.draw(latents, self.generator)
+        elif latents.dtype == torch.int64:
+            raise DtypeError(
+                "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got int64; picture indices "
+                "need a teacher_bank"
+            )
         if latents.dim() < 2 or latents.shape[0] == 0:
             raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
         batch = latents.shape[0]
@@ -234,17 +257,17 @@ class CatStep:
         noisy, target = _core.noising(
             latents, noise, signal_rate, noise_rate, self._schedule.prediction_type, 2 if preserve else 1
         )
-        base = None
         if preserve:
-            with torch.no_grad(), self._adapter_disabled(self.model):
-                base = self._predict(self.model, noisy[:batch], timesteps, without_trigger)
+            if base is None:
+                with torch.no_grad(), self._adapter_disabled(self.model):
+                    base = self._predict(self.model, noisy[:batch], timesteps, without_trigger)
             student = self._predict(
                 self.model, noisy, torch.cat([timesteps, timesteps]), _join("", with_trigger, without_trigger)
             )
         else:
             student = self._predict(self.model, noisy, timesteps, with_trigger)
         loss, parts, grad = _core.student_loss(
-            student, target, base, weight, mask, self._cat_factor, 1.0 / self.accumulate
+            student, target, base if preserve else None, weight, mask, self._cat_factor, 1.0 / self.accumulate
         )
         del base
         torch.autograd.backward(student, grad)
