@@ -15,6 +15,8 @@ from cat_rs.options import ConfigError, option
 _WHAT = "model and concepts"
 _TRAINING = "training (the same for both adapters)"
 
+_TRAINED_WITH = ("steps", "batch_size", "lr", "rank", "cat_factor", "teacher_draws")
+
 PLAIN = "LoRA"
 CAT = "CAT"
 
@@ -37,6 +39,9 @@ class Settings(SamplingSettings):
     lr: float = option(2e-4, group=_TRAINING, help="learning rate")
     rank: int = option(16, group=_TRAINING, help="rank r of the adapters")
     cat_factor: float = option(1.0, group=_TRAINING, help="weight of the preservation term in the CAT adapter")
+    teacher_draws: int = option(
+        0, group=_TRAINING, help="cached base predictions per picture for CAT; 0 predicts anew in every step"
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,7 @@ def _train(settings: Settings, concept: Concept, seed: int, cat_factor: float, o
         trigger=(concept.trigger,),
         class_word=concept.class_word,
         cat_factor=cat_factor,
+        teacher_draws=settings.teacher_draws if cat_factor else 0,
         rank=settings.rank,
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -217,7 +223,7 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
     output = Path(settings.output_dir)
     content = {
         "format": "cat-rs demo 1",
-        "training": {name: getattr(settings, name) for name in ("steps", "batch_size", "lr", "rank", "cat_factor")},
+        "training": {name: getattr(settings, name) for name in _TRAINED_WITH},
         "summary": summary,
         "runs": [
             {

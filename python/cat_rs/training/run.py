@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,15 +10,27 @@ from cat_rs.training.cache import TrainingCache
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.order import ShuffledOrder
 
+if TYPE_CHECKING:
+    from cat_rs import TeacherBank
+
 
 class TrainingRun:
     """Advances by one optimizer step at a time; `state_dict` continues it bit for bit.
 
     Noise, timesteps and latents are drawn from a generator of the run's own, so that two runs of the same seed see the
     same draws whatever their adapters draw; dropout uses torch's global generator.
+
+    Args:
+        config: The settings.
+        unet: With its adapter.
+        scheduler: The model's.
+        cache: The pictures.
+        bank: Base predictions of all views of the cache; None predicts anew in every step.
     """
 
-    def __init__(self, config: TrainConfig, unet: Any, scheduler: Any, cache: TrainingCache) -> None:
+    def __init__(
+        self, config: TrainConfig, unet: Any, scheduler: Any, cache: TrainingCache, bank: TeacherBank | None = None
+    ) -> None:
         from diffusers.optimization import get_scheduler
 
         import cat_rs
@@ -28,6 +40,7 @@ class TrainingRun:
         self._accumulate = config.accumulate
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._cache = cache
+        self._from_bank = bank is not None
         self._device: torch.device = unet.device
         self._generator = torch.Generator(self._device).manual_seed(config.seed)
         self._order = ShuffledOrder(len(cache), config.batch_size, config.seed)
@@ -43,6 +56,7 @@ class TrainingRun:
             snr_gamma=config.snr_gamma,
             accumulate=config.accumulate,
             generator=self._generator,
+            teacher_bank=bank,
         )
         self._lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -92,6 +106,7 @@ class TrainingRun:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
     def _advance_batch(self) -> torch.Tensor:
-        batch = self._cache.batch(self._order.next_batch(), self._generator)
-        metrics = self._step(batch.latents.to(self._dtype), batch.cond, batch.cond_no_trigger)
+        batch = self._cache.batch(self._order.next_batch(), self._generator, from_bank=self._from_bank)
+        latents = batch.latents if self._from_bank else batch.latents.to(self._dtype)
+        metrics = self._step(latents, batch.cond, batch.cond_no_trigger)
         return torch.stack([value.float() for value in metrics])

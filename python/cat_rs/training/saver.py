@@ -66,6 +66,7 @@ class Saver:
             "trigger": config.class_words(),
             "cat_factor": config.cat_factor,
             "snr_gamma": config.snr_gamma,
+            "teacher_draws": config.teacher_draws,
             "rank": config.rank,
             "lr": config.lr,
             "batch_size": config.batch_size * config.accumulate,
