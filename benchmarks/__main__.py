@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 # The longest last.
-SCRIPTS = ("cat_loss", "noising", "adamw", "lora_linear", "frozen_conv2d", "similarity", "step")
+SCRIPTS = ("cat_loss", "noising", "adamw", "lora_linear", "frozen_conv2d", "similarity", "teacher_bank", "step")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
