@@ -26,19 +26,22 @@ UPDATE_TOLERANCE = 1e-3
 WITHOUT, PLAIN = "cat_rs, no bank", "cat_rs plain LoRA"
 
 
-def make_steps(settings: dict[str, Any], latents: torch.Tensor, cond: torch.Tensor, folder: Path) -> dict[str, Any]:
-    """The contenders' steps, each with its own adapter of the same values."""
-    base = models.unet(settings)
-    bank = cat_rs.TeacherBank.build(
+def build(base: torch.nn.Module, latents: torch.Tensor, cond_no_trigger: torch.Tensor, path: Path) -> Any:
+    """A bank in a file, its predictions in float32 so that they can be checked."""
+    return cat_rs.TeacherBank.build(
         base,
         models.scheduler(),
         latents,
-        cond,
+        cond_no_trigger,
         draws=DRAWS,
         dtype=torch.float32,
-        path=folder / "bank.safetensors",
+        path=path,
         batch_size=2,
     )
+
+
+def make_steps(settings: dict[str, Any], base: torch.nn.Module, bank: Any) -> dict[str, Any]:
+    """The contenders' steps, each with its own adapter of the same values."""
 
     def step(**options: Any) -> cat_rs.CatStep:
         unet = models.add_lora(models.share_weights(base, settings))
@@ -47,7 +50,7 @@ def make_steps(settings: dict[str, Any], latents: torch.Tensor, cond: torch.Tens
     return {OURS: step(teacher_bank=bank), WITHOUT: step(), PLAIN: step(cat_factor=0.0)}
 
 
-def check(steps: Mapping[str, Any], cond: torch.Tensor, cond_no_trigger: torch.Tensor) -> None:
+def check(steps: Mapping[str, Any], bank: Any, cond: torch.Tensor, cond_no_trigger: torch.Tensor) -> None:
     """The adapter after some steps from the bank is that of a step given the same latents, noise and timesteps."""
     with_bank, without = steps[OURS], steps[WITHOUT]
     follow = torch.Generator().manual_seed(0)
@@ -55,7 +58,7 @@ def check(steps: Mapping[str, Any], cond: torch.Tensor, cond_no_trigger: torch.T
     adapters = {name: models.adapter(step.model) for name, step in steps.items()}
     start = _flat(adapters[OURS])
     for _ in range(CHECKED_STEPS):
-        drawn = with_bank.teacher_bank.draw(picture, follow)
+        drawn = bank.draw(picture, follow)
         with_bank(picture, cond, cond_no_trigger)
         without(drawn.latents, cond, cond_no_trigger, noise=drawn.noise, timesteps=drawn.timesteps)
     expected = _flat(adapters[WITHOUT])
@@ -84,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = torch.zeros(1, dtype=torch.long)
     case = Case("step", "float32", f"latents {'x'.join(map(str, latents.shape))}, rank {models.RANK}")
     with tempfile.TemporaryDirectory() as folder:
-        steps = make_steps(settings, latents, cond_no_trigger, Path(folder))
-        check(steps, cond, cond_no_trigger)
+        base = models.unet(settings)
+        bank = build(base, latents, cond_no_trigger, Path(folder, "bank.safetensors"))
+        steps = make_steps(settings, base, bank)
+        check(steps, bank, cond, cond_no_trigger)
         firsts = {OURS: picture, WITHOUT: latents, PLAIN: latents}
         contenders = [
             Contender(name, lambda step=step, first=firsts[name]: step(first, cond, cond_no_trigger))

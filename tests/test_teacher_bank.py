@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -427,3 +428,23 @@ def test_indices_without_a_bank_are_refused() -> None:
 def test_draws_out_of_range_are_named(draws: list[int]) -> None:
     with pytest.raises(InvalidValueError, match=r"`draws` must be indices in 0..3"):
         build(unet_pair()[0]).read(torch.tensor([0, 1]), torch.tensor(draws))
+
+
+def test_the_documented_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "teacher-bank.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model, _ = unet_pair()
+    before = lora_parameters(model)
+    data = pictures()
+    names = {
+        "unet": model,
+        "noise_scheduler": ddpm(),
+        "latents": data["latents"],
+        "prompt_embeds": data["cond"],
+        "prompt_embeds_no_trigger": data["cond_no_trigger"],
+        "batches": torch.tensor(INDICES),
+    }
+    exec(code, names)
+    assert (names["bank"].pictures, names["bank"].draws) == (PICTURES, 64)
+    assert any(not torch.equal(value, before[name]) for name, value in lora_parameters(model).items())

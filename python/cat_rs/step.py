@@ -174,7 +174,7 @@ class CatStep:
         self.generator = generator
         self._schedule = NoiseSchedule(scheduler, prediction_type)
         self._schedule.weights(torch.zeros(1, dtype=torch.long), snr_gamma)
-        self.teacher_bank = teacher_bank
+        self._teacher_bank = teacher_bank
         if teacher_bank is not None:
             teacher_bank.check_model(model, self._schedule)
         self._predict = predict or _denoiser_predict(model)
@@ -223,13 +223,13 @@ class CatStep:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
         base = None
-        if self.teacher_bank is not None:
+        if self._teacher_bank is not None:
             if noise is not None or timesteps is not None:
                 raise InvalidValueError(
                     "CatStep: `noise` and `timesteps` must not be given with a teacher bank, which holds them"
                 )
-            self.teacher_bank.check_cond(latents, _as_kwargs("cond_no_trigger", cond_no_trigger))
-            latents, noise, timesteps, base = self.teacher_bank.draw(latents, self.generator)
+            self._teacher_bank.check_cond(latents, _as_kwargs("cond_no_trigger", cond_no_trigger))
+            latents, noise, timesteps, base = self._teacher_bank.draw(latents, self.generator)
         elif latents.dtype == torch.int64:
             raise DtypeError(
                 "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got int64; picture indices "
