@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,33 @@ def test_a_loaded_bank_holds_the_same(tmp_path: Path, data_format: Any) -> None:
         ):
             assert torch.equal(ours, theirs)
     assert [path.name for path in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+def test_odd_sizes_are_read_back(tmp_path: Path) -> None:
+    latents, path = torch.randn(1, 3), tmp_path / "bank.safetensors"
+    options: dict[str, Any] = {"latents": latents, "cond_no_trigger": torch.ones(1, 5), "draws": 1}
+    bank = build(
+        unet_pair()[0],
+        dtype=torch.bfloat16,
+        path=path,
+        predict=lambda _model, noisy, _timesteps, _cond: 2 * noisy,
+        **options,
+    )
+    drawn = bank.draw(torch.tensor([0]))
+    assert torch.equal(drawn.latents, latents)
+    noisy = ddpm().add_noise(latents, drawn.noise, drawn.timesteps)
+    assert_close(drawn.base_pred, 2 * noisy, dtype=torch.bfloat16)
+    # Three bfloat16 predictions take 6 bytes: the other tensors are aligned all the same, from the file's start on.
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    sizes = {"I64": 8, "F32": 4, "BF16": 2}
+    header = json.loads(content[8 : 8 + size])
+    starts = [
+        (8 + size + entry["data_offsets"][0]) % sizes[entry["dtype"]]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    assert starts == [0] * len(starts)
 
 
 def test_later_changes_of_the_latents_do_not_reach_the_bank() -> None:
