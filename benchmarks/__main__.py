@@ -19,6 +19,7 @@ SCRIPTS = (
     "similarity",
     "precision",
     "peft_unet",
+    "teacher_bank",
     "step",
 )
 

@@ -192,7 +192,7 @@ def test_evaluate_needs_different_names(tiny_pipeline_dir: Path, capsys: pytest.
 
 def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo"), "--seeds", "0", "1"]
-    short = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1"]
+    short = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1", "--teacher-draws", "3"]
     assert main(["demo", *arguments, *short]) == 0
     shown = capsys.readouterr().out
     assert "mean over 2 runs" in shown
@@ -201,6 +201,7 @@ def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: 
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [(run["concept"], run["seed"]) for run in results["runs"]] == [("tabby", 0), ("tabby", 1)]
     assert set(results["runs"][0]["evaluation"]["adapters"]) == {"LoRA", "CAT"}
+    assert results["training"]["teacher_draws"] == 3
     difference = results["summary"]["ups"]["difference"]
     assert difference["low"] <= difference["value"] <= difference["high"]
     for name in ("contact_sheet.png", "curves.png"):

@@ -14,6 +14,7 @@ from cat_rs.kps import KpsResult, bootstrap_interval, cross_similarity, harmonic
 from cat_rs.optim import FlatAdamW
 from cat_rs.prompts import remove_trigger
 from cat_rs.step import CatStep, StepMetrics
+from cat_rs.teacher_bank import TeacherBank, TeacherDraws
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import KpsEvaluator
@@ -29,6 +30,8 @@ __all__ = [
     "KpsResult",
     "LoraFile",
     "StepMetrics",
+    "TeacherBank",
+    "TeacherDraws",
     "adapter_disabled",
     "bootstrap_interval",
     "cat_loss",

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["TEMPORARY_PREFIX", "new_folder", "write_bytes"]
+__all__ = ["TEMPORARY_PREFIX", "new_file", "new_folder", "write_bytes"]
 
 TEMPORARY_PREFIX = ".unfinished-"
 
@@ -20,11 +21,22 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: The file cannot be written; nothing is left behind, an old file is untouched.
     """
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Give a file under a temporary name beside `path` to write, and rename it when the block ends without an error.
+
+    Raises:
+        OSError: The file cannot be written; nothing is left behind, an old file is untouched.
+    """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

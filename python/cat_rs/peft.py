@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from cat_rs.errors import AdapterError
 from cat_rs.functional import lora_linear, lora_up_
 
-__all__ = ["PatchReport", "adapter_disabled", "has_adapter", "patch_peft", "unpatch_peft"]
+__all__ = ["PatchReport", "adapter_disabled", "base_parameters", "has_adapter", "patch_peft", "unpatch_peft"]
 
 
 # Layers with an adapter, and whole modules that are trained as a copy (modules_to_save).
@@ -293,6 +293,23 @@ def _adapter_names(model: torch.nn.Module) -> frozenset[str]:
 def has_adapter(model: torch.nn.Module) -> bool:
     """Whether the model has PEFT adapter layers."""
     return any(True for _ in _adapter_modules(model))
+
+
+def base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The base model's parameters under the names that they have without an adapter."""
+    unwrap: Any = getattr(model, "get_base_model", None)
+    yield from _base_parameters(unwrap() if unwrap else model, "")
+
+
+def _base_parameters(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        module = module.original_module
+    for name, param in module.named_parameters(recurse=False):
+        yield f"{prefix}{name}", param
+    for name, child in module.named_children():
+        yield from _base_parameters(child, f"{prefix}{name}.")
 
 
 def patch_peft(model: torch.nn.Module) -> PatchReport:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -15,9 +15,12 @@ from cat_rs._native import _core
 from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
 from cat_rs.convolution import patch_frozen_convolutions
 from cat_rs.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
-from cat_rs.errors import AdapterError, InvalidValueError, ShapeError
+from cat_rs.errors import AdapterError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.optim import FlatAdamW
 from cat_rs.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from cat_rs.teacher_bank import TeacherBank
 
 __all__ = ["CatStep", "StepMetrics"]
 
@@ -107,6 +110,9 @@ class CatStep:
         grad_scaler: Scales the gradient for float16 autocast (``torch.amp.GradScaler("cpu")``); the step unscales it,
             skips where it is not finite, and calls ``update()``. Saved with the state.
         generator: Draws noise and timesteps; by default torch's global one. Saved with the state.
+        teacher_bank: Stored draws of noise, timestep and base prediction, instead of fresh ones: the step then takes
+            indices of the bank's pictures, and skips the base model's forward. Not with ``text_encoders`` or
+            ``noise_offset``.
         process_group: The ranks that train this adapter together; by default all, if torch.distributed is
             initialized. A group of this rank alone trains alone.
 
@@ -152,6 +158,7 @@ class CatStep:
         unbatched: Sequence[str] = (),
         grad_scaler: torch.amp.GradScaler | None = None,
         generator: torch.Generator | None = None,
+        teacher_bank: TeacherBank | None = None,
         process_group: Any = None,
     ) -> None:
         # PEFT is imported only where a model with its layers is trained.
@@ -184,6 +191,14 @@ class CatStep:
         self.generator = generator
         self._schedule = NoiseSchedule(scheduler, prediction_type)
         self._schedule.weights(torch.zeros(1, dtype=torch.long), snr_gamma)
+        self._teacher_bank = teacher_bank
+        if teacher_bank is not None:
+            if text_encoders or noise_offset:
+                raise InvalidValueError(
+                    "CatStep: `text_encoders` and `noise_offset` must not be given with a teacher bank, whose base "
+                    "predictions and noise are made"
+                )
+            teacher_bank.check_model(model, self._schedule)
         self._predict = predict or denoiser_predict(model)
         self._convention, self._unbatched = convention_of(model), frozenset(unbatched)
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
@@ -225,7 +240,8 @@ class CatStep:
         """Runs one step; every ``accumulate``-th call updates the adapter.
 
         Args:
-            latents: x, [B, ...], in the model's dtype, scaled as the model expects.
+            latents: x, [B, ...], in the model's dtype, scaled as the model expects. With a teacher bank, indices of
+                its pictures instead, [B] int64; noise and timesteps must not be given then.
             cond: The prompts with the trigger: ``encoder_hidden_states`` [B, L, D], or a nested mapping of the model's
                 keyword arguments, or a function without arguments that returns either. A tensor whose first dimension
                 is B is taken to have a batch dimension; every other value, tensors such as FLUX's ``img_ids`` [L, 3]
@@ -241,14 +257,28 @@ class CatStep:
         Returns:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
-        if latents.dim() < 2 or latents.shape[0] == 0:
-            raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
-        batch = latents.shape[0]
         made = self._cat_factor
         cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
         preserve = cat_factor > 0
         with_trigger = self._evaluate("cond", cond)
         without_trigger = self._evaluate("cond_no_trigger", cond_no_trigger) if preserve else {}
+        base = None
+        if self._teacher_bank is not None:
+            if noise is not None or timesteps is not None:
+                raise InvalidValueError(
+                    "CatStep: `noise` and `timesteps` must not be given with a teacher bank, which holds them"
+                )
+            if preserve:
+                self._teacher_bank.check_cond(latents, without_trigger)
+            latents, noise, timesteps, base = self._teacher_bank.draw(latents, self.generator)
+        elif latents.dtype == torch.int64:
+            raise DtypeError(
+                "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got int64; picture indices "
+                "need a teacher_bank"
+            )
+        if latents.dim() < 2 or latents.shape[0] == 0:
+            raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
+        batch = latents.shape[0]
         if noise is None:
             noise = self._draw_noise(latents)
         if timesteps is None:
@@ -266,19 +296,20 @@ class CatStep:
         noisy, target = _core.noising(
             latents, noise, signal_rate, noise_rate, self._schedule.prediction_type, 2 if preserve else 1
         )
-        base = None
         if preserve:
-            with torch.no_grad(), self._adapters_disabled():
-                base_cond = (
-                    self._evaluate("cond_no_trigger", cond_no_trigger) if self.text_encoders else without_trigger
-                )
-                base = self._prediction(noisy[:batch], timesteps, base_cond)
+            if base is None:
+                with torch.no_grad(), self._adapters_disabled():
+                    base_cond = (
+                        self._evaluate("cond_no_trigger", cond_no_trigger) if self.text_encoders else without_trigger
+                    )
+                    base = self._prediction(noisy[:batch], timesteps, base_cond)
             both = join_conditions(
                 with_trigger, without_trigger, batch, unbatched=self._unbatched, convention=self._convention
             )
             student = self._prediction(noisy, torch.cat([timesteps, timesteps]), both)
         else:
             student = self._prediction(noisy, timesteps, with_trigger)
+            base = None
         loss, parts, grad = _core.student_loss(student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate)
         del base
         if self.grad_scaler is not None:

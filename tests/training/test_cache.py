@@ -95,3 +95,22 @@ def test_prompts_to_preserve_take_their_share(pipeline: Any, concept_dir: Path, 
     assert all(abs(counts[text] - 50) < 27 for text in ("a dog", "a red car"))
     expected = encode_caption(pipeline, "a sks cat on a red background")["encoder_hidden_states"]
     assert all(torch.equal(row, expected) for row in batch.cond["encoder_hidden_states"])
+
+
+def test_batches_for_a_bank_name_the_views_they_are_of(pipeline: Any, concept_dir: Path) -> None:
+    cache = build(pipeline, concept_dir, flip=True)
+    mean, std, cond_no_trigger = cache.all_views()
+    assert mean.shape == std.shape == (6, 4, 8, 8)
+    seen = set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        batch = cache.batch([2, 0], generator, from_bank=True)
+        assert batch.latents.dtype == torch.int64
+        seen |= set(batch.latents.tolist())
+        again = cache.batch([2, 0], torch.Generator().manual_seed(seed))
+        noise = torch.randn(again.latents.shape, generator=generator)
+        assert torch.equal(again.latents, mean[batch.latents] + std[batch.latents] * noise)
+        expected = cond_no_trigger["encoder_hidden_states"][batch.latents]
+        assert torch.equal(batch.cond_no_trigger["encoder_hidden_states"], expected)
+        assert torch.equal(batch.cond["encoder_hidden_states"], again.cond["encoder_hidden_states"])
+    assert seen == {0, 1, 4, 5}

@@ -60,6 +60,7 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
         {"rank": 0},
         {"cat_factor": -1.0},
         {"cat_factor": float("nan")},
+        {"teacher_draws": -1},
         {"lr": 0.0},
         {"lr": float("inf")},
         {"beta1": 1.0},
@@ -86,3 +87,8 @@ def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
     TrainConfig(**REQUIRED, rank=4, steps=1000, resume=True).check_continues(earlier)
     with pytest.raises(ConfigError, match="rank was 4, is 8"):
         TrainConfig(**REQUIRED, rank=8).check_continues(earlier)
+
+
+def test_plain_lora_has_no_base_predictions_to_cache() -> None:
+    with pytest.raises(ConfigError, match="teacher_draws: expected 0 with cat_factor 0, got 8"):
+        TrainConfig(**REQUIRED, cat_factor=0.0, teacher_draws=8)

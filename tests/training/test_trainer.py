@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import signal
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cat_rs import atomic
+from cat_rs import TeacherBank, atomic
 from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
 from cat_rs.training import (
@@ -230,8 +231,9 @@ def test_callers_random_state_is_untouched(configure: Configure) -> None:
         {"lr_scheduler": "cosine", "lr_warmup_steps": 1},
         {"lora_dropout": 0.5, "crop": "random", "flip": True},
         {"cat_factor": 0.0},
+        {"teacher_draws": 3, "crop": "random", "crops": 2, "flip": True},
     ],
-    ids=["default", "accumulate", "cosine", "dropout", "plain"],
+    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws"],
 )
 def test_resumed_run_equals_uninterrupted_run(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -248,6 +250,69 @@ def test_resumed_run_equals_uninterrupted_run(
     assert_same_weights(whole.output_dir, parted.output_dir)
     steps = [json.loads(line)["step"] for line in Path(parted.output_dir, "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_model_is_called_only_to_fill_the_bank(
+    configure: Configure, tiny_sdxl_pipeline_dir: Path, monkeypatch: pytest.MonkeyPatch, sdxl: bool, dtype: str
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    sizes: list[int] = []
+    forward = UNet2DConditionModel.forward
+
+    @functools.wraps(forward)
+    def counted(unet: Any, sample: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        sizes.append(len(sample))
+        return forward(unet, sample, *arguments, **settings)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
+    model = {"model": str(tiny_sdxl_pipeline_dir)} if sdxl else {}
+    result = quiet(configure(**model, teacher_draws=3, flip=True, dtype=dtype))
+    # 3 pictures, 2 views each, 3 draws a view, 8 at once; then 4 steps at twice the batch of 2.
+    assert sizes == [8, 8, 2, 4, 4, 4, 4]
+    assert not (result.output_dir / "teacher_bank.safetensors").exists()
+    assert read_adapter_facts(result.adapter)["teacher_draws"] == 3
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    # Predictions are stored in bfloat16: that is how far the untrained model is from them.
+    assert 0 <= rows[0]["cat"] < 1e-4 * rows[0]["diffusion"]
+    assert rows[-1]["cat"] > 0
+
+
+def test_resumed_run_reads_the_bank_it_left(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = Path(configure().output_dir, "teacher_bank.safetensors")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, _fail)
+        with pytest.raises(ArithmeticError):
+            quiet(configure(teacher_draws=3))
+    assert bank.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherBank, "build", lambda *_, **__: pytest.fail("built anew"))
+        quiet(configure(teacher_draws=3, resume=True))
+    assert not bank.exists()
+
+
+def test_resumed_run_without_its_bank_builds_the_same(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet(configure(teacher_draws=3, output_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, _fail)
+        with pytest.raises(ArithmeticError):
+            quiet(configure(teacher_draws=3))
+    Path(configure().output_dir, "teacher_bank.safetensors").unlink()
+    quiet(configure(teacher_draws=3, resume=True))
+    assert_same_weights(tmp_path / "whole", tmp_path / "adapter")
+
+
+def test_bank_that_cannot_be_written_is_named(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TeacherBank, "build", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*teacher_bank.safetensors: .*No space left"):
+        quiet(configure(teacher_draws=3))
 
 
 def test_finished_run_can_be_lengthened(configure: Configure, tmp_path: Path) -> None:

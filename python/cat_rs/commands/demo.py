@@ -15,6 +15,8 @@ from cat_rs.options import ConfigError, option
 _WHAT = "model and concepts"
 _TRAINING = "training (the same for both adapters)"
 
+_TRAINED_WITH = ("steps", "batch_size", "lr", "rank", "cat_factor", "preserve", "teacher_draws")
+
 PLAIN = "LoRA"
 CAT = "CAT"
 PRESERVE_FILE = "preserve_prompts.txt"
@@ -41,13 +43,15 @@ class Settings(SamplingSettings):
     preserve: bool = option(
         True, group=_TRAINING, help="the CAT adapter also preserves the prompts in the model's preserve_prompts.txt"
     )
+    teacher_draws: int = option(
+        0,
+        group=_TRAINING,
+        help="cached base predictions per picture for CAT, with --no-preserve; 0 predicts anew in every step",
+    )
 
     def preserve_file(self) -> str | None:
         """The file of prompts to preserve, beside the captions."""
         return str(Path(self.emoji_model, PRESERVE_FILE)) if self.preserve else None
-
-
-_REPORTED = ("steps", "batch_size", "lr", "rank", "cat_factor", "preserve")
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,7 @@ def _train(settings: Settings, concept: Concept, seed: int, cat_factor: float, o
         class_word=concept.class_word,
         cat_factor=cat_factor,
         preserve_prompts=settings.preserve_file() if cat_factor > 0 else None,
+        teacher_draws=settings.teacher_draws if cat_factor else 0,
         rank=settings.rank,
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -229,7 +234,7 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
     output = Path(settings.output_dir)
     content = {
         "format": "cat-rs demo 1",
-        "training": {name: getattr(settings, name) for name in _REPORTED},
+        "training": {name: getattr(settings, name) for name in _TRAINED_WITH},
         "summary": summary,
         "runs": [
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,13 @@ class View:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one call of the training step takes."""
+    """What one call of the training step takes.
+
+    Attributes:
+        latents: Drawn latents, [B, C, H, W]; of a batch for a teacher bank, the views' indices in it, [B].
+        cond: The captions' embeddings.
+        cond_no_trigger: Those of the captions without the trigger.
+    """
 
     latents: torch.Tensor
     cond: Conditioning
@@ -53,6 +60,8 @@ class TrainingCache:
         preserve_share: float = 0.5,
     ) -> None:
         self._views = views
+        # The index of each picture's first view among all views.
+        self._starts = list(itertools.accumulate(map(len, views), initial=0))
         self._captions = captions
         self._embeddings = embeddings
         self._preserve_share = preserve_share
@@ -61,19 +70,23 @@ class TrainingCache:
         """The number of pictures."""
         return len(self._views)
 
-    def batch(self, pictures: Sequence[int], generator: torch.Generator) -> Batch:
-        """Draw a view of each picture and latents of each view.
+    def batch(self, pictures: Sequence[int], generator: torch.Generator, *, from_bank: bool = False) -> Batch:
+        """Draw a view of each picture and, but for a teacher bank, which holds them, latents of each view.
 
         Args:
             pictures: Which pictures, by index.
             generator: Draws on the device of the views.
+            from_bank: Whether the step has a bank built from `all_views`.
         """
-        views = [self._draw_view(picture, generator) for picture in pictures]
-        mean = torch.stack([view.mean for view in views])
-        std = torch.stack([view.std for view in views])
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        chosen = [self._draw_view(picture, generator) for picture in pictures]
+        views = [self._views[picture][view] for picture, view in zip(pictures, chosen, strict=True)]
+        if from_bank:
+            latents = torch.tensor([self._starts[p] + view for p, view in zip(pictures, chosen, strict=True)])
+        else:
+            mean, std = _posterior(views)
+            latents = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return Batch(
-            latents=mean + std * noise,
+            latents=latents,
             cond=self._conditioning([self._captions.with_trigger[picture] for picture in pictures], views),
             cond_no_trigger=self._conditioning(
                 [self._draw_without_trigger(picture, generator) for picture in pictures], views
@@ -87,11 +100,19 @@ class TrainingCache:
             return preserved[int(torch.randint(len(preserved), (), generator=generator, device=generator.device))]
         return self._captions.without_trigger[picture]
 
-    def _draw_view(self, picture: int, generator: torch.Generator) -> View:
-        views = self._views[picture]
-        if len(views) == 1:
-            return views[0]
-        return views[int(torch.randint(len(views), (), generator=generator, device=generator.device))]
+    def all_views(self) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
+        """Mean and deviation of the latents of every view of every picture, and the conditions without the trigger."""
+        views = [view for views in self._views for view in views]
+        captions = [
+            caption for caption, views in zip(self._captions.without_trigger, self._views, strict=True) for _ in views
+        ]
+        return *_posterior(views), self._conditioning(captions, views)
+
+    def _draw_view(self, picture: int, generator: torch.Generator) -> int:
+        count = len(self._views[picture])
+        if count == 1:
+            return 0
+        return int(torch.randint(count, (), generator=generator, device=generator.device))
 
     def _conditioning(self, captions: Sequence[str], views: Sequence[View]) -> Conditioning:
         conditioning = stack([self._embeddings[caption] for caption in captions])
@@ -100,6 +121,10 @@ class TrainingCache:
             time_ids = torch.stack([view.sizes for view in views]).to(text_embeds)
             conditioning["added_cond_kwargs"] = {"text_embeds": text_embeds, "time_ids": time_ids}
         return conditioning
+
+
+def _posterior(views: Sequence[View]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([view.mean for view in views]), torch.stack([view.std for view in views])
 
 
 def build_cache(

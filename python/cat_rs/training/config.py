@@ -83,6 +83,12 @@ class TrainConfig:
     snr_gamma: float | None = option(
         None, group=_CAT, help="weight both terms by min-SNR with this gamma (5 is usual)", metavar="GAMMA"
     )
+    teacher_draws: int = option(
+        0,
+        group=_CAT,
+        help="cached base predictions per picture (per view of it, with crops or mirroring); 0 predicts anew in every "
+        "step",
+    )
 
     rank: int = option(16, group=_ADAPTER, help="rank r: A is r x in, B is out x r")
     lora_alpha: float | None = option(None, group=_ADAPTER, help="scaling = lora_alpha / r; the rank if not given")
@@ -130,7 +136,7 @@ class TrainConfig:
             check_range(name, getattr(self, name), 1)
         for name in ("cat_factor", "weight_decay", "lr_warmup_steps", "max_grad_norm", "checkpoint_every", "seed"):
             check_range(name, getattr(self, name), 0)
-        for name in ("cat_factor_end", "noise_offset"):
+        for name in ("cat_factor_end", "noise_offset", "teacher_draws"):
             check_range(name, getattr(self, name), 0)
         for name in ("lr", "eps", "snr_gamma", "cat_ratio", "lora_alpha", "resolution"):
             check_range(name, getattr(self, name), 0, exclusive=True)
@@ -147,6 +153,11 @@ class TrainConfig:
             raise ConfigError("target_modules: expected at least one layer name, got none")
         if not self.trigger and self.preserves():
             raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
+        if self.teacher_draws and not self.preserves():
+            raise ConfigError(f"teacher_draws: expected 0 with cat_factor 0, got {self.teacher_draws}")
+        if self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
+            # A bank holds one prompt a picture, and its noise.
+            raise ConfigError("teacher_draws: expected 0 with preserve_prompts or noise_offset, got both")
         if self.resume and self.overwrite:
             raise ConfigError("resume, overwrite: expected one of them, got both")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,9 @@ from cat_rs.training.cache import TrainingCache
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.order import ShuffledOrder
 from cat_rs.training.processes import Processes
+
+if TYPE_CHECKING:
+    from cat_rs import TeacherBank
 
 
 def _cat_factor(config: TrainConfig) -> Any:
@@ -32,10 +35,24 @@ class TrainingRun:
 
     Of several processes, each takes its part of a batch that is `processes.count` times as large, and draws noise,
     timesteps and latents of its own.
+
+    Args:
+        config: The settings.
+        unet: With its adapter.
+        scheduler: The model's.
+        cache: The pictures.
+        processes: Those of the run.
+        bank: Base predictions of all views of the cache; None predicts anew in every step.
     """
 
     def __init__(
-        self, config: TrainConfig, unet: Any, scheduler: Any, cache: TrainingCache, processes: Processes
+        self,
+        config: TrainConfig,
+        unet: Any,
+        scheduler: Any,
+        cache: TrainingCache,
+        processes: Processes,
+        bank: TeacherBank | None = None,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
@@ -46,6 +63,7 @@ class TrainingRun:
         self._accumulate = config.accumulate
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._cache = cache
+        self._from_bank = bank is not None
         self._device: torch.device = unet.device
         self._generator = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
         self._order = ShuffledOrder(len(cache), config.batch_size * processes.count, config.seed)
@@ -63,6 +81,7 @@ class TrainingRun:
             noise_offset=config.noise_offset,
             accumulate=config.accumulate,
             generator=self._generator,
+            teacher_bank=bank,
         )
         self._lr_scheduler = get_scheduler(
             config.lr_scheduler,
@@ -130,6 +149,8 @@ class TrainingRun:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
     def _advance_batch(self) -> torch.Tensor:
-        batch = self._cache.batch(self._order.next_batch()[self._part], self._generator)
-        metrics = self._step(batch.latents.to(self._dtype), batch.cond, batch.cond_no_trigger)
+        pictures = self._order.next_batch()[self._part]
+        batch = self._cache.batch(pictures, self._generator, from_bank=self._from_bank)
+        latents = batch.latents if self._from_bank else batch.latents.to(self._dtype)
+        metrics = self._step(latents, batch.cond, batch.cond_no_trigger)
         return torch.stack([value.float() for value in metrics])

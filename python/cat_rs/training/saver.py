@@ -90,6 +90,7 @@ class Saver:
             "cat_factor_end": config.cat_factor_end,
             "cat_ratio": config.cat_ratio,
             "snr_gamma": config.snr_gamma,
+            "teacher_draws": config.teacher_draws,
             "rank": config.rank,
             "lr": config.lr,
             "batch_size": config.batch_size * config.accumulate * self._processes.count,

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,9 +26,13 @@ from cat_rs.training.recorder import Recorder
 from cat_rs.training.run import TrainingRun
 from cat_rs.training.saver import Saver
 
+if TYPE_CHECKING:
+    from cat_rs import TeacherBank
+
+BANK_FILE = "teacher_bank.safetensors"
 CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "train_config.yaml"
-_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, DIFFUSERS_FILE, CONFIG_FILE)
+_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, DIFFUSERS_FILE, CONFIG_FILE, BANK_FILE)
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,41 @@ class _Training:
         if self._config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         add_adapter(unet, self._config)
-        return TrainingRun(self._config, unet, pipeline.scheduler, cache, self._processes)
+        self._processes.on_main(self._open_output)
+        bank = self._bank(unet, pipeline.scheduler, cache)
+        return TrainingRun(self._config, unet, pipeline.scheduler, cache, self._processes, bank)
+
+    def _bank(self, unet: Any, scheduler: Any, cache: TrainingCache) -> TeacherBank | None:
+        """The run's cached base predictions, in the output folder while it lasts; a resumed run finds them there."""
+        from cat_rs import TeacherBank
+
+        if not self._config.teacher_draws:
+            return None
+        mean, std, cond_no_trigger = cache.all_views()
+        latents, latents_std = (values.to(getattr(torch, self._config.dtype)) for values in (mean, std))
+        path = self._output / BANK_FILE
+
+        def build() -> None:
+            if self._config.resume and path.exists():
+                return
+            try:
+                TeacherBank.build(
+                    unet,
+                    scheduler,
+                    latents,
+                    cond_no_trigger,
+                    draws=self._config.teacher_draws,
+                    latents_std=latents_std,
+                    # A generator of its own, so that a resumed run whose bank is gone builds the same one.
+                    generator=torch.Generator().manual_seed(self._config.seed),
+                    path=path,
+                    progress=self._progress,
+                )
+            except OSError as error:
+                raise CheckpointError(f"cannot write {path}: {error}") from error
+
+        self._processes.on_main(build)
+        return TeacherBank.load(path, latents=latents)
 
     def _train(
         self, run: TrainingRun, saver: Saver, state: dict[str, Any] | None, captions_changed: int
@@ -160,7 +198,6 @@ class _Training:
             run.load_state_dict(state["run"])
             if not self._processes.is_main:
                 run.load_draws_state_dict(state["other_processes"][self._processes.rank - 1])
-        self._processes.on_main(self._open_output)
         log = None
         if self._processes.is_main:
             log = MetricsLog(self._output, after_step=run.steps_done, tensorboard=self._config.tensorboard)
@@ -172,9 +209,12 @@ class _Training:
             bar.close()
             if log is not None:
                 log.close()
+        adapter = saver.save_adapter(run)
+        if self._processes.is_main:
+            (self._output / BANK_FILE).unlink(missing_ok=True)
         return TrainResult(
             output_dir=self._output,
-            adapter=saver.save_adapter(run),
+            adapter=adapter,
             metrics=self._output / METRICS_FILE,
             steps=run.steps_done,
             captions_changed=captions_changed,
