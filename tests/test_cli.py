@@ -190,10 +190,25 @@ def test_evaluate_needs_different_names(tiny_pipeline_dir: Path, capsys: pytest.
     assert "adapters: expected different names, got a/x b/x" in capsys.readouterr().err
 
 
+SHORT_DEMO = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1"]
+
+
+def test_demo_trains_with_cached_base_predictions(
+    emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo"), "--teacher-draws", "3"]
+    assert main(["demo", *arguments, *SHORT_DEMO, "--no-preserve"]) == 0
+    training = json.loads((tmp_path / "demo" / "results.json").read_text())["training"]
+    assert training["teacher_draws"] == 3
+    assert training["preserve"] is False
+    capsys.readouterr()
+    assert main(["demo", *arguments, *SHORT_DEMO]) == 2
+    assert "teacher_draws: expected 0 with preserve_prompts or noise_offset" in capsys.readouterr().err
+
+
 def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo"), "--seeds", "0", "1"]
-    short = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1", "--teacher-draws", "3"]
-    assert main(["demo", *arguments, *short]) == 0
+    assert main(["demo", *arguments, *SHORT_DEMO]) == 0
     shown = capsys.readouterr().out
     assert "mean over 2 runs" in shown
     # Of the two adapters of each run, CAT alone.
@@ -201,7 +216,6 @@ def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: 
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [(run["concept"], run["seed"]) for run in results["runs"]] == [("tabby", 0), ("tabby", 1)]
     assert set(results["runs"][0]["evaluation"]["adapters"]) == {"LoRA", "CAT"}
-    assert results["training"]["teacher_draws"] == 3
     difference = results["summary"]["ups"]["difference"]
     assert difference["low"] <= difference["value"] <= difference["high"]
     for name in ("contact_sheet.png", "curves.png"):

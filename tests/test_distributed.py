@@ -328,9 +328,9 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
         """Trains, and notes what was seen, reported and raised; `at_step_3` may change the figures of that step."""
         notes: dict[str, Any] = {"pictures": [], "figures": [], "lines": [], "error": None}
 
-        def watched_batch(cache: TrainingCache, pictures: Any, generator: Any) -> Any:
+        def watched_batch(cache: TrainingCache, pictures: Any, generator: Any, **options: Any) -> Any:
             notes["pictures"].append(list(pictures))
-            return encoded(cache, pictures, generator)
+            return encoded(cache, pictures, generator, **options)
 
         def watched_advance(training: TrainingRun) -> torch.Tensor:
             figures = advance(training)
@@ -348,7 +348,7 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
             notes["error"] = type(error).__name__, str(error)
         finally:
             TrainingCache.batch, TrainingRun.advance, os.fsync = encoded, advance, fsync
-        results[name, bool(settings)] = notes
+        results[name, "resume" in settings] = notes
 
     def fail(_: torch.Tensor) -> None:
         raise ArithmeticError("the machine fails here")
@@ -375,6 +375,7 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
     run("spoiled", spoil_one_loss)
     run("full", fill_disk)
     run("full", resume=True)
+    run("bank", teacher_draws=2)
     return results
 
 
@@ -653,6 +654,12 @@ def test_the_log_holds_means_over_the_processes(ranks: Results, training_folder:
     for row, *figures in zip(rows, *(results["whole", False]["figures"] for results in ranks), strict=True):
         names = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
         assert [row[name] for name in names] == pytest.approx((sum(figures) / RANKS).tolist(), rel=1e-6)
+
+
+def test_processes_share_cached_base_predictions(ranks: Results, training_folder: Path) -> None:
+    assert [results["bank", False]["error"] for results in ranks] == [None] * RANKS
+    assert len(weights(training_folder / "bank")) > 0
+    assert not (training_folder / "bank" / "teacher_bank.safetensors").exists()
 
 
 def test_an_adapter_tells_the_batch_of_all_processes(ranks: Results, training_folder: Path) -> None:

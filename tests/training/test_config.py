@@ -92,3 +92,9 @@ def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
 def test_plain_lora_has_no_base_predictions_to_cache() -> None:
     with pytest.raises(ConfigError, match="teacher_draws: expected 0 with cat_factor 0, got 8"):
         TrainConfig(**REQUIRED, cat_factor=0.0, teacher_draws=8)
+
+
+@pytest.mark.parametrize("settings", [{"noise_offset": 0.1}, {"preserve_prompts": "prompts.txt"}], ids=str)
+def test_a_bank_has_its_own_noise_and_prompts(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="teacher_draws: expected 0 with preserve_prompts or noise_offset"):
+        TrainConfig(**REQUIRED, teacher_draws=3, **settings)

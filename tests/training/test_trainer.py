@@ -273,7 +273,7 @@ def test_base_model_is_called_only_to_fill_the_bank(
     # 3 pictures, 2 views each, 3 draws a view, 8 at once; then 4 steps at twice the batch of 2.
     assert sizes == [8, 8, 2, 4, 4, 4, 4]
     assert not (result.output_dir / "teacher_bank.safetensors").exists()
-    assert read_adapter_facts(result.adapter)["teacher_draws"] == 3
+    assert read_metadata(result.adapter)["teacher_draws"] == 3
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     # Predictions are stored in bfloat16: that is how far the untrained model is from them.
     assert 0 <= rows[0]["cat"] < 1e-4 * rows[0]["diffusion"]

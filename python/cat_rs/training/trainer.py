@@ -167,11 +167,11 @@ class _Training:
             return None
         mean, std, cond_no_trigger = cache.all_views()
         latents, latents_std = (values.to(getattr(torch, self._config.dtype)) for values in (mean, std))
-        path = self._output / BANK_FILE
 
-        def build() -> None:
+        def build() -> Path:
+            path = self._output / BANK_FILE
             if self._config.resume and path.exists():
-                return
+                return path
             try:
                 TeacherBank.build(
                     unet,
@@ -187,9 +187,10 @@ class _Training:
                 )
             except OSError as error:
                 raise CheckpointError(f"cannot write {path}: {error}") from error
+            return path
 
-        self._processes.on_main(build)
-        return TeacherBank.load(path, latents=latents)
+        # All processes read the main one's file.
+        return TeacherBank.load(self._processes.on_main(build), latents=latents)
 
     def _train(
         self, run: TrainingRun, saver: Saver, state: dict[str, Any] | None, captions_changed: int
