@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.add_value(f"{TEXTS[figure]}, {dtype}", value.value, value.low, value.high)
         difference = abs(values[1].value - values[0].value)
         bar = DIFFERENCE_BAR if figure != "tps" else None
-        report.add_value(f"{TEXTS[figure]}: |bfloat16 - float32|", difference, difference, difference, bar)
+        report.add_value(f"{TEXTS[figure]}, difference", difference, difference, difference, bar)
     report.note("In brackets the 95 % bootstrap intervals of the scores.")
     return harness.finish(report, options)
 

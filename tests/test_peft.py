@@ -17,6 +17,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import cat_rs
+from cat_rs import convolution
 from cat_rs.errors import AdapterError
 from cat_rs.peft import FusedLinear
 from tests.models import LAYERS, add_lora, batch, randomize_b, tiny_unet
@@ -136,6 +137,19 @@ def test_unpatch_gives_pefts_layers_back() -> None:
     assert all(type(layer) is lora.Linear for layer in adapter_layers(model))
     assert [set(vars(layer)) for layer in adapter_layers(model)] == attributes
     assert torch.equal(output(model), expected)
+
+
+def test_large_frozen_convolutions_are_patched_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "MIN_WEIGHTS", 1)
+    model = _convolutions(base_model())
+    expected = result(model)
+    report = cat_rs.patch_peft(model)
+    plain = [name for name, module in model.named_modules() if isinstance(module, convolution.FrozenConv2d)]
+    assert report.convolutions == plain
+    assert {"conv_out", "conv_in.base_layer"} <= set(plain)
+    assert_same(result(model), expected)
+    cat_rs.unpatch_peft(model)
+    assert not any(isinstance(module, convolution.FrozenConv2d) for module in model.modules())
 
 
 def test_patching_twice_is_patching_once() -> None:

@@ -1,7 +1,7 @@
 """Turns the trained weights into the bundled files, and measures them.
 
 python examples/emoji_model/export.py assemble   # model/ and clip/
-python examples/emoji_model/export.py concepts   # concepts/ and prompts.json
+python examples/emoji_model/export.py concepts   # concepts/, prompts.json and preserve_prompts.txt
 python examples/emoji_model/export.py evaluate   # figures.json
 python examples/emoji_model/export.py samples    # samples.png
 """
@@ -30,6 +30,7 @@ from data import (
     to_image,
     to_tensor,
     trained_emoji,
+    with_article,
 )
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from models import build_clip, build_scheduler, build_tokenizer, build_unet, build_vae, save_tokenizer
@@ -155,8 +156,21 @@ def concept_prompts(emoji: Emoji) -> dict[str, object]:
     }
 
 
+def preserve_prompts(concepts: list[dict[str, object]]) -> list[str]:
+    """What the model can draw and no evaluation prompt is about, each on two backgrounds: for `--preserve-prompts`."""
+    scored = [prompt for concept in concepts for name, each in concept.items() if "prompts" in name for prompt in each]
+    names = {emoji.name for emoji in trained_emoji()} | set(CLASSES)
+    subjects = sorted(
+        subject
+        for subject in map(with_article, names)
+        if not any(prompt.startswith(f"{subject} on ") for prompt in scored)
+    )
+    rng = random.Random(0)
+    return [f"{subject} on a {colour} background" for subject in subjects for colour in rng.sample(list(COLOURS), 2)]
+
+
 def write_concepts(args: argparse.Namespace) -> None:
-    """Writes five captioned pictures of each held-out emoji, and the evaluation prompts."""
+    """Writes five captioned pictures of each held-out emoji, the evaluation prompts, and others to preserve."""
     concepts = []
     for emoji in held_out_emoji():
         prompts = concept_prompts(emoji)
@@ -172,6 +186,7 @@ def write_concepts(args: argparse.Namespace) -> None:
         (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     prompts = {"trigger_word": TRIGGER_WORD, "concepts": concepts, "showcase_prompts": SHOWCASE_PROMPTS}
     (args.output_dir / "prompts.json").write_text(json.dumps(prompts, indent=2) + "\n")
+    (args.output_dir / "preserve_prompts.txt").write_text("\n".join(preserve_prompts(concepts)) + "\n")
 
 
 def psnr(vae: AutoencoderKL, emoji: list[Emoji]) -> float:

@@ -84,7 +84,7 @@ def patch_frozen_convolutions(model: torch.nn.Module) -> list[str]:
     names = []
     for name, layer in model.named_modules():
         if (
-            type(layer) is torch.nn.Conv2d
+            type(layer) in (torch.nn.Conv2d, FrozenConv2d)
             and layer.groups == 1
             and layer.padding_mode == "zeros"
             and not isinstance(layer.padding, str)

@@ -12,6 +12,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from cat_rs.convolution import FrozenConv2d, patch_frozen_convolutions, unpatch_frozen_convolutions
 from cat_rs.errors import AdapterError
 from cat_rs.functional import lora_linear, lora_up_
 
@@ -28,10 +29,12 @@ class PatchReport(NamedTuple):
     Attributes:
         fused: Names of the layers that run the fused forward and backward.
         kept: Name to reason of the adapter layers that keep PEFT's own.
+        convolutions: Names of the frozen convolutions that run as a matrix product on small inputs.
     """
 
     fused: list[str]
     kept: dict[str, str]
+    convolutions: list[str]
 
 
 @dataclass
@@ -198,6 +201,9 @@ class FusedConv2d(lora.Conv2d, _SwitchedLayer):
             y = base._conv_forward(x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype))
         else:
             y = base(x)
+            if isinstance(base, FrozenConv2d):
+                # Its output is a view of a matrix, which autograd lets nobody write to.
+                y = y.clone()
         for name in adapters:
             hidden = self.lora_A[name](self.lora_dropout[name](x))
             lora_B = self.lora_B[name].weight.flatten(1).to(dtype)
@@ -322,6 +328,9 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     another dtype than the base layer's, a layer with hooks, grouped convolutions, devices other than the CPU. Calling
     it again picks up layers added since.
 
+    The model's large frozen convolutions, with an adapter or without, run as one matrix product where their input is
+    small: see :mod:`cat_rs.convolution`.
+
     Args:
         model: A model with PEFT LoRA layers, e.g. after ``model.add_adapter(LoraConfig(...))``.
 
@@ -344,7 +353,7 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     switch.adapters = _adapter_names(model)
     switch.checkpointing = [block for block in model.modules() if hasattr(block, "gradient_checkpointing")]
     switch.follow_checkpointing()
-    report = PatchReport([], {})
+    report = PatchReport([], {}, patch_frozen_convolutions(model))
     for name, layer in layers.items():
         if type(layer) in _PATCHED_CLASSES:
             layer.__class__ = _PATCHED_CLASSES[type(layer)]
@@ -362,7 +371,8 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
 
 
 def unpatch_peft(model: torch.nn.Module) -> None:
-    """Gives patched layers PEFT's own forward back."""
+    """Gives patched layers PEFT's own forward back, and convolutions PyTorch's."""
+    unpatch_frozen_convolutions(model)
     modules: list[Any] = list(model.modules())
     for module in modules:
         function = getattr(module, "_gradient_checkpointing_func", None)

@@ -13,7 +13,6 @@ import torch
 from cat_rs import distributed
 from cat_rs._native import _core
 from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
-from cat_rs.convolution import patch_frozen_convolutions
 from cat_rs.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
 from cat_rs.errors import AdapterError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.optim import FlatAdamW
@@ -204,7 +203,6 @@ class CatStep:
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
         for adapted in (model, *self.text_encoders):
             peft.patch_peft(adapted)
-        patch_frozen_convolutions(model)
         self.optimizer = FlatAdamW(
             self.trainable.values(),
             lr,

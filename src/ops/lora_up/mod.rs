@@ -30,10 +30,16 @@ impl UpProjection {
             if self.scaling == 1.0 { hidden.shallow_clone() } else { hidden.f_mul_scalar(self.scaling).during(OP)? };
         if let Some(mut rows) = self.rows(y)? {
             let _ = rows.f_addmm_(&self.as_rows(&hidden)?, &self.lora_b.f_tr().during(OP)?).during(OP)?;
+            return Ok(());
+        }
+        let planes = self.as_planes(&hidden)?;
+        let mut y = y.f_view(self.plane_shape(y).as_slice()).during(OP)?;
+        if let &[1, ..] = planes.size().as_slice() {
+            // One matrix product: the library's product of batches is slower for a batch of one.
+            let plane = planes.f_squeeze_dim(0).during(OP)?;
+            let _ = y.f_squeeze_dim(0).during(OP)?.f_addmm_(&self.lora_b, &plane).during(OP)?;
         } else {
-            let planes = self.as_planes(&hidden)?;
             let lora_b = self.lora_b.f_unsqueeze(0).during(OP)?.f_expand([planes.size()[0], -1, -1], false);
-            let mut y = y.f_view(self.plane_shape(y).as_slice()).during(OP)?;
             let _ = y.f_baddbmm_(&lora_b.during(OP)?, &planes).during(OP)?;
         }
         Ok(())
@@ -52,6 +58,11 @@ impl UpProjection {
         let planes = self.as_planes(grad)?;
         let dh = wanted[0].then(|| self.planes_gradient(&planes, hidden)).transpose()?;
         let hidden = self.as_planes(hidden)?;
+        if let &[1, ..] = planes.size().as_slice() {
+            let product = || planes.f_squeeze_dim(0)?.f_mm(&hidden.f_squeeze_dim(0)?.f_tr()?);
+            let db = wanted[1].then(product).transpose().during(OP)?;
+            return Ok([dh, db.map(|db| self.scaled(db)).transpose()?]);
+        }
         let product = || planes.f_bmm(&hidden.f_transpose(1, 2)?)?.f_sum_dim_intlist([0i64].as_slice(), false, None);
         let db = wanted[1].then(product).transpose().during(OP)?;
         Ok([dh, db.map(|db| self.scaled(db)).transpose()?])
@@ -71,7 +82,12 @@ impl UpProjection {
     }
 
     fn planes_gradient(&self, planes: &Tensor, hidden: &Tensor) -> Result<Tensor> {
-        let dh = self.scaled(self.lora_b.f_tr().during(OP)?.f_matmul(planes).during(OP)?)?;
+        let lora_b = self.lora_b.f_tr().during(OP)?;
+        let dh = match planes.size().as_slice() {
+            &[1, ..] => planes.f_squeeze_dim(0).and_then(|plane| lora_b.f_mm(&plane)),
+            _ => lora_b.f_matmul(planes),
+        };
+        let dh = self.scaled(dh.during(OP)?)?;
         dh.f_view(hidden.size().as_slice()).during(OP)
     }
 
