@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("teacher-bank"), metavar="DIR")
     options = parser.parse_args()
-    settings = demo.Settings(steps=options.steps, picture_seeds=(0, 1, 2, 3))
+    settings = demo.Settings(steps=options.steps, picture_seeds=(0, 1, 2, 3), preserve=False)
     (concept,) = demo.read_concepts(Path(settings.emoji_model), [options.concept])
     adapters = {}
     for draws in options.draws:
