@@ -17,6 +17,7 @@ __all__ = [
     "check_group",
     "data_parallel_group",
     "is_main",
+    "leave",
     "sharding_of",
     "without_ddp",
 ]
@@ -85,6 +86,12 @@ def average_(tensor: torch.Tensor, group: Group) -> None:
     # Divided first, as DistributedDataParallel does: a sum of float16 gradients could overflow.
     tensor.div_(group.size())
     dist.all_reduce(tensor, group=group)
+
+
+def leave() -> None:
+    """Ends this process's groups, at its own end: their threads must not outlive the interpreter."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def is_main() -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cat_rs.distributed import is_main
+from cat_rs.distributed import is_main, leave
 from cat_rs.training import TrainConfig, train
 
 Settings = TrainConfig
@@ -10,8 +10,12 @@ Settings = TrainConfig
 
 def run(settings: TrainConfig) -> None:
     """Train, and say where the adapter is."""
-    result = train(settings)
-    if not is_main():
+    try:
+        result = train(settings)
+        reports = is_main()
+    finally:
+        leave()
+    if not reports:
         return
     print(f"{result.steps} steps in {result.seconds:.0f} s; adapter: {result.adapter}")
     if result.skipped_steps:
