@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -92,6 +93,8 @@ def leave() -> None:
     """Ends this process's groups, at its own end: their threads must not outlive the interpreter."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        # An optimizer and its learning-rate scheduler refer to each other, and to the group, whose threads they keep.
+        gc.collect()
 
 
 def is_main() -> bool:
