@@ -172,7 +172,7 @@ class FusedLinear(lora.Linear, _SwitchedLayer):
     def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
         adapters, base = self._active(), self.base_layer
         dtype = self._compute_dtype(x, adapters)
-        if dtype is None or _why_not_fused(self) or base.weight.requires_grad:
+        if dtype is None or _why_not_fused(self, adapters) or base.weight.requires_grad:
             return None
         x, weight, bias = x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype)
         if len(adapters) == 1 and not _drops(self.lora_dropout[adapters[0]]):
@@ -195,7 +195,7 @@ class FusedConv2d(lora.Conv2d, _SwitchedLayer):
     def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
         adapters, base = self._active(), self.base_layer
         dtype = self._compute_dtype(x, adapters)
-        if dtype is None or x.dim() != 4 or _why_not_fused(self):
+        if dtype is None or x.dim() != 4 or _why_not_fused(self, adapters):
             return None
         if any(self.lora_B[name].bias is not None for name in adapters):
             y = base._conv_forward(x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype))
@@ -260,8 +260,8 @@ def _is_plain(module: torch.nn.Module) -> bool:
     )
 
 
-def _why_not_fused(layer: _SwitchedLayer) -> str | None:
-    """What of the layer and its active adapters is not fused, whatever the input."""
+def _why_not_fused(layer: _SwitchedLayer, adapters: list[str]) -> str | None:
+    """What of the layer and of these adapters of its is not fused, whatever the input."""
     if not isinstance(layer, FusedLinear | FusedConv2d):
         return f"{type(layer).__name__.removeprefix('Switched')} layers are not fused"
     base = layer.base_layer
@@ -272,7 +272,6 @@ def _why_not_fused(layer: _SwitchedLayer) -> str | None:
         return "its weight is stored transposed (fan_in_fan_out)" if linear else "the convolution has groups"
     if not _is_plain(base):
         return "the base layer has hooks"
-    adapters = layer._active()
     if not adapters:
         return "no adapter is active"
     for name in adapters:
@@ -362,7 +361,7 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
             report.kept[name] = f"{type(layer).__name__} layers are not fused"
             continue
         layer._cat_rs_switch = switch
-        reason = _why_not_fused(layer)
+        reason = _why_not_fused(layer, layer._active())
         if reason is None:
             report.fused.append(name)
         else:
