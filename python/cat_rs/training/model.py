@@ -82,7 +82,9 @@ def encode_pixels(pipeline: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, to
 
     The VAE runs in float32: those of several models overflow in float16.
     """
-    vae = pipeline.vae.to(torch.float32)
+    vae = pipeline.vae
+    if vae.dtype != torch.float32:
+        vae.to(torch.float32)
     posterior = vae.encode(pixels[None].to(vae.device)).latent_dist
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     scale = vae.config.scaling_factor
