@@ -1,4 +1,4 @@
-"""The five held-out emoji of the bundled model, each with a trigger word of its own, and the prompts they are scored on."""
+"""The five held-out emoji of the bundled model, their trigger words, and the prompts they are scored on."""
 
 from __future__ import annotations
 

@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cat_rs
 import numpy as np
 import torch
+from cat_rs.training import TrainConfig, train
 from concepts import MODEL, PRESERVE_PROMPTS, Concept
 from PIL import Image
-
-import cat_rs
-from cat_rs.training import TrainConfig, train
 
 STEPS = 400
 BATCH = 4
@@ -38,13 +37,15 @@ class Method:
         name: In tables.
         what: What it is, in a line.
         train: Writes ``step-000400.safetensors`` and so on for the concept, seed and data folder into a folder.
-        kept: The steps whose adapters are kept and scored.
+        kept: The steps whose adapters are kept and scored, evenly spaced.
+        steps: How long it trains.
     """
 
     name: str
     what: str
     train: Callable[[Method, Concept, int, Path, Path], None]
-    kept: tuple[int, ...] = (200, 400)
+    kept: tuple[int, ...] = (STEPS // 2, STEPS)
+    steps: int = STEPS
 
 
 def adapter_file(folder: Path, step: int) -> Path:
@@ -64,12 +65,12 @@ def with_trainer(method: Method, concept: Concept, seed: int, data: Path, folder
             trigger=(f"{concept.trigger}={concept.class_word}",),
             rank=RANK,
             target_modules=TARGETS,
-            steps=STEPS,
+            steps=method.steps,
             batch_size=BATCH,
             lr=LR,
             seed=seed,
             checkpoint_every=every,
-            keep_checkpoints=STEPS // every,
+            keep_checkpoints=method.steps // every,
             tensorboard=False,
             overwrite=True,
             **settings,
@@ -172,7 +173,7 @@ def by_hand(
     bench = Bench(concept, seed)
     advance = make_advance(bench, concept, data)
     folder.mkdir(parents=True, exist_ok=True)
-    for step in range(1, STEPS + 1):
+    for step in range(1, method.steps + 1):
         advance()
         if step in method.kept:
             cat_rs.save_lora(adapter_file(folder, step), bench.unet)
@@ -223,7 +224,7 @@ def separate_samples(bench: Bench, concept: Concept, data: Path) -> Callable[[],
 
 
 def blank_prompt(bench: Bench, concept: Concept, data: Path) -> Callable[[], Any]:
-    """ai-toolkit's blank-prompt preservation: CAT with the empty prompt in place of the caption without the trigger."""
+    """ai-toolkit's blank-prompt preservation: CAT the empty prompt in place of the captions without the trigger."""
     step = bench.step(cat_factor=1.0)
     blank = bench.encode_prompts([""]).expand(BATCH, -1, -1)
 

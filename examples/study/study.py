@@ -1,81 +1,230 @@
 """Compares methods that preserve the base model, on the bundled model: ``python examples/study/study.py``.
 
-Trains every method on every concept and seed, scores the adapters at several steps, trains adapters of several concepts,
-and writes the tables and the figure of docs/study. Every finished part is a file in the work folder: stop it at any time
-and start it again.
+Trains every method on every concept and seed, scores the adapters at several steps, does the same for adapters of three
+concepts, measures what a step costs, and writes tables, figure and figures as JSON. Every finished part is a file in the
+work folder: stop it at any time and start it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import os
+import resource
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from concepts import read_concepts
-from methods import METHODS, Method, adapter_file
+import analysis
+import multi
+from cat_rs.atomic import write_bytes
+from concepts import CLIP, MODEL, read_concepts
+from methods import METHODS, adapter_file
 from tqdm import tqdm
 
 SEEDS = (0, 1, 2)
+PICTURE_SEEDS = (0, 1)
+INFERENCE_STEPS = 10
+COST_STEPS = (20, 60)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("study"), metavar="DIR", help="folder for all parts")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/study"), metavar="DIR", help="folder for the results"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
-    parser.add_argument("--only", choices=("train",), help="stop after this stage")
+    parser.add_argument(
+        "--only", nargs="+", choices=STAGES, default=tuple(STAGES), metavar="STAGE", help=", ".join(STAGES)
+    )
     options = parser.parse_args()
-    prepare(options.work)
-    units = [
-        (method, concept, seed)
-        for seed, method, concept in itertools.product(SEEDS, METHODS, read_concepts())
-    ]
-    run(train_unit, [(options.work, *unit) for unit in units], options.workers, "train")
+    for name, stage in STAGES.items():
+        if name in options.only:
+            stage(options)
 
 
-def prepare(work: Path) -> None:
-    """Write the training folders of the concepts."""
-    for concept in read_concepts().values():
-        folder = data_folder(work, concept.name)
-        if not folder.exists():
-            concept.write_data(folder)
+def train(options: argparse.Namespace) -> None:
+    """Every method on every concept and seed, and the adapters of three concepts."""
+    concepts = read_concepts()
+    for concept in concepts.values():
+        write_data(data_folder(options.work, concept.name), [concept])
+    write_data(data_folder(options.work, "trio"), multi.trio())
+    units = [(options.work, *unit) for unit in itertools.product(METHODS, concepts, SEEDS)]
+    units.sort(key=lambda unit: unit[-1])
+    run(train_unit, units, options.workers, "train")
+    run(train_together, [(options.work, *unit) for unit in itertools.product(multi.COMPARED, SEEDS)], options.workers)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """All adapters of a concept and seed beside one base model."""
+    units = [(options.work, concept, seed) for seed, concept in itertools.product(SEEDS, read_concepts())]
+    run(evaluate_unit, units, options.workers)
+    run(evaluate_together, [(options.work, seed) for seed in SEEDS], options.workers)
+
+
+def cost(options: argparse.Namespace) -> None:
+    """Time and memory of each method, each in a process of its own, one after the other."""
+    for name in METHODS:
+        run(cost_of, [(options.work, name)], workers=1)
+
+
+def analyse(options: argparse.Namespace) -> None:
+    """Tables and figure."""
+    results = {
+        (concept, seed): units_folder(options.work) / f"{stem(concept)}-seed{seed}" / "evaluation.json"
+        for concept, seed in itertools.product(read_concepts(), SEEDS)
+    }
+    together = {seed: together_folder(options.work, seed) / "scores.json" for seed in SEEDS}
+    costs = {name: cost_file(options.work, name) for name in METHODS}
+    analysis.write(options.output, results, together, costs)
+
+
+STAGES = {"train": train, "evaluate": evaluate, "cost": cost, "analyse": analyse}
+
+
+def stem(name: str) -> str:
+    """A name as part of a path."""
+    return name.replace(" ", "_")
+
+
+def units_folder(work: Path) -> Path:
+    return work / "units"
 
 
 def data_folder(work: Path, concept: str) -> Path:
     """The concept's pictures with its trigger in the captions."""
-    return work / "data" / concept.replace(" ", "_")
+    return work / "data" / stem(concept)
 
 
 def unit_folder(work: Path, method: str, concept: str, seed: int) -> Path:
-    """Where one trained adapter and its scores are."""
-    return work / "units" / f"{concept.replace(' ', '_')}-seed{seed}" / method.replace(" ", "_")
+    """Where one method leaves its adapters."""
+    return units_folder(work) / f"{stem(concept)}-seed{seed}" / stem(method)
+
+
+def together_folder(work: Path, seed: int) -> Path:
+    """Where the adapters of three concepts and their scores are."""
+    return work / "together" / f"seed{seed}"
+
+
+def cost_file(work: Path, method: str) -> Path:
+    return work / "cost" / f"{stem(method)}.json"
+
+
+def write_data(folder: Path, concepts: Iterable[Any]) -> None:
+    """Write a training folder, unless it is there."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for concept in concepts:
+        concept.write_data(unfinished)
+    unfinished.rename(folder)
 
 
 def train_unit(work: Path, method_name: str, concept_name: str, seed: int) -> None:
     """Train one method on one concept, unless that is done."""
     method, concept = METHODS[method_name], read_concepts()[concept_name]
     folder = unit_folder(work, method_name, concept_name, seed)
-    if all(adapter_file(folder, step).exists() for step in method.kept):
+    if not all(adapter_file(folder, step).exists() for step in method.kept):
+        method.train(method, concept, seed, data_folder(work, concept_name), folder)
+
+
+def train_together(work: Path, method_name: str, seed: int) -> None:
+    """Train one adapter on three concepts, unless that is done."""
+    method = multi.together(METHODS[method_name])
+    folder = together_folder(work, seed) / stem(method_name)
+    if not adapter_file(folder, method.steps).exists():
+        method.train(method, multi.trio()[0], seed, data_folder(work, "trio"), folder)
+
+
+def evaluate_unit(work: Path, concept_name: str, seed: int) -> None:
+    """Score all adapters of one concept and seed, unless that is done."""
+    import cat_rs.evaluation as evaluation
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    target = units_folder(work) / f"{stem(concept_name)}-seed{seed}" / "evaluation.json"
+    if target.exists():
         return
-    method.train(method, concept, seed, data_folder(work, concept_name), folder)
+    adapters = {
+        f"{method.name} @ {step}": adapter_file(unit_folder(work, method.name, concept_name, seed), step)
+        for method in METHODS.values()
+        for step in method.kept
+    }
+    result = evaluation.evaluate(
+        StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
+        adapters,
+        read_concepts()[concept_name].prompts(),
+        evaluation.ClipEncoder.from_pretrained(CLIP),
+        concept_images=data_folder(work, concept_name),
+        **sampling(),
+    )
+    result.save(target)
 
 
-def run(task: Callable[..., None], arguments: Iterable[tuple], workers: int, what: str) -> None:
-    """Run a task for each tuple of arguments, in processes of one thread."""
-    calls = list(arguments)
+def evaluate_together(work: Path, seed: int) -> None:
+    """Score the adapters of three concepts of one seed, unless that is done."""
+    folder = together_folder(work, seed)
+    target = folder / "scores.json"
+    if not target.exists():
+        adapters = multi.adapters_of(units_folder(work), seed, folder)
+        multi.score(adapters, data_folder(work, "trio"), target, **sampling())
+
+
+def sampling() -> dict[str, Any]:
+    """How pictures are drawn."""
+    from cat_rs.evaluation import EvaluationConfig
+
+    config = EvaluationConfig(num_inference_steps=INFERENCE_STEPS, seeds=PICTURE_SEEDS, batch_size=16)
+    return {"config": config, "progress": False}
+
+
+def cost_of(work: Path, method_name: str) -> None:
+    """Seconds of a step and of what comes before the first, and peak memory, from runs of two lengths."""
+    target = cost_file(work, method_name)
+    if target.exists():
+        return
+    concept = next(iter(read_concepts().values()))
+    folder = target.with_suffix("")
+    seconds = []
+    for steps in COST_STEPS:
+        method = replace(METHODS[method_name], steps=steps, kept=(steps,))
+        # Class pictures are made anew: they are part of the cost.
+        data = folder / f"data-{steps}"
+        write_data(data, [concept])
+        start = time.perf_counter()
+        method.train(method, concept, 0, data, folder / f"run-{steps}")
+        seconds.append(time.perf_counter() - start)
+    a_step = (seconds[1] - seconds[0]) / (COST_STEPS[1] - COST_STEPS[0])
+    figures = {
+        "seconds_per_step": a_step,
+        "seconds_before": seconds[1] - COST_STEPS[1] * a_step,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    shutil.rmtree(folder)
+    write_bytes(target, (json.dumps(figures, indent=2) + "\n").encode())
+
+
+def run(task: Callable[..., None], calls: list[tuple], workers: int, what: str | None = None) -> None:
+    """Run a task for each tuple of arguments, in new processes of one thread."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=one_thread) as pool:
         futures = [pool.submit(task, *call) for call in calls]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=what, file=sys.stdout):
+        bar = tqdm(as_completed(futures), total=len(futures), desc=what or task.__name__, file=sys.stdout)
+        for future in bar:
             future.result()
 
 
 def one_thread() -> None:
-    """Small models gain more from a second process than from a second thread."""
+    """For a small model a second process gains more than a second thread."""
     import torch
 
     torch.set_num_threads(1)

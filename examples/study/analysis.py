@@ -1,0 +1,262 @@
+"""From the evaluations of the study to tables, a figure, and all figures as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cat_rs
+from cat_rs.atomic import write_bytes
+from cat_rs.evaluation import EvaluationResult
+from concepts import read_concepts
+from methods import BATCH, LR, METHODS, RANK, STEPS
+from multi import COMPARED, TRIO, wrong_rates
+
+Run = tuple[str, int]
+"""A concept and a seed."""
+
+KINDS = ("class", "neighbour", "other class", "unlike captions")
+FIGURES = ("identity", "ups", "tps", "kps", "drift", "diversity_retained", "prompt_similarity")
+EQUAL_IDENTITY = 0.02
+PLAIN = "LoRA"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The figures of one adapter."""
+
+    figures: dict[str, float]
+    kinds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over runs with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    runs: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        low, high = cat_rs.bootstrap_interval(values, "mean") if len(values) > 1 else (float("nan"),) * 2
+        return cls(sum(values) / len(values), low, high, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def write(output: Path, results: Mapping[Run, Path], together: Mapping[int, Path], costs: Mapping[str, Path]) -> None:
+    """Write tables.md, front.png and study.json."""
+    output.mkdir(parents=True, exist_ok=True)
+    points = {run: read_points(file, run[0]) for run, file in results.items()}
+    spent = {name: json.loads(file.read_text()) for name, file in costs.items()}
+    rates = {
+        seed: wrong_rates(json.loads(file.read_text(encoding="utf-8"))["appearances"])
+        for seed, file in together.items()
+    }
+    scores = {
+        seed: EvaluationResult.from_json(json.dumps(json.loads(file.read_text(encoding="utf-8"))["evaluation"]))
+        for seed, file in together.items()
+    }
+    compared = {name: compare(points, name) for name in METHODS if name != PLAIN}
+    sections = [
+        "Written by `python examples/study/study.py`; the text about it is in [README.md](README.md).",
+        "## At the last step\n\n" + last_step_table(points),
+        "## UPS by kind of prompt, at the last step\n\n" + kinds_table(points),
+        "## Against plain LoRA stopped early, at equal identity\n\n" + equal_identity_table(compared),
+        "## Cost\n\n" + cost_table(spent),
+        "## One adapter for three concepts, and three adapters added\n\n" + together_table(rates, scores),
+        "## Every run, at the last step\n\n" + runs_table(points),
+    ]
+    write_bytes(output / "tables.md", ("# Study: tables\n\n" + "\n\n".join(sections) + "\n").encode())
+    write_bytes(output / "front.png", front_figure(points))
+    content = {
+        "format": "cat-rs study 1",
+        "training": {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "lr": LR},
+        "runs": [
+            {"concept": run[0], "seed": run[1], "adapter": name, "figures": point.figures, "ups_by_kind": point.kinds}
+            for run, adapters in points.items()
+            for name, point in adapters.items()
+        ],
+        "equal_identity": compared,
+        "cost": spent,
+        "three_concepts": rates,
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=vars)
+    write_bytes(output / "study.json", (text + "\n").encode())
+
+
+def read_points(file: Path, concept: str) -> dict[str, Point]:
+    """The figures of every adapter of a run."""
+    result = EvaluationResult.load(file)
+    kinds = read_concepts()[concept].kinds
+    points = {}
+    for name, scores in result.adapters.items():
+        figures = {key: getattr(scores, key).value for key in FIGURES if getattr(scores, key) is not None}
+        by_kind = {}
+        for kind, prompts in kinds.items():
+            values = [
+                value
+                for row in result.prompts
+                if row.model == name and row.prompt in prompts
+                for value in row.similarity
+            ]
+            by_kind[kind] = cat_rs.harmonic_mean(values)
+        points[name] = Point(figures, by_kind)
+    return points
+
+
+def last(name: str) -> str:
+    """The adapter of a method's last step."""
+    return f"{name} @ {METHODS[name].steps}"
+
+
+def compare(points: Mapping[Run, Mapping[str, Point]], name: str) -> dict[str, Any]:
+    """A method's last adapter against plain LoRA's adapter of the nearest identity, in each run where one is near."""
+    differences, identities, steps = [], [], []
+    for adapters in points.values():
+        mine = adapters[last(name)].figures
+        nearest = min(
+            (f"{PLAIN} @ {step}" for step in METHODS[PLAIN].kept),
+            key=lambda other: abs(adapters[other].figures["identity"] - mine["identity"]),
+        )
+        other = adapters[nearest].figures
+        if abs(other["identity"] - mine["identity"]) <= EQUAL_IDENTITY:
+            differences.append(mine["ups"] - other["ups"])
+            identities.append(mine["identity"] - other["identity"])
+            steps.append(int(nearest.split()[-1]))
+    if not differences:
+        return {"runs": 0}
+    return {
+        "runs": len(differences),
+        "ups": Estimate.of(differences),
+        "identity": Estimate.of(identities),
+        "plain_stopped_at": steps,
+        "higher": sum(difference > 0 for difference in differences),
+    }
+
+
+def last_step_table(points: Mapping[Run, Mapping[str, Point]]) -> str:
+    columns = ("identity", "ups", "kps", "tps", "diversity_retained", "prompt_similarity")
+    heading = ("method", "identity", "UPS", "KPS", "TPS", "diversity retained", "CLIP-T")
+    rows = []
+    for name in METHODS:
+        estimates = [Estimate.of([run[last(name)].figures[key] for run in points.values()]) for key in columns]
+        rows.append([name, str(estimates[0]), str(estimates[1]), *(f"{each.value:.3f}" for each in estimates[2:])])
+    text = "\n".join(f"- **{method.name}**: {method.what}" for method in METHODS.values())
+    title = f"Means over {len(points)} runs, with 95 % bootstrap intervals over the runs."
+    return f"{title}\n\n{table(heading, rows)}\n\n{text}"
+
+
+def kinds_table(points: Mapping[Run, Mapping[str, Point]]) -> str:
+    rows = [
+        [name, *(f"{mean(run[last(name)].kinds[kind] for run in points.values()):.3f}" for kind in KINDS)]
+        for name in METHODS
+    ]
+    return table(("method", *KINDS), rows)
+
+
+def equal_identity_table(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, found in compared.items():
+        if found["runs"]:
+            gain = found["ups"]
+            text = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            rows.append([name, str(found["runs"]), text, str(found["higher"]), f"{found['identity'].value:+.3f}"])
+        else:
+            rows.append([name, "0", "-", "-", "-"])
+    heading = ("method", "runs with a match", "UPS - UPS of plain LoRA", "higher in", "identity - identity")
+    return (
+        f"Each method's last adapter beside the adapter of plain LoRA, of those saved every {METHODS[PLAIN].kept[0]} "
+        f"steps, whose identity is nearest, where that is within {EQUAL_IDENTITY}; means over runs with paired 95 % "
+        f"bootstrap intervals.\n\n{table(heading, rows)}"
+    )
+
+
+def cost_table(spent: Mapping[str, Mapping[str, float]]) -> str:
+    plain = spent[PLAIN]["seconds_per_step"]
+    rows = [
+        [
+            name,
+            f"{1000 * cost['seconds_per_step']:.0f}",
+            f"{cost['seconds_per_step'] / plain:.2f}",
+            f"{cost['seconds_before']:.1f}",
+            f"{cost['peak_memory_mib']:.0f}",
+        ]
+        for name, cost in spent.items()
+    ]
+    heading = ("method", "ms a step", "of plain LoRA's", "seconds before the first step", "peak memory, MiB")
+    return f"One thread, one process a method, from runs of two lengths.\n\n{table(heading, rows)}"
+
+
+def together_table(rates: Mapping[int, Mapping[str, Mapping[str, float]]], scores: Mapping[int, Any]) -> str:
+    rows = []
+    kinds = ("wrong", "wrong with trigger", "wrong without trigger", "right")
+    names = [f"{name}, {way}" for way in ("together", "added") for name in COMPARED]
+    for name in ["base", *names]:
+        means = [f"{mean(rate[name][kind] for rate in rates.values()):.3f}" for kind in kinds]
+        if name == "base":
+            rows.append([name, *means, "-", "-"])
+        else:
+            figures = (
+                mean(getattr(result.adapters[name], key).value for result in scores.values()) for key in ("ups", "kps")
+            )
+            rows.append([name, *means, *(f"{value:.3f}" for value in figures)])
+    heading = ("adapter", "wrong concept", "with trigger", "without trigger", "asked concept appears", "UPS", "KPS")
+    return f"Concepts: {', '.join(TRIO)}. Means over {len(rates)} seeds.\n\n{table(heading, rows)}"
+
+
+def runs_table(points: Mapping[Run, Mapping[str, Point]]) -> str:
+    names = list(METHODS)
+    rows = [
+        [f"{concept}, {seed}"]
+        + [
+            f"{adapters[last(name)].figures['identity']:.2f} / {adapters[last(name)].figures['ups']:.3f}"
+            for name in names
+        ]
+        for (concept, seed), adapters in points.items()
+    ]
+    return f"Identity / UPS.\n\n{table(('run', *names), rows)}"
+
+
+def front_figure(points: Mapping[Run, Mapping[str, Point]]) -> bytes:
+    """Identity against UPS, means over the runs, a line for each method through its steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for name, colour in zip(METHODS, colours, strict=False):
+        steps = METHODS[name].kept
+        identity = [mean(run[f"{name} @ {step}"].figures["identity"] for run in points.values()) for step in steps]
+        ups = [mean(run[f"{name} @ {step}"].figures["ups"] for run in points.values()) for step in steps]
+        own = name.startswith("CAT")
+        axes.plot(identity, ups, "-o" if own else "--s", color=colour, label=name, markersize=5)
+        axes.annotate(name, (identity[-1], ups[-1]), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    axes.set_xlabel("identity: mean cosine to the concept's pictures, with the trigger")
+    axes.set_ylabel("UPS: what survived of the base model, without the trigger")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def mean(values: Any) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
