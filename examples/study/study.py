@@ -1,8 +1,8 @@
 """Compares methods that preserve the base model, on the bundled model: ``python examples/study/study.py``.
 
-Trains every method on every concept and seed, scores the adapters at several steps, does the same for adapters of three
-concepts, measures what a step costs, and writes tables, figure and figures as JSON. Every finished part is a file in the
-work folder: stop it at any time and start it again.
+Trains every method on every concept and seed, scores the adapters at several steps, does the same for adapters of
+three concepts, measures what a step costs, and writes tables and a figure. Every finished part is a file in the work
+folder: stop it at any time and start it again.
 """
 
 from __future__ import annotations
