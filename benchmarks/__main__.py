@@ -15,6 +15,7 @@ SCRIPTS = (
     "adamw",
     "lora_linear",
     "lora_up",
+    "frozen_linear",
     "frozen_conv2d",
     "similarity",
     "precision",

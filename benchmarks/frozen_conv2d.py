@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.harness import OURS, Case, Contender
-from cat_rs.convolution import MAX_POSITIONS, MIN_WEIGHTS, FrozenConv2dFunction
+from cat_rs.frozen import MAX_POSITIONS, MIN_WEIGHTS, FrozenConv2dFunction
 
 NAME = "frozen_conv2d"
 CHANNELS = ((1280, 1280), (2560, 1280), (640, 1280), (640, 640))

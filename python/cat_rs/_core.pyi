@@ -17,6 +17,8 @@ __all__ = [
     "cross_similarity",
     "frozen_conv2d_backward",
     "frozen_conv2d_forward",
+    "frozen_linear_backward",
+    "frozen_linear_forward",
     "grad_norm",
     "harmonic_mean",
     "lora_linear_backward",
@@ -92,6 +94,8 @@ def frozen_conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor: ...
+def frozen_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+def frozen_linear_backward(grad: Tensor, weight: Tensor) -> Tensor: ...
 def grad_norm(grad: Tensor) -> float: ...
 def adamw_step(
     param: Tensor,

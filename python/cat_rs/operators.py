@@ -276,7 +276,7 @@ def frozen_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """See :mod:`cat_rs.convolution`."""
+    """See :mod:`cat_rs.frozen`."""
     return _core.frozen_conv2d_forward(x, weight, bias, stride, padding, dilation).contiguous()
 
 

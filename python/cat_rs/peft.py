@@ -12,8 +12,8 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from cat_rs.convolution import FrozenConv2d, patch_frozen_convolutions, unpatch_frozen_convolutions
 from cat_rs.errors import AdapterError
+from cat_rs.frozen import FrozenConv2d, FrozenLinear, frozen_linear, patch_frozen, unpatch_frozen
 from cat_rs.functional import lora_linear, lora_up_
 
 __all__ = ["PatchReport", "adapter_disabled", "base_parameters", "has_adapter", "patch_peft", "unpatch_peft"]
@@ -30,11 +30,13 @@ class PatchReport(NamedTuple):
         fused: Names of the layers that run the fused forward and backward.
         kept: Name to reason of the adapter layers that keep PEFT's own.
         convolutions: Names of the frozen convolutions that run as a matrix product on small inputs.
+        linear: Names of the frozen linear layers, with an adapter or without, that run products of this package's own.
     """
 
     fused: list[str]
     kept: dict[str, str]
     convolutions: list[str]
+    linear: list[str]
 
 
 @dataclass
@@ -179,7 +181,7 @@ class FusedLinear(lora.Linear, _SwitchedLayer):
             (name,) = adapters
             lora_A, lora_B = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
             return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling[name])
-        y = torch.nn.functional.linear(x, weight, bias)
+        y = frozen_linear(x, weight, bias)
         for name in adapters:
             hidden = self.lora_A[name](self.lora_dropout[name](x))
             y = lora_up_(y, hidden, self.lora_B[name].weight.to(dtype), self.scaling[name])
@@ -266,7 +268,7 @@ def _why_not_fused(layer: _SwitchedLayer, adapters: list[str]) -> str | None:
         return f"{type(layer).__name__.removeprefix('Switched')} layers are not fused"
     base = layer.base_layer
     linear = isinstance(layer, FusedLinear)
-    if not (type(base) is torch.nn.Linear if linear else isinstance(base, torch.nn.Conv2d)):
+    if not (type(base) in (torch.nn.Linear, FrozenLinear) if linear else isinstance(base, torch.nn.Conv2d)):
         return f"the base layer is a {type(base).__name__}, not a plain torch.nn.{'Linear' if linear else 'Conv2d'}"
     if layer.fan_in_fan_out if linear else base.groups != 1:
         return "its weight is stored transposed (fan_in_fan_out)" if linear else "the convolution has groups"
@@ -327,8 +329,9 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     another dtype than the base layer's, a layer with hooks, grouped convolutions, devices other than the CPU. Calling
     it again picks up layers added since.
 
-    The model's large frozen convolutions, with an adapter or without, run as one matrix product where their input is
-    small: see :mod:`cat_rs.convolution`.
+    The model's frozen linear layers, with an adapter or without, run this package's float32 products on processors
+    where PyTorch's are slower, and its large frozen convolutions run as one matrix product where their input is small:
+    see :mod:`cat_rs.frozen`.
 
     Args:
         model: A model with PEFT LoRA layers, e.g. after ``model.add_adapter(LoraConfig(...))``.
@@ -352,7 +355,8 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     switch.adapters = _adapter_names(model)
     switch.checkpointing = [block for block in model.modules() if hasattr(block, "gradient_checkpointing")]
     switch.follow_checkpointing()
-    report = PatchReport([], {}, patch_frozen_convolutions(model))
+    frozen = patch_frozen(model)
+    report = PatchReport([], {}, frozen.convolutions, frozen.linear)
     for name, layer in layers.items():
         if type(layer) in _PATCHED_CLASSES:
             layer.__class__ = _PATCHED_CLASSES[type(layer)]
@@ -370,8 +374,8 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
 
 
 def unpatch_peft(model: torch.nn.Module) -> None:
-    """Gives patched layers PEFT's own forward back, and convolutions PyTorch's."""
-    unpatch_frozen_convolutions(model)
+    """Gives patched layers PEFT's own forward back, and frozen layers PyTorch's."""
+    unpatch_frozen(model)
     modules: list[Any] = list(model.modules())
     for module in modules:
         function = getattr(module, "_gradient_checkpointing_func", None)

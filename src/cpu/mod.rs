@@ -1,6 +1,8 @@
 //! What the CPU kernels share: elements of four float dtypes, threads, and SIMD chosen at run time.
 
 mod element;
+#[cfg(target_arch = "x86_64")]
+pub mod matmul;
 mod threads;
 
 pub use element::{DisjointMut, ElementKind, Elements, ElementsMut, Real};
@@ -29,4 +31,12 @@ pub(crate) fn dispatch<R>(work: impl FnOnce() -> R) -> R {
 /// The SIMD level that `vectorized` uses on this processor.
 pub fn simd_level() -> String {
     format!("{:?}", pulp::Arch::new()).split(['(', ' ', '{']).next().unwrap_or_default().to_lowercase()
+}
+
+/// Whether float32 matrix products run faster here than in PyTorch's matrix library.
+pub fn matmul_beats_library() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return matmul::beats_library();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }

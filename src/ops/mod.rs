@@ -3,9 +3,11 @@
 pub mod adamw;
 pub mod cat_loss;
 pub mod frozen_conv2d;
+pub mod frozen_linear;
 pub mod lora_linear;
 pub mod lora_up;
 pub mod noising;
+mod product;
 pub mod similarity;
 
 use tch::Kind;

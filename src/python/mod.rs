@@ -14,12 +14,13 @@ use pyo3_tch::PyTensor;
 use tch::Tensor;
 
 use self::convert::{detached, optional, raise, wrap};
-use crate::cpu::{parallel_available, simd_level};
+use crate::cpu::{matmul_beats_library, parallel_available, simd_level};
 use crate::error::{CatError, Result};
 use crate::ops;
 use crate::ops::adamw::{AdamW, FlatBuffers};
 use crate::ops::cat_loss::{CatLoss, Pair};
 use crate::ops::frozen_conv2d::Convolution;
+use crate::ops::frozen_linear::Linear;
 use crate::ops::lora_linear::Layer;
 use crate::ops::lora_up::UpProjection;
 use crate::ops::noising::PredictionType;
@@ -187,6 +188,22 @@ fn lora_up_backward(
     Ok((wrapped(dh)?, wrapped(db)?))
 }
 
+/// y = x W^T + b.
+#[pyfunction]
+fn frozen_linear_forward(py: Python<'_>, x: PyTensor, weight: PyTensor, bias: Option<PyTensor>) -> PyResult<PyObject> {
+    let layer = Linear { weight: weight.0, bias: optional(bias) };
+    let y = released(py, move || layer.forward(&x))?;
+    wrap(py, y)
+}
+
+/// dL/dx of `frozen_linear_forward`.
+#[pyfunction]
+fn frozen_linear_backward(py: Python<'_>, grad: PyTensor, weight: PyTensor) -> PyResult<PyObject> {
+    let layer = Linear { weight: weight.0, bias: None };
+    let dx = released(py, move || layer.backward(&grad))?;
+    wrap(py, dx)
+}
+
 /// See `cat_rs.convolution`. Strides, paddings and dilations are (height, width).
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
@@ -308,6 +325,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("torch", env!("CAT_RS_TORCH"))?;
     info.set_item("simd", simd_level())?;
+    info.set_item("matmul", if matmul_beats_library() { "cat-rs" } else { "PyTorch's library" })?;
     info.set_item("threads", if parallel_available() { "PyTorch's OpenMP" } else { "single" })?;
     Ok(info)
 }
@@ -321,6 +339,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(lora_linear_backward, module)?)?;
     module.add_function(wrap_pyfunction!(lora_up_forward, module)?)?;
     module.add_function(wrap_pyfunction!(lora_up_backward, module)?)?;
+    module.add_function(wrap_pyfunction!(frozen_linear_forward, module)?)?;
+    module.add_function(wrap_pyfunction!(frozen_linear_backward, module)?)?;
     module.add_function(wrap_pyfunction!(frozen_conv2d_forward, module)?)?;
     module.add_function(wrap_pyfunction!(frozen_conv2d_backward, module)?)?;
     module.add_function(wrap_pyfunction!(grad_norm, module)?)?;

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cat_rs import convolution
+from cat_rs import frozen
 from cat_rs._native import _core
-from cat_rs.convolution import (
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.frozen import (
     FrozenConv2d,
     FrozenConv2dFunction,
-    patch_frozen_convolutions,
-    unpatch_frozen_convolutions,
+    patch_frozen,
+    unpatch_frozen,
 )
-from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from tests.models import add_lora, tiny_unet
 from tests.tolerances import assert_close, max_abs
 
@@ -112,7 +112,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
 
 @pytest.fixture
 def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(frozen, "MIN_WEIGHTS", 0)
 
 
 @pytest.mark.usefixtures("small_layers_count")
@@ -126,14 +126,14 @@ def test_only_plain_frozen_layers_are_patched() -> None:
         torch.nn.ConvTranspose2d(4, 4, 3).requires_grad_(False),
     )
     keys = list(model.state_dict())
-    assert patch_frozen_convolutions(model) == ["0"]
+    assert patch_frozen(model).convolutions == ["0"]
     assert list(model.state_dict()) == keys
-    unpatch_frozen_convolutions(model)
+    unpatch_frozen(model)
     assert type(model[0]) is torch.nn.Conv2d
 
 
 def test_small_layers_stay_as_they_are() -> None:
-    assert patch_frozen_convolutions(torch.nn.Conv2d(4, 4, 3).requires_grad_(False)) == []
+    assert patch_frozen(torch.nn.Conv2d(4, 4, 3).requires_grad_(False)).convolutions == []
 
 
 class Recorder:
@@ -154,7 +154,7 @@ class Recorder:
 def test_a_layer_picks_the_product_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     layer = torch.nn.Conv2d(4, 6, 3, padding=1, stride=2).requires_grad_(False)
-    patch_frozen_convolutions(layer)
+    patch_frozen(layer)
     assert isinstance(layer, FrozenConv2d)
     at_limit, above = torch.randn(2, 4, 16, 16), torch.randn(3, 4, 16, 16)
     layer(at_limit)
@@ -186,7 +186,7 @@ def test_a_patched_unet_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> No
 
     expected = run()
     recorder = Recorder(monkeypatch)
-    assert patch_frozen_convolutions(model)
+    assert patch_frozen(model).convolutions
     got = run()
     assert recorder.calls > 0
     for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):

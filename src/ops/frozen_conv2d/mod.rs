@@ -7,6 +7,7 @@
 use tch::Tensor;
 
 use crate::error::{CatError, Result, TorchContext};
+use crate::ops::product::{plain, sum_of_products, transposed};
 use crate::tensor::{check_float, check_shape, dtype_name};
 
 const OP: &str = "frozen_conv2d";
@@ -87,7 +88,8 @@ impl Convolution {
         }
         let patches = x.f_im2col(kernel, self.dilation, self.padding, self.stride).during(OP)?;
         let patches = patches.f_transpose(1, 2).during(OP)?.f_reshape([batch * rows * columns, -1]).during(OP)?;
-        let y = patches.f_linear(&self.matrix(out)?, self.bias.as_ref()).during(OP)?;
+        let weight = self.matrix(out)?;
+        let y = sum_of_products(OP, &[(plain(&patches), transposed(&weight))], 1.0, self.bias.as_ref())?;
         let y = y.f_view([batch, rows * columns, out]).during(OP)?.f_transpose(1, 2).during(OP)?;
         y.f_reshape([batch, out, rows, columns]).during(OP)
     }
@@ -101,7 +103,8 @@ impl Convolution {
         let batch = grad.size().first().copied().unwrap_or(0);
         check_shape(OP, "grad", grad, &[batch, out, rows, columns])?;
         let grad = grad.f_reshape([batch, out, -1]).during(OP)?.f_transpose(1, 2).during(OP)?;
-        let patches = grad.f_reshape([-1, out]).during(OP)?.f_mm(&self.matrix(out)?).during(OP)?;
+        let (grad, weight) = (grad.f_reshape([-1, out]).during(OP)?, self.matrix(out)?);
+        let patches = sum_of_products(OP, &[(plain(&grad), plain(&weight))], 1.0, None)?;
         let patches = patches.f_view([batch, rows * columns, -1]).during(OP)?.f_transpose(1, 2).during(OP)?;
         patches.f_col2im(size, kernel, self.dilation, self.padding, self.stride).during(OP)
     }

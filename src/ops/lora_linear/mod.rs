@@ -1,11 +1,12 @@
 //! A linear layer with a LoRA branch (Hu et al., arXiv 2106.09685): y = x W^T + b + scaling (x A^T) B^T.
 //!
-//! The products run in libtorch's matrix library; what is saved is everything around them: the branch is added
-//! into the products' outputs in place, scaling is applied to [M, r] tensors only, and dx is skipped where unused.
+//! The branch is summed into the layer's own products, scaling is applied to [M, r] tensors only, and dx is skipped
+//! where unused.
 
 use tch::Tensor;
 
 use crate::error::{CatError, Result, TorchContext};
+use crate::ops::product::{plain, sum_of_products, transposed};
 use crate::tensor::{check_float, check_shape, dtype_name};
 
 const OP: &str = "lora_linear";
@@ -76,9 +77,9 @@ impl Layer {
     pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         self.check(x)?;
         let rows = flatten(x)?;
-        let hidden = scaled(rows.f_mm(&self.lora_a.f_tr().during(OP)?).during(OP)?, self.scaling)?;
-        let mut y = rows.f_linear(&self.weight, self.bias.as_ref()).during(OP)?;
-        let _ = y.f_addmm_(&hidden, &self.lora_b.f_tr().during(OP)?).during(OP)?;
+        let hidden = sum_of_products(OP, &[(plain(&rows), transposed(&self.lora_a))], self.scaling, None)?;
+        let terms = [(plain(&rows), transposed(&self.weight)), (plain(&hidden), transposed(&self.lora_b))];
+        let y = sum_of_products(OP, &terms, 1.0, self.bias.as_ref())?;
         let mut shape = x.size();
         if let (Some(last), Some(&out)) = (shape.last_mut(), self.weight.size().first()) {
             *last = out;
@@ -90,16 +91,17 @@ impl Layer {
     pub fn backward(&self, grad: &Tensor, x: &Tensor, hidden: &Tensor, wanted: [bool; 3]) -> Result<Gradients> {
         let [x_wanted, a_wanted, b_wanted] = wanted;
         let grad_rows = flatten(grad)?;
-        let lora_b = b_wanted.then(|| grad_rows.f_tr()?.f_mm(hidden)).transpose().during(OP)?;
+        let product = |a, b| sum_of_products(OP, &[(a, b)], 1.0, None);
+        let lora_b = b_wanted.then(|| product(transposed(&grad_rows), plain(hidden))).transpose()?;
         let mut gradients = Gradients { x: None, lora_a: None, lora_b };
         if x_wanted || a_wanted {
-            let inner = scaled(grad_rows.f_mm(&self.lora_b).during(OP)?, self.scaling)?;
+            let inner = sum_of_products(OP, &[(plain(&grad_rows), plain(&self.lora_b))], self.scaling, None)?;
             if a_wanted {
-                gradients.lora_a = Some(inner.f_tr().during(OP)?.f_mm(&flatten(x)?).during(OP)?);
+                gradients.lora_a = Some(product(transposed(&inner), plain(&flatten(x)?))?);
             }
             if x_wanted {
-                let mut dx = grad_rows.f_mm(&self.weight).during(OP)?;
-                let _ = dx.f_addmm_(&inner, &self.lora_a).during(OP)?;
+                let terms = [(plain(&grad_rows), plain(&self.weight)), (plain(&inner), plain(&self.lora_a))];
+                let dx = sum_of_products(OP, &terms, 1.0, None)?;
                 gradients.x = Some(dx.f_view(x.size().as_slice()).during(OP)?);
             }
         }
@@ -112,11 +114,4 @@ fn flatten(tensor: &Tensor) -> Result<Tensor> {
     let last = tensor.size().last().copied().unwrap_or(1);
     let rows: i64 = tensor.size().iter().rev().skip(1).product();
     tensor.f_reshape([rows, last]).during(OP)
-}
-
-fn scaled(mut tensor: Tensor, scaling: f64) -> Result<Tensor> {
-    if scaling != 1.0 {
-        let _ = tensor.f_mul_scalar_(scaling).during(OP)?;
-    }
-    Ok(tensor)
 }

@@ -1,0 +1,146 @@
+//! Sums of matrix products of tensors: C = scale sum_i A_i B_i + b.
+
+use tch::Tensor;
+
+use crate::error::{Result, TorchContext};
+
+/// A [rows, columns] matrix, or its transpose.
+#[derive(Clone, Copy, Debug)]
+pub struct Factor<'t> {
+    tensor: &'t Tensor,
+    transposed: bool,
+}
+
+/// The matrix itself.
+pub fn plain(tensor: &Tensor) -> Factor<'_> {
+    Factor { tensor, transposed: false }
+}
+
+/// The matrix's transpose.
+pub fn transposed(tensor: &Tensor) -> Factor<'_> {
+    Factor { tensor, transposed: true }
+}
+
+impl Factor<'_> {
+    fn as_tensor(self) -> tch::Result<Tensor> {
+        if self.transposed {
+            self.tensor.f_tr()
+        } else {
+            Ok(self.tensor.shallow_clone())
+        }
+    }
+}
+
+/// C [m, n] of at least one term, with b [n] added to every row.
+///
+/// The kernel of `cpu::matmul` where it is faster, else libtorch's products, the later ones added in place.
+pub fn sum_of_products(
+    op: &'static str,
+    terms: &[(Factor<'_>, Factor<'_>)],
+    scale: f64,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    if let Some(sum) = by_kernel::sum(op, terms, scale, bias)? {
+        return Ok(sum);
+    }
+    by_library(terms, scale, bias).during(op)
+}
+
+fn by_library(terms: &[(Factor<'_>, Factor<'_>)], scale: f64, bias: Option<&Tensor>) -> tch::Result<Tensor> {
+    let mut sum: Option<Tensor> = None;
+    for (a, b) in terms {
+        let (a, right) = (a.as_tensor()?, b.as_tensor()?);
+        match &mut sum {
+            None if b.transposed && scale == 1.0 => sum = Some(a.f_linear(b.tensor, bias)?),
+            None => {
+                let mut product = a.f_mm(&right)?;
+                if scale != 1.0 {
+                    let _ = product.f_mul_scalar_(scale)?;
+                }
+                if let Some(bias) = bias {
+                    let _ = product.f_add_(bias)?;
+                }
+                sum = Some(product);
+            }
+            Some(sum) if scale == 1.0 => drop(sum.f_addmm_(&a, &right)?),
+            Some(sum) => drop(sum.f_add_(&a.f_mm(&right)?.f_mul_scalar(scale)?)?),
+        }
+    }
+    sum.ok_or_else(|| tch::TchError::Shape("a sum needs a term".into()))
+}
+
+#[cfg(target_arch = "x86_64")]
+mod by_kernel {
+    use tch::{Device, Kind, Tensor};
+
+    use super::Factor;
+    use crate::cpu::matmul::{beats_library, matmul, Matrix};
+    use crate::cpu::Elements;
+    use crate::error::{CatError, Result, TorchContext};
+    use crate::ops::threads;
+    use crate::tensor::{elements, elements_mut};
+
+    /// Below this many multiplications the library's lower cost of a call decides.
+    const FEWEST: i64 = 1 << 16;
+    /// With fewer rows or columns, reading the other matrix is what takes the time.
+    const NARROWEST: i64 = 4;
+
+    pub fn sum(
+        op: &'static str,
+        terms: &[(Factor<'_>, Factor<'_>)],
+        scale: f64,
+        bias: Option<&Tensor>,
+    ) -> Result<Option<Tensor>> {
+        let Some((first, last)) = terms.first().map(|(a, b)| (shape(*a), shape(*b))) else { return Ok(None) };
+        let (Some([rows, inner]), Some([_, columns])) = (first, last) else { return Ok(None) };
+        let tensors = || terms.iter().flat_map(|(a, b)| [a.tensor, b.tensor]).chain(bias);
+        if rows.min(columns) < NARROWEST
+            || rows * inner * columns < FEWEST
+            || !beats_library()
+            || !tensors().all(|tensor| tensor.f_kind().is_ok_and(|kind| kind == Kind::Float) && tensor.is_contiguous())
+        {
+            return Ok(None);
+        }
+        let terms: Result<Vec<_>> = terms.iter().map(|(a, b)| Ok((matrix(op, *a)?, matrix(op, *b)?))).collect();
+        let bias = bias.map(|bias| values(op, bias)).transpose()?;
+        let mut out = Tensor::f_empty([rows, columns], (Kind::Float, Device::Cpu)).during(op)?;
+        let sums = elements_mut(op, &mut out)?.typed::<f32>();
+        let sums = sums.ok_or_else(|| CatError::torch_message(op, "the output changed its dtype"))?;
+        // SAFETY: the only use of the output.
+        let sums = unsafe { sums.range(0, sums.len()) };
+        matmul(op, threads(), sums, &terms?, scale as f32, bias)?;
+        Ok(Some(out))
+    }
+
+    fn matrix<'t>(op: &'static str, factor: Factor<'t>) -> Result<Matrix<'t>> {
+        let &[rows, columns] = factor.tensor.size().as_slice() else {
+            return Err(CatError::shape(op, "a factor", "[rows, columns]", &factor.tensor.size()));
+        };
+        let matrix = Matrix::new(values(op, factor.tensor)?, rows as usize, columns as usize);
+        Ok(if factor.transposed { matrix.transposed() } else { matrix })
+    }
+
+    fn values<'t>(op: &'static str, tensor: &'t Tensor) -> Result<&'t [f32]> {
+        match elements(op, tensor)? {
+            Elements::F32(values) => Ok(values),
+            _ => Err(CatError::torch_message(op, "a factor changed its dtype")),
+        }
+    }
+
+    fn shape(factor: Factor<'_>) -> Option<[i64; 2]> {
+        let &[rows, columns] = factor.tensor.size().as_slice() else { return None };
+        Some(if factor.transposed { [columns, rows] } else { [rows, columns] })
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod by_kernel {
+    use tch::Tensor;
+
+    use super::Factor;
+    use crate::error::Result;
+
+    pub fn sum(_: &'static str, _: &[(Factor<'_>, Factor<'_>)], _: f64, _: Option<&Tensor>) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+}
