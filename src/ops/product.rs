@@ -93,15 +93,18 @@ mod by_kernel {
     ) -> Result<Option<Tensor>> {
         let Some((first, last)) = terms.first().map(|(a, b)| (shape(*a), shape(*b))) else { return Ok(None) };
         let (Some([rows, inner]), Some([_, columns])) = (first, last) else { return Ok(None) };
-        let tensors = || terms.iter().flat_map(|(a, b)| [a.tensor, b.tensor]).chain(bias);
-        if rows.min(columns) < NARROWEST
-            || rows * inner * columns < FEWEST
-            || !beats_library()
-            || !tensors().all(|tensor| tensor.f_kind().is_ok_and(|kind| kind == Kind::Float) && tensor.is_contiguous())
+        if rows.min(columns) < NARROWEST || rows * inner * columns < FEWEST || !beats_library() {
+            return Ok(None);
+        }
+        let is_float = |tensor: &Tensor| tensor.f_kind().is_ok_and(|kind| kind == Kind::Float);
+        if !bias.is_none_or(|bias| is_float(bias) && bias.is_contiguous())
+            || !terms.iter().all(|(a, b)| is_float(a.tensor) && is_float(b.tensor))
         {
             return Ok(None);
         }
-        let terms: Result<Vec<_>> = terms.iter().map(|(a, b)| Ok((matrix(op, *a)?, matrix(op, *b)?))).collect();
+        let terms: Option<Vec<_>> = terms.iter().map(|(a, b)| Some((dense(*a)?, dense(*b)?))).collect();
+        let Some(terms) = terms else { return Ok(None) };
+        let terms: Result<Vec<_>> = terms.iter().map(|(a, b)| Ok((matrix(op, a)?, matrix(op, b)?))).collect();
         let bias = bias.map(|bias| values(op, bias)).transpose()?;
         let mut out = Tensor::f_empty([rows, columns], (Kind::Float, Device::Cpu)).during(op)?;
         let sums = elements_mut(op, &mut out)?.typed::<f32>();
@@ -112,12 +115,21 @@ mod by_kernel {
         Ok(Some(out))
     }
 
-    fn matrix<'t>(op: &'static str, factor: Factor<'t>) -> Result<Matrix<'t>> {
-        let &[rows, columns] = factor.tensor.size().as_slice() else {
-            return Err(CatError::shape(op, "a factor", "[rows, columns]", &factor.tensor.size()));
+    /// The factor over a contiguous tensor, itself or its transpose; `None` for other strides.
+    fn dense(factor: Factor<'_>) -> Option<(Tensor, bool)> {
+        if factor.tensor.is_contiguous() {
+            return Some((factor.tensor.shallow_clone(), factor.transposed));
+        }
+        let transposed = factor.tensor.f_tr().ok()?;
+        transposed.is_contiguous().then_some((transposed, !factor.transposed))
+    }
+
+    fn matrix<'t>(op: &'static str, (tensor, transposed): &'t (Tensor, bool)) -> Result<Matrix<'t>> {
+        let &[rows, columns] = tensor.size().as_slice() else {
+            return Err(CatError::shape(op, "a factor", "[rows, columns]", &tensor.size()));
         };
-        let matrix = Matrix::new(values(op, factor.tensor)?, rows as usize, columns as usize);
-        Ok(if factor.transposed { matrix.transposed() } else { matrix })
+        let matrix = Matrix::new(values(op, tensor)?, rows as usize, columns as usize);
+        Ok(if *transposed { matrix.transposed() } else { matrix })
     }
 
     fn values<'t>(op: &'static str, tensor: &'t Tensor) -> Result<&'t [f32]> {
