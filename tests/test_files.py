@@ -814,3 +814,19 @@ def test_convert_looks_layers_up_in_the_model(
 def test_convert_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "a"]) == 2
     assert capsys.readouterr().err == "cat-rs: cat-rs convert: missing OUTPUT, --to\n"
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_the_same_adapter_gives_the_same_bytes(format: str, tmp_path: Path) -> None:
+    model = randomize_b(add_lora(tiny_unet()))
+    facts = {"base_model": "tiny", "trigger": {"sks": "cat"}, "steps": 3, "lr": 1e-4, "rank": 4}
+    files = [
+        Path(cat_rs.save_lora(tmp_path / f"{index}.safetensors", model, format=format, family="sd", metadata=facts))
+        for index in range(6)
+    ]
+    first, *others = (file.read_bytes() for file in files)
+    assert all(other == first for other in others)
+    length = int.from_bytes(first[:8], "little")
+    assert length % 8 == 0
+    with safe_open(files[0], "pt") as opened:
+        assert list(opened.keys())

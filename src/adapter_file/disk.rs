@@ -1,7 +1,7 @@
 //! Safetensors files: read whole, written under a temporary name and renamed.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -65,7 +65,20 @@ pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &Metadata) -> 
     let metadata: HashMap<String, String> = metadata.clone().into_iter().collect();
     let bytes = safetensors::serialize(views, Some(metadata))
         .map_err(|error| CatError::adapter(WRITE, format!("{}: {}", path.display(), reason(&error))))?;
-    replace(path, &bytes).map_err(|source| CatError::io(WRITE, path, source))
+    replace(path, &in_order(&bytes)?).map_err(|source| CatError::io(WRITE, path, source))
+}
+
+/// The same file with the keys of its header in order: that of a hash map differs from file to file.
+fn in_order(file: &[u8]) -> Result<Vec<u8>> {
+    let broken = || CatError::adapter(WRITE, "the header that was made cannot be read");
+    let (length, rest) = file.split_first_chunk().ok_or_else(broken)?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| broken())?;
+    let (header, data) = rest.split_at_checked(length).ok_or_else(broken)?;
+    let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).map_err(|_| broken())?;
+    let mut header = serde_json::to_vec(&header).map_err(|_| broken())?;
+    // As the format asks for, tensors begin at a multiple of 8.
+    header.resize(header.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
+    Ok([&(header.len() as u64).to_le_bytes(), header.as_slice(), data].concat())
 }
 
 /// A tensor's bytes as safetensors takes them.
