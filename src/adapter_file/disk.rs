@@ -58,6 +58,9 @@ pub fn read(path: &Path) -> Result<(NamedTensors, Metadata)> {
 
 /// Writes a safetensors file; an old file of that name stays until the new one is whole.
 pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &Metadata) -> Result<()> {
+    if tensors.is_empty() {
+        return Err(CatError::adapter(WRITE, format!("{}: expected tensors to write, got none", path.display())));
+    }
     let mut views = Vec::with_capacity(tensors.len());
     for (name, tensor) in tensors {
         views.push((name.as_str(), Bytes::of(name, tensor)?));
@@ -296,6 +299,10 @@ mod tests {
         }
     }
 
+    fn one() -> [(String, Tensor); 1] {
+        [("a".to_owned(), Tensor::zeros([2], (Kind::Float, tch::Device::Cpu)))]
+    }
+
     #[test]
     fn missing_files_and_folders_are_io_errors() {
         let folder = Folder::new("missing");
@@ -308,7 +315,7 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
-        let error = write(&folder.0.join("absent/a.safetensors"), &[], &Metadata::new()).unwrap_err();
+        let error = write(&folder.0.join("absent/a.safetensors"), &one(), &Metadata::new()).unwrap_err();
         assert!(matches!(error, CatError::Io { .. }), "{error:?}");
     }
 
@@ -318,7 +325,7 @@ mod tests {
         let path = folder.file(b"old");
         // The temporary name is taken by a folder, so that the file cannot be created.
         fs::create_dir(folder.0.join(".unfinished-adapter.safetensors")).unwrap();
-        assert!(write(&path, &[], &Metadata::new()).is_err());
+        assert!(matches!(write(&path, &one(), &Metadata::new()).unwrap_err(), CatError::Io { .. }));
         assert_eq!(fs::read(&path).unwrap(), b"old");
     }
 
