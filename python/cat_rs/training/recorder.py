@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from cat_rs.processes import Processes
 from cat_rs.training.errors import TrainingError
 from cat_rs.training.log import MetricsLog
-from cat_rs.training.processes import Processes
 
 FIGURES = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
 

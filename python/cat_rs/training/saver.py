@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from cat_rs.files import DIFFUSERS_FILE, save_lora
+from cat_rs.processes import Processes
 from cat_rs.training.checkpoint import CheckpointFolder
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
-from cat_rs.training.processes import Processes
 from cat_rs.training.run import TrainingRun
 
 

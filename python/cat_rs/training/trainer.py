@@ -12,6 +12,7 @@ import torch
 
 from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
+from cat_rs.processes import Processes
 from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import CaptionPairs, fill_template, pair_captions
 from cat_rs.training.checkpoint import CheckpointFolder, load_state
@@ -21,7 +22,6 @@ from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInter
 from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
-from cat_rs.training.processes import Processes
 from cat_rs.training.recorder import Recorder
 from cat_rs.training.run import TrainingRun
 from cat_rs.training.saver import Saver

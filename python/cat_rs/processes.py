@@ -1,4 +1,4 @@
-"""The processes of one training run: which one writes, and what all have to agree on."""
+"""The processes of one training or evaluation: which one writes, and what all have to agree on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes that `torchrun` or `accelerate launch` started for this run; a single one without them.
+    """The processes that `torchrun` or `accelerate launch` started; a single one without them.
 
     The methods that pass something on are collective: every process calls them, in the same order.
 
@@ -37,6 +37,13 @@ class Processes:
         self.is_main = rank == 0
 
     @classmethod
+    def current(cls) -> Processes:
+        """The processes of torch.distributed's default group; a single one where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+    @classmethod
     def joined(cls, device: torch.device) -> Processes:
         """Join the processes that a launcher started; they stay joined until they end.
 
@@ -52,7 +59,7 @@ class Processes:
             if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ:
                 raise ConfigError(
                     "processes: expected the number given to accelerate launch, got 1, as --cpu starts without "
-                    "--mpirun_hostfile; start them with torchrun --nproc-per-node N -m cat_rs.cli train"
+                    "--mpirun_hostfile; start them with torchrun --nproc-per-node N -m cat_rs.cli COMMAND"
                 )
             return cls()
         from accelerate import PartialState
@@ -83,6 +90,24 @@ class Processes:
         values = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def together(self, act: Callable[[], T]) -> list[T]:
+        """Call `act` in every process; what they return, by rank.
+
+        What this package raises in one of them is raised in all, once all are done.
+        """
+        if self.count == 1:
+            return [act()]
+        outcome: tuple[Any, CatRsError | None]
+        try:
+            outcome = act(), None
+        except CatRsError as error:
+            outcome = None, error
+        outcomes = self.gathered(outcome)
+        for _, failure in outcomes:
+            if failure is not None:
+                raise failure
+        return [result for result, _ in outcomes]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over the processes; not finite where one of the values is not."""
