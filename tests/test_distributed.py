@@ -6,14 +6,12 @@ each test looks at what one scenario left.
 
 from __future__ import annotations
 
-import datetime
 import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +26,14 @@ from cat_rs import distributed
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, InvalidValueError
 from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
+from cat_rs.processes import Processes
 from cat_rs.training import TrainConfig, train
 from cat_rs.training.cache import TrainingCache
 from cat_rs.training.order import ShuffledOrder
-from cat_rs.training.processes import Processes
 from cat_rs.training.run import TrainingRun
 from tests.conftest import draw_picture
 from tests.models import add_lora, batch, lora_parameters, tiny_unet
+from tests.ranks import RANKS, TIMEOUT, join_group, on_ranks
 
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
@@ -42,9 +41,6 @@ pytest.importorskip("accelerate")
 if not dist.is_available():
     pytest.skip("this PyTorch is built without torch.distributed", allow_module_level=True)
 
-RANKS = 2
-TIMEOUT = 240
-"""Seconds until processes that wait for each other count as hanging."""
 TOLERANCE = 2e-5
 """Of the size of the adapter's change: the sum over the batch is rounded in another order, and Adam divides by it."""
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
@@ -379,36 +375,12 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
     return results
 
 
-def join_group(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS))
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=TIMEOUT / 2),
-    )
-
-
 def run_everything(rank: int, folder: Path, model: Path) -> None:
     join_group(rank, folder)
     counter = Counter()
     results: dict[Any, Any] = {scenario.__name__: scenario(rank, counter) for scenario in SCENARIOS}
     torch.save(results | run_trainings(rank, folder, model), folder / f"results-{rank}.pt")
     dist.destroy_process_group()
-
-
-def on_ranks(work: Callable[..., None], folder: Path, *arguments: Any) -> list[Any]:
-    """Runs `work(rank, folder, *arguments)` in a process for each rank; what each saved in `results-<rank>.pt`."""
-    context = torch.multiprocessing.spawn(work, (folder, *arguments), nprocs=RANKS, join=False)
-    deadline = time.monotonic() + TIMEOUT
-    while not context.join(timeout=max(0.0, deadline - time.monotonic())):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"the processes did not end within {TIMEOUT} s")
-    return [torch.load(folder / f"results-{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,12 @@ def pipeline(tiny_pipeline_dir: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(tiny_pipeline_dir, safety_checker=None)
 
 
+@pytest.fixture
+def counting(pipeline: Any) -> CountingPipeline:
+    """The same, with its calls counted."""
+    return CountingPipeline(pipeline)
+
+
 @pytest.fixture(scope="session")
 def adapter_dir(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an adapter that changes the pictures, as training writes it."""
@@ -80,7 +86,40 @@ def config() -> EvaluationConfig:
     return EvaluationConfig(num_inference_steps=2, guidance_scale=2.0, seeds=(0, 1, 5), batch_size=4)
 
 
-def write_adapter(pipeline_dir: Path, folder: Path) -> Path:
+@pytest.fixture
+def concept_images() -> list[Image.Image]:
+    """Three pictures of random colours."""
+    return [noise_picture(seed) for seed in range(3)]
+
+
+class Stopped(BaseException):
+    """Stands for a kill."""
+
+
+class CountingPipeline:
+    """Passes everything on to a pipeline and counts the pictures it is asked for.
+
+    Attributes:
+        pictures: The adapters and the number of pictures of each call.
+        stop_at: The number of the call that stops the program instead.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self.pictures: list[tuple[tuple[str, ...], int]] = []
+        self.stop_at: int | None = None
+
+    def __call__(self, **arguments: Any) -> Any:
+        if len(self.pictures) == self.stop_at:
+            raise Stopped
+        self.pictures.append((tuple(self._pipeline.get_list_adapters()), len(arguments["prompt"])))
+        return self._pipeline(**arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+
+def write_adapter(pipeline_dir: Path, folder: Path, seed: int = 4) -> Path:
     """Write a LoRA with random weights on both sides."""
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig
@@ -88,7 +127,7 @@ def write_adapter(pipeline_dir: Path, folder: Path) -> Path:
 
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_dir, safety_checker=None)
     pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(seed)
     layers = {
         name: torch.randn(weight.shape, generator=generator)
         for name, weight in get_peft_model_state_dict(pipeline.unet).items()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import cat_rs
 from cat_rs.evaluation import (
     EvaluationConfig,
     EvaluationFileError,
@@ -74,6 +75,19 @@ def test_adapter_is_unloaded_after_an_error(pipeline: Any, adapter_dir: Path) ->
     with pytest.raises(KeyboardInterrupt), adapter_loaded(pipeline, adapter_dir):
         raise KeyboardInterrupt
     assert pipeline.get_list_adapters() == {}
+
+
+def test_dropout_of_an_adapter_is_off(pipeline: Any, config: EvaluationConfig, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["to_q"]))
+    file = cat_rs.save_lora(tmp_path, pipeline.unet)
+    pipeline.unload_lora_weights()
+    with adapter_loaded(pipeline, file):
+        dropouts = [module for module in pipeline.unet.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+        assert {(module.p, module.training) for module in dropouts} == {(0.5, False)}
+    first, second = (generate_pictures(pipeline, PROMPTS, config, adapter=file, progress=False) for _ in range(2))
+    assert torch.equal(first.latents, second.latents)
 
 
 def test_pipeline_with_an_adapter_is_refused(pipeline: Any, config: EvaluationConfig, adapter_dir: Path) -> None:

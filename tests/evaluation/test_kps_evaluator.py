@@ -120,5 +120,5 @@ def test_unusable_arguments_are_refused(tiny_clip_dir: Path, tmp_path: Path) -> 
         KpsEvaluator(3)  # type: ignore[arg-type]
     with pytest.raises(EvaluationInputError, match="texts: expected at least one"):
         KpsEvaluator(tiny_clip_dir).embed_texts([])
-    with pytest.raises(EvaluationFileError, match="expected a CLIPModel with its processor"):
+    with pytest.raises(EvaluationFileError, match="expected a CLIP, SigLIP or DINOv2 model with its processor"):
         KpsEvaluator(tmp_path)

@@ -23,27 +23,7 @@ from cat_rs.evaluation import (
     evaluate,
 )
 
-from .conftest import noise_picture
-
-
-@pytest.fixture
-def concept_images() -> list[Image.Image]:
-    return [noise_picture(seed) for seed in range(3)]
-
-
-class CountingPipeline:
-    """Passes everything on to a pipeline and counts the pictures it is asked for."""
-
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-        self.pictures: list[tuple[tuple[str, ...], int]] = []
-
-    def __call__(self, **arguments: Any) -> Any:
-        self.pictures.append((tuple(self._pipeline.get_list_adapters()), len(arguments["prompt"])))
-        return self._pipeline(**arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
+from .conftest import CountingPipeline
 
 
 @pytest.fixture

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cat_rs.commands.sampling import SamplingSettings
+from cat_rs.distributed import is_main, leave
 from cat_rs.options import ConfigError, option
+
+if TYPE_CHECKING:
+    from cat_rs.evaluation import EvaluationResult
 
 _WHAT = "model and adapters"
 _PROMPTS = "prompts"
@@ -22,9 +27,19 @@ class Settings(SamplingSettings):
     )
     data: str = option(group=_WHAT, help="folder of the concept's pictures, for identity", metavar="FOLDER")
     encoder: str = option(
-        "openai/clip-vit-large-patch14", group=_WHAT, help="CLIP model: a folder or a hub id", metavar="DIR_OR_ID"
+        "openai/clip-vit-large-patch14",
+        group=_WHAT,
+        help="CLIP, SigLIP or DINOv2: a folder or a hub id",
+        metavar="DIR_OR_ID",
     )
     output_dir: str = option("evaluation", group=_WHAT, help="folder for the results", metavar="DIR")
+    cache: str | None = option(
+        None,
+        group=_WHAT,
+        help="folder that keeps pictures and embeddings, for other evaluations and to go on after a kill; "
+        "cache in the output folder if not given",
+        metavar="DIR",
+    )
 
     prompts: str = option(
         group=_PROMPTS,
@@ -45,21 +60,42 @@ class Settings(SamplingSettings):
 
 
 def run(settings: Settings) -> None:
-    """Print the table; write results.json and contact_sheet.png."""
-    from cat_rs.evaluation import ClipEncoder, EvaluationPrompts, evaluate
+    """Print the table and the comparisons; write results.json and contact_sheet.png."""
     from cat_rs.report import contact_sheet, print_table
 
-    adapters = settings.named_adapters()
-    config = settings.evaluation_config()
-    prompts = EvaluationPrompts.load(
-        settings.prompts, trigger_words=settings.trigger, class_word=settings.class_word, concept=settings.concept
-    )
-    pipeline = settings.load_pipeline(settings.model)
-    encoder = ClipEncoder.from_pretrained(settings.encoder, device=pipeline.device)
-    result = evaluate(pipeline, adapters, prompts, encoder, concept_images=settings.data, config=config)
+    try:
+        result = _evaluate(settings)
+        reports = is_main()
+    finally:
+        leave()
+    if not reports:
+        return
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     result.save(output / "results.json")
     contact_sheet(result, output / "contact_sheet.png")
     print_table(result)
     print(f"results: {output / 'results.json'}, pictures: {output / 'contact_sheet.png'}")
+
+
+def _evaluate(settings: Settings) -> EvaluationResult:
+    """Evaluate, in all processes that a launcher started."""
+    from cat_rs.evaluation import EvaluationPrompts, evaluate, load_encoder
+
+    adapters = settings.named_adapters()
+    config = settings.evaluation_config()
+    prompts = EvaluationPrompts.load(
+        settings.prompts, trigger_words=settings.trigger, class_word=settings.class_word, concept=settings.concept
+    )
+    processes = settings.join_processes()
+    pipeline = settings.load_pipeline(settings.model, processes)
+    return evaluate(
+        pipeline,
+        adapters,
+        prompts,
+        load_encoder(settings.encoder, device=pipeline.device),
+        concept_images=settings.data,
+        config=config,
+        cache=settings.cache or Path(settings.output_dir, "cache"),
+        processes=processes,
+    )

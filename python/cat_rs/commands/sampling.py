@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cat_rs.options import option
+from cat_rs.processes import Processes
 
 SAMPLING = "sampling"
 MACHINE = "machine"
@@ -39,10 +40,19 @@ class SamplingSettings:
             batch_size=self.picture_batch,
         )
 
-    def load_pipeline(self, model: str) -> Any:
-        """Load a model onto the chosen device."""
+    def join_processes(self) -> Processes:
+        """Join the processes that a launcher started."""
+        from cat_rs.training.model import choose_device
+
+        return Processes.joined(choose_device(self.device))
+
+    def load_pipeline(self, model: str, processes: Processes | None = None) -> Any:
+        """Load a model onto the chosen device; of several processes, each takes its own GPU."""
         import torch
 
         from cat_rs.training.model import choose_device, load_pipeline
 
-        return load_pipeline(model, getattr(torch, self.dtype), choose_device(self.device))
+        device = choose_device(self.device)
+        if processes is not None and processes.count > 1 and device == torch.device("cuda"):
+            device = torch.device("cuda", processes.local_rank)
+        return load_pipeline(model, getattr(torch, self.dtype), device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from cat_rs.evaluation.config import EvaluationConfig
-from cat_rs.evaluation.encoder import CallableEncoder, ClipEncoder, Encoder
+from cat_rs.evaluation.encoder import CallableEncoder, ClipEncoder, Dinov2Encoder, Encoder, load_encoder
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.evaluation.generation import PictureGrid, adapter_loaded, generate_pictures, save_pictures
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
 from cat_rs.evaluation.pictures import Pictures, load_pictures
 from cat_rs.evaluation.prompts import EvaluationPrompts
 from cat_rs.evaluation.result import (
+    Comparison,
     EvaluationPictures,
     EvaluationResult,
     Interval,
@@ -22,6 +23,8 @@ from cat_rs.evaluation.runner import evaluate
 __all__ = [
     "CallableEncoder",
     "ClipEncoder",
+    "Comparison",
+    "Dinov2Encoder",
     "Encoder",
     "EvaluationConfig",
     "EvaluationFileError",
@@ -39,6 +42,7 @@ __all__ = [
     "adapter_loaded",
     "evaluate",
     "generate_pictures",
+    "load_encoder",
     "load_pictures",
     "save_pictures",
 ]

@@ -1,4 +1,4 @@
-"""Image and text embeddings from a transformers CLIP, or image embeddings from any callable."""
+"""Image and text embeddings from a transformers CLIP or SigLIP; image embeddings from DINOv2 or any callable."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import torch
 from PIL import Image
 
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
+from cat_rs.evaluation.fingerprint import canonical_json, fingerprint, installed_versions
 
 ImageEncoder: TypeAlias = Callable[[list[Image.Image]], torch.Tensor]
 """Takes RGB PIL images, returns embeddings [N, D]."""
 
 EncoderSource: TypeAlias = "str | os.PathLike[str] | tuple[Any, Any] | ImageEncoder | Encoder"
-"""A folder or hub name of a CLIPModel with its CLIPProcessor, the pair (model, processor), or a callable."""
+"""A folder or hub name of a CLIP, SigLIP or DINOv2 model, the pair (model, processor), or a callable."""
 
 
 class Encoder(Protocol):
-    """What the evaluation needs of an encoder. Batches are made by the caller."""
+    """What the evaluation needs of an encoder. Batches are made by the caller.
+
+    If it also has `fingerprint() -> str`, which changes with what it returns, an evaluation's cache keeps embeddings.
+    """
 
     name: str
     has_text: bool
@@ -32,8 +36,8 @@ class Encoder(Protocol):
         """Embed one batch of texts to [N, D], in the space of the pictures."""
 
 
-class ClipEncoder:
-    """A transformers CLIPModel; pictures and texts are prepared by its own CLIPProcessor.
+class TransformersEncoder:
+    """A transformers model; pictures and texts are prepared by its own processor.
 
     Args:
         model: The model; it is put into evaluation mode, and moved if a device is given.
@@ -42,48 +46,83 @@ class ClipEncoder:
         name: What reports call this encoder.
     """
 
-    has_text = True
-
-    def __init__(self, model: Any, processor: Any, *, device: torch.device | str | None = None, name: str = "CLIP"):
+    def __init__(self, model: Any, processor: Any, *, device: torch.device | str | None = None, name: str):
         self.name = name
         self._model = (model if device is None else model.to(device)).eval()
         self._processor = processor
 
+    def fingerprint(self) -> str:
+        """Return what tells the embeddings of this encoder from those of others."""
+        return fingerprint(
+            {
+                "model": self._model,
+                "image_processor": getattr(self._processor, "image_processor", self._processor),
+                "tokenizer": getattr(self._processor, "tokenizer", None),
+                "device": self._model.device.type,
+                "versions": canonical_json(installed_versions("transformers", "pillow")),
+            }
+        )
+
+    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        inputs = self._processor(images=list(images), return_tensors="pt")
+        pixels: torch.Tensor = inputs["pixel_values"].to(self._model.device, self._model.dtype)
+        return pixels
+
+
+class ClipEncoder(TransformersEncoder):
+    """A CLIPModel or a SiglipModel with its processor: pictures and texts in one space."""
+
+    has_text = True
+
+    def __init__(self, model: Any, processor: Any, *, device: torch.device | str | None = None, name: str = "CLIP"):
+        super().__init__(model, processor, device=device, name=name)
+
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> ClipEncoder:
-        """Load a folder (or hub name) that holds a CLIPModel and its CLIPProcessor."""
-        from transformers import CLIPModel, CLIPProcessor
-
-        try:
-            model = CLIPModel.from_pretrained(path)
-            processor = CLIPProcessor.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise EvaluationFileError(
-                f"encoder: expected a CLIPModel with its processor in {path}: {error}"
-            ) from error
-        return cls(model, processor, device=device, name=Path(path).name)
+        """Load a folder (or hub name) that holds such a model and its processor; it computes in float32."""
+        encoder = load_encoder(path, device=device)
+        if not isinstance(encoder, cls):
+            raise EvaluationInputError(f"encoder: expected a model with a text side in {path}, got {encoder.name}")
+        return encoder
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Embed one batch of RGB pictures to [N, D]."""
-        inputs = self._processor(images=list(images), return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self._model.device, self._model.dtype)
-        return _features(self._model.get_image_features(pixel_values=pixels))
+        return _features(self._model.get_image_features(pixel_values=self._pixels(images)))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Embed one batch of texts to [N, D]; texts beyond the model's length are cut."""
+        # SigLIP was trained on texts padded to its full length, without a mask.
+        whole_length = self._model.config.model_type == "siglip"
         inputs = self._processor(
             text=list(texts),
-            padding=True,
+            padding="max_length" if whole_length else True,
             truncation=True,
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
         tokens = inputs.to(self._model.device)
-        return _features(
-            self._model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        )
+        mask = {} if whole_length else {"attention_mask": tokens["attention_mask"]}
+        return _features(self._model.get_text_features(input_ids=tokens["input_ids"], **mask))
+
+
+class Dinov2Encoder(TransformersEncoder):
+    """A Dinov2Model with its image processor: the class token after the last layer norm. It has no text side."""
+
+    has_text = False
+
+    def __init__(self, model: Any, processor: Any, *, device: torch.device | str | None = None, name: str = "DINOv2"):
+        super().__init__(model, processor, device=device, name=name)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Embed one batch of RGB pictures to [N, D]."""
+        return _features(self._model(pixel_values=self._pixels(images)))
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Raise EvaluationInputError: DINOv2 has no text side."""
+        raise EvaluationInputError(f"encoder {self.name}: expected one with a text side, got DINOv2")
 
 
 class CallableEncoder:
@@ -110,6 +149,38 @@ class CallableEncoder:
         raise EvaluationInputError(f"encoder {self.name}: expected one with a text side, got a function of pictures")
 
 
+def load_encoder(
+    path: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> ClipEncoder | Dinov2Encoder:
+    """Load a CLIP, SigLIP or DINOv2 model with its processor; the model's own configuration says which it is.
+
+    It computes in float32, also if its file holds float16: rounding must not pass for drift.
+
+    Args:
+        path: A folder or a hub name.
+        device: Where to run; the CPU if None.
+
+    Raises:
+        EvaluationFileError: There is no such model.
+        EvaluationInputError: The model is of another kind.
+    """
+    import transformers
+
+    try:
+        kind = transformers.AutoConfig.from_pretrained(path).model_type
+        if kind in _MODELS:
+            encoder_class, model_class, processor_class = _MODELS[kind]
+            model = getattr(transformers, model_class).from_pretrained(path).float()
+            processor = getattr(transformers, processor_class).from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise EvaluationFileError(
+            f"encoder: expected a CLIP, SigLIP or DINOv2 model with its processor in {path}: {error}"
+        ) from error
+    if kind not in _MODELS:
+        raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind} in {path}")
+    return encoder_class(model, processor, device=device, name=Path(path).name)
+
+
 def make_encoder(source: EncoderSource, *, device: torch.device | str | None = None) -> Encoder:
     """Make an encoder of a folder, of the pair (model, processor), or of a callable.
 
@@ -118,16 +189,24 @@ def make_encoder(source: EncoderSource, *, device: torch.device | str | None = N
         device: Where to run a model. A callable runs where it likes.
     """
     if isinstance(source, (str, os.PathLike)):
-        return ClipEncoder.from_pretrained(source, device=device)
+        return load_encoder(source, device=device)
     if isinstance(source, tuple) and len(source) == 2:
-        return ClipEncoder(*source, device=device, name=type(source[0]).__name__)
-    if isinstance(source, (ClipEncoder, CallableEncoder)) or hasattr(source, "encode_images"):
+        return _encoder_of_pair(*source, device=device)
+    if hasattr(source, "encode_images"):
         return source  # type: ignore[return-value]
     if callable(source):
         return CallableEncoder(source)
     raise EvaluationInputError(
         f"encoder: expected a folder, (model, processor) or a callable, got {type(source).__name__}"
     )
+
+
+def _encoder_of_pair(model: Any, processor: Any, *, device: torch.device | str | None) -> Encoder:
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in _MODELS:
+        raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind}")
+    encoder_class = _MODELS[kind][0]
+    return encoder_class(model, processor, device=device, name=type(model).__name__)
 
 
 def embed_in_batches(
@@ -157,6 +236,15 @@ def check_embeddings(embeddings: torch.Tensor, names: Sequence[str], what: str) 
     raise EvaluationInputError(f"encoder: expected a finite, non-zero embedding of {what} {names[index]}, got {found}")
 
 
+# The model_type of a configuration -> our class, and those of transformers for the model and its processor.
+_MODELS: dict[str, tuple[type[ClipEncoder] | type[Dinov2Encoder], str, str]] = {
+    "clip": (ClipEncoder, "CLIPModel", "CLIPProcessor"),
+    "siglip": (ClipEncoder, "SiglipModel", "SiglipProcessor"),
+    "dinov2": (Dinov2Encoder, "Dinov2Model", "AutoImageProcessor"),
+    "dinov2_with_registers": (Dinov2Encoder, "Dinov2WithRegistersModel", "AutoImageProcessor"),
+}
+
+
 def _features(output: Any) -> torch.Tensor:
-    """Return the projected embedding: a tensor in transformers 4, an output's `pooler_output` in 5."""
+    """Return the embedding: an output's `pooler_output`; of CLIP and SigLIP a tensor in transformers 4."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output

@@ -44,6 +44,23 @@ class PictureGrid:
         return self.images[prompt * len(self.seeds) + seed]
 
 
+@dataclass(frozen=True)
+class PictureRequest:
+    """One picture to generate: its prompt, the prompt's index among those of its kind, and the seed."""
+
+    prompt: str
+    prompt_index: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class PictureBatch:
+    """The B pictures of one call of the pipeline, and their latents [B, ...], float32 on the CPU."""
+
+    images: tuple[Image.Image, ...]
+    latents: torch.Tensor
+
+
 def picture_generator(prompt_index: int, seed: int) -> torch.Generator:
     """Return the CPU generator of one picture.
 
@@ -71,29 +88,58 @@ def generate_pictures(
         adapter: A LoRA to load for these pictures, see `adapter_loaded`.
         progress: Whether to show a progress bar.
     """
-    total = len(prompts) * len(config.seeds)
+    made = []
     with (
         adapter_loaded(pipeline, adapter),
-        tqdm(total=total, unit="picture", disable=not progress, desc="generate") as bar,
+        tqdm(total=len(prompts) * len(config.seeds), unit="picture", disable=not progress, desc="generate") as bar,
     ):
-        return generate_grid(pipeline, prompts, config, bar)
+        for requests in request_batches(prompts, config):
+            made.append(generate_batch(pipeline, requests, config))
+            bar.update(len(requests))
+    return joined(prompts, config.seeds, made)
 
 
-def generate_grid(pipeline: Any, prompts: Sequence[str], config: EvaluationConfig, bar: Any) -> PictureGrid:
-    """Generate with the pipeline as it is, and counts the pictures on a progress bar."""
+def request_batches(prompts: Sequence[str], config: EvaluationConfig) -> list[tuple[PictureRequest, ...]]:
+    """Return what each call of the pipeline is asked for: fixed slices of the P * S pictures.
+
+    A picture differs by rounding with the others in its call, so the slices depend on nothing else.
+
+    Raises:
+        EvaluationInputError: There is no prompt.
+    """
     if not prompts:
         raise EvaluationInputError("prompts: expected at least one, got none")
-    requests = [(index, seed) for index in range(len(prompts)) for seed in config.seeds]
-    images: list[Image.Image] = []
-    latents: list[torch.Tensor] = []
+    requests = [PictureRequest(prompt, index, seed) for index, prompt in enumerate(prompts) for seed in config.seeds]
+    size = config.batch_size
+    return [tuple(requests[start : start + size]) for start in range(0, len(requests), size)]
+
+
+def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: EvaluationConfig) -> PictureBatch:
+    """Generate in one call, with the pipeline as it is."""
+    last: dict[str, torch.Tensor] = {}
+
+    def keep_latents(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
+        last["latents"] = values["latents"]
+        return {}
+
     with _own_progress_bar_hidden(pipeline):
-        for start in range(0, len(requests), config.batch_size):
-            batch = requests[start : start + config.batch_size]
-            batch_images, batch_latents = _generate_batch(pipeline, prompts, batch, config)
-            images += batch_images
-            latents.append(batch_latents)
-            bar.update(len(batch))
-    return PictureGrid(tuple(prompts), config.seeds, tuple(images), torch.cat(latents))
+        output = pipeline(
+            prompt=[request.prompt for request in requests],
+            generator=[picture_generator(request.prompt_index, request.seed) for request in requests],
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            height=config.height,
+            width=config.width,
+            callback_on_step_end=keep_latents,
+            output_type="pil",
+        )
+    return PictureBatch(tuple(output.images), last["latents"].detach().to("cpu", torch.float32))
+
+
+def joined(prompts: Sequence[str], seeds: Sequence[int], batches: Sequence[PictureBatch]) -> PictureGrid:
+    """Return the pictures of all batches of `request_batches`, in their order."""
+    images = tuple(image for batch in batches for image in batch.images)
+    return PictureGrid(tuple(prompts), tuple(seeds), images, torch.cat([batch.latents for batch in batches]))
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
@@ -156,7 +202,7 @@ def save_pictures(grid: PictureGrid, folder: str | os.PathLike[str]) -> list[Pat
     requests = [(index, seed) for index in range(len(grid.prompts)) for seed in grid.seeds]
     for (index, seed), image in zip(requests, grid.images, strict=True):
         file = target / f"{index:03d}_seed{seed}.png"
-        write_bytes(file, _png(image))
+        write_bytes(file, png(image))
         files.append(file)
         rows.append({"file_name": file.name, "text": grid.prompts[index], "seed": seed})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -164,29 +210,8 @@ def save_pictures(grid: PictureGrid, folder: str | os.PathLike[str]) -> list[Pat
     return files
 
 
-def _generate_batch(
-    pipeline: Any, prompts: Sequence[str], batch: Sequence[tuple[int, int]], config: EvaluationConfig
-) -> tuple[list[Image.Image], torch.Tensor]:
-    last: dict[str, torch.Tensor] = {}
-
-    def keep_latents(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
-        last["latents"] = values["latents"]
-        return {}
-
-    output = pipeline(
-        prompt=[prompts[index] for index, _ in batch],
-        generator=[picture_generator(index, seed) for index, seed in batch],
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        height=config.height,
-        width=config.width,
-        callback_on_step_end=keep_latents,
-        output_type="pil",
-    )
-    return list(output.images), last["latents"].detach().to("cpu", torch.float32)
-
-
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """Return the picture as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -201,6 +226,10 @@ def _load_adapter(pipeline: Any, file: Path) -> None:
         # safetensors, diffusers and PEFT each have errors of their own for a file that does not fit.
         reason = str(error).partition("\n")[0]
         raise EvaluationFileError(f"adapter: {file} cannot be loaded: {reason}") from error
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module) and not part.training:
+            # PEFT adds its layers in training mode: the dropout of an adapter would change its pictures at random.
+            part.eval()
     if not _adapter_names(pipeline):
         # diffusers only warns, and the base model would score a perfect KPS.
         raise EvaluationInputError(f"adapter: expected a LoRA for {type(pipeline).__name__} in {file}, got none")

@@ -8,7 +8,7 @@ import torch
 
 from cat_rs.evaluation.encoder import EncoderSource, check_embeddings, embed_in_batches, make_encoder
 from cat_rs.evaluation.errors import EvaluationInputError
-from cat_rs.evaluation.pictures import Pictures, PictureSource, load_pictures
+from cat_rs.evaluation.pictures import Pictures, PictureSource, check_same_sizes, load_pictures
 from cat_rs.kps import KpsResult, kps
 
 
@@ -26,7 +26,7 @@ class KpsEvaluator:
     publishes only s. A model that learned nothing has KPS 1: read KPS beside identity similarity.
 
     Args:
-        encoder: A folder or hub name of a transformers CLIPModel with its CLIPProcessor, the pair
+        encoder: A folder or hub name of a transformers CLIP, SigLIP or DINOv2 model with its processor, the pair
             (model, processor), or a callable that takes a list of RGB PIL images and returns embeddings [N, D].
         batch_size: Pictures or texts embedded together.
         device: Where the encoder runs; where its model is if None.
@@ -54,6 +54,12 @@ class KpsEvaluator:
     def has_text(self) -> bool:
         """Whether `embed_texts` works."""
         return self._encoder.has_text
+
+    def fingerprint(self) -> str | None:
+        """Return what tells this encoder from others by its content; None where that cannot be told (a callable)."""
+        # An encoder that somebody else wrote need not have one.
+        of_encoder = getattr(self._encoder, "fingerprint", None)
+        return None if of_encoder is None else of_encoder()
 
     def embed_images(self, images: PictureSource | Pictures) -> torch.Tensor:
         """Embed pictures.
@@ -100,7 +106,7 @@ class KpsEvaluator:
             KPS, UPS and TPS, each with an interval.
 
         Raises:
-            EvaluationInputError: The two sides of a pair differ in number, or a picture cannot be embedded.
+            EvaluationInputError: The two sides of a pair differ in number or size, or a picture cannot be embedded.
         """
         no_trigger = self._embed_pair("no_trigger", base_no_trigger, adapted_no_trigger)
         trigger = self._embed_pair("trigger", base_trigger, adapted_trigger)
@@ -113,4 +119,9 @@ class KpsEvaluator:
                 f"score: expected as many pictures in base_{name} as in adapted_{name}, "
                 f"got {len(base_pictures)} and {len(adapted_pictures)}"
             )
+        check_same_sizes(_labelled(base_pictures, f"base_{name}"), _labelled(adapted_pictures, f"adapted_{name}"))
         return self.embed_images(base_pictures), self.embed_images(adapted_pictures)
+
+
+def _labelled(pictures: Pictures, argument: str) -> Pictures:
+    return Pictures(pictures.images, tuple(f"the picture {name} of {argument}" for name in pictures.names))

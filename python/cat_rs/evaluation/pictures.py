@@ -56,6 +56,22 @@ def load_pictures(source: PictureSource | Pictures) -> Pictures:
     return _from_list(source)
 
 
+def check_same_sizes(base: Pictures, adapted: Pictures) -> None:
+    """Raise if the two pictures of a pair differ in size; the error names them.
+
+    Raises:
+        EvaluationInputError: They do.
+    """
+    pairs = zip(base.images, base.names, adapted.images, adapted.names, strict=True)
+    for base_image, base_name, image, name in pairs:
+        if base_image.size != image.size:
+            (width, height), (other_width, other_height) = base_image.size, image.size
+            raise EvaluationInputError(
+                f"pictures: expected the same size in a pair, got {width}x{height} of {base_name} and "
+                f"{other_width}x{other_height} of {name}"
+            )
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return `image` upright and in RGB, transparent parts on white."""
     upright = ImageOps.exif_transpose(image) or image

@@ -9,6 +9,8 @@ The JSON file is one object:
     adapters    {name: scores}
     prompts     one object for each model and prompt: model, prompt, trigger (bool), diversity, and lists over
                 the seeds: similarity (s to the base picture), identity, prompt_similarity, pixel_rmse, latent_rmse
+    comparisons one object for each adapter after the first: a, the first one's name; b, its own name; and the
+                differences b - a, as scores. They follow from `prompts`, and are not read.
 
 Scores map each field of `Scores` to {"value", "low", "high"} (the 95 % bootstrap interval), or to null where the
 measure does not apply. An interval of a single value has null bounds.
@@ -82,6 +84,28 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two adapters on the same prompts and seeds: figures of `b` minus those of `a`, as in `Scores`.
+
+    Each has the interval of the difference, from resampling the pictures of both adapters together: prompts that are
+    hard for both do not widen it. None where a measure does not apply.
+    """
+
+    a: str
+    b: str
+    kps: Interval | None = None
+    ups: Interval | None = None
+    tps: Interval | None = None
+    drift: Interval | None = None
+    identity: Interval | None = None
+    prompt_similarity: Interval | None = None
+    prompt_similarity_no_trigger: Interval | None = None
+    diversity: Interval | None = None
+    pixel_rmse: Interval | None = None
+    latent_rmse: Interval | None = None
+
+
+@dataclass(frozen=True)
 class PromptScores:
     """The figures of one model for one prompt; tuples run over the seeds and are empty where a measure does not apply.
 
@@ -145,6 +169,32 @@ class EvaluationResult:
     prompts: tuple[PromptScores, ...]
     pictures: EvaluationPictures | None = field(default=None, compare=False, repr=False)
 
+    def compare(self, a: str, b: str) -> Comparison:
+        """Compare two adapters: the differences b - a, each with its 95 % bootstrap interval.
+
+        Computed from `prompts`, so that a result read from a file can be compared too.
+
+        Args:
+            a: An adapter's name.
+            b: Another's.
+
+        Raises:
+            EvaluationInputError: There is no such adapter, or it was scored on other prompts or seeds.
+        """
+        # scores.py needs the records of this file.
+        from cat_rs.evaluation.scores import compare_prompts
+
+        for argument, name in (("a", a), ("b", b)):
+            if name not in self.adapters:
+                raise EvaluationInputError(f"{argument}: expected one of {list(self.adapters)}, got {name!r}")
+        rows_a, rows_b = ([row for row in self.prompts if row.model == name] for name in (a, b))
+        return compare_prompts(a, rows_a, b, rows_b)
+
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Compare every adapter after the first with the first."""
+        first, *others = self.adapters or [""]
+        return tuple(self.compare(first, name) for name in others)
+
     def to_json(self) -> str:
         """Return the result without its pictures as JSON, in the form described at the top of this module."""
         content = {
@@ -154,6 +204,13 @@ class EvaluationResult:
             "other_seed": None if self.other_seed is None else _scores_to_dict(self.other_seed),
             "adapters": {name: _scores_to_dict(scores) for name, scores in self.adapters.items()},
             "prompts": [_fields_of(row) for row in self.prompts],
+            "comparisons": [
+                {
+                    name: _interval_to_dict(value) if isinstance(value, Interval) else value
+                    for name, value in row.items()
+                }
+                for row in map(_fields_of, self.comparisons())
+            ],
         }
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -193,7 +250,7 @@ class EvaluationResult:
         return cls.from_json(text)
 
 
-def _fields_of(record: Scores | PromptScores) -> dict[str, Any]:
+def _fields_of(record: Scores | PromptScores | Comparison) -> dict[str, Any]:
     return {item.name: getattr(record, item.name) for item in fields(record)}
 
 

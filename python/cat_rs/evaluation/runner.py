@@ -8,36 +8,21 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from cat_rs.evaluation.cache import EvaluationCache
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.encoder import EncoderSource
 from cat_rs.evaluation.errors import EvaluationInputError
-from cat_rs.evaluation.generation import (
-    PictureGrid,
-    adapter_file,
-    adapter_loaded,
-    generate_grid,
-    require_no_adapter,
-)
+from cat_rs.evaluation.generation import adapter_file, require_no_adapter
+from cat_rs.evaluation.jobs import AdapterPath, Work, by_model, jobs_of
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
 from cat_rs.evaluation.pictures import Pictures, PictureSource, load_pictures
 from cat_rs.evaluation.prompts import EvaluationPrompts
-from cat_rs.evaluation.result import EvaluationPictures, EvaluationResult, ModelPictures
-from cat_rs.evaluation.scores import (
-    Embedded,
-    EmbeddedModel,
-    References,
-    score_adapter,
-    score_base,
-    score_other_seed,
-    score_prompts,
-)
+from cat_rs.evaluation.result import EvaluationPictures, EvaluationResult
+from cat_rs.evaluation.scores import References, score_adapter, score_base, score_other_seed, score_prompts
+from cat_rs.processes import Processes
 
 BASE = "base"
 OTHER_SEED = "other seed"
-
-AdapterPath = str | os.PathLike[str] | None
 
 
 def evaluate(
@@ -48,12 +33,21 @@ def evaluate(
     *,
     concept_images: PictureSource,
     config: EvaluationConfig | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    processes: Processes | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Compare adapters with the base model, on prompts with and without the trigger.
 
     The base model's pictures are generated once; each adapter is loaded, and generates for the same prompts and
     seeds. The pipeline is left as it was found.
+
+    With a cache, only what it lacks is generated and embedded: another adapter costs its own pictures, and an
+    evaluation that was killed goes on where it was. The result is the same with and without a cache, bit for bit, on
+    one machine at one number of threads.
+
+    Under torch.distributed, every process calls this with a pipeline of its own; they take batches in turns, and all
+    get the result of a single process.
 
     Args:
         pipeline: A diffusers pipeline without adapters.
@@ -63,6 +57,9 @@ def evaluate(
         encoder: The judge, see `KpsEvaluator`. Without a text side there is no prompt similarity.
         concept_images: The pictures of the concept that the adapters were trained on.
         config: The sampler settings.
+        cache: A folder for pictures and embeddings, see `EvaluationCache`; made if need be, shared by all processes,
+            and by other evaluations if wanted. Embeddings of a callable are not kept.
+        processes: Those that share the work; if None, those of torch.distributed's default group, or this one alone.
         progress: Whether to show a progress bar that counts pictures.
 
     Returns:
@@ -79,8 +76,19 @@ def evaluate(
     concept = load_pictures(concept_images)
     references = _references(judge, prompts, concept)
 
-    pictures = _generate_all(pipeline, {BASE: None, **adapters}, prompts, config, progress)
-    embedded = {name: _embed_model(judge, name, model) for name, model in pictures.items()}
+    models = {BASE: None, **adapters}
+    jobs = jobs_of(models, prompts, config)
+    work = Work(
+        pipeline,
+        judge,
+        config,
+        None if cache is None else EvaluationCache(cache, pipeline, config),
+        Processes.current() if processes is None else processes,
+        progress,
+    )
+    batches = work.pictures(jobs)
+    embeddings = work.embeddings(jobs, batches)
+    pictures, embedded = by_model(list(models), prompts, config.seeds, jobs, batches, embeddings)
     base = embedded[BASE]
     return EvaluationResult(
         settings=_settings(pipeline, adapters, prompts, judge, config, concept),
@@ -111,38 +119,6 @@ def _references(judge: KpsEvaluator, prompts: EvaluationPrompts, concept: Pictur
         trigger_texts=judge.embed_texts(prompts.class_captions()) if judge.has_text else None,
         no_trigger_texts=judge.embed_texts(prompts.no_trigger) if judge.has_text else None,
     )
-
-
-def _generate_all(
-    pipeline: Any,
-    models: Mapping[str, AdapterPath],
-    prompts: EvaluationPrompts,
-    config: EvaluationConfig,
-    progress: bool,
-) -> dict[str, ModelPictures]:
-    total = len(models) * (len(prompts.trigger) + len(prompts.no_trigger)) * len(config.seeds)
-    pictures = {}
-    with tqdm(total=total, unit="picture", disable=not progress) as bar:
-        for name, path in models.items():
-            bar.set_description(f"generate {name}")
-            with adapter_loaded(pipeline, path):
-                pictures[name] = ModelPictures(
-                    trigger=generate_grid(pipeline, prompts.trigger, config, bar),
-                    no_trigger=generate_grid(pipeline, prompts.no_trigger, config, bar),
-                )
-    return pictures
-
-
-def _embed_model(judge: KpsEvaluator, name: str, model: ModelPictures) -> EmbeddedModel:
-    return EmbeddedModel(
-        trigger=_embed_grid(judge, name, model.trigger), no_trigger=_embed_grid(judge, name, model.no_trigger)
-    )
-
-
-def _embed_grid(judge: KpsEvaluator, name: str, grid: PictureGrid) -> Embedded:
-    labels = tuple(f"{prompt!r} (seed {seed}, {name})" for prompt in grid.prompts for seed in grid.seeds)
-    embeddings = judge.embed_images(Pictures(grid.images, labels))
-    return Embedded(grid.prompts, len(grid.seeds), embeddings, grid.images, grid.latents)
 
 
 def _settings(

@@ -9,6 +9,7 @@ Intervals resample the values as if they were independent; values that share a p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,10 +18,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cat_rs.evaluation.result import Interval, PromptScores, Scores
-from cat_rs.kps import bootstrap_interval, cross_similarity, kps, similarity
+from cat_rs.evaluation.errors import EvaluationInputError
+from cat_rs.evaluation.result import Comparison, Interval, PromptScores, Scores
+from cat_rs.kps import bootstrap_interval, cross_similarity, harmonic_mean, kps, similarity
 
 Values = NDArray[np.float64]
+Statistic = Literal["mean", "harmonic_mean"]
+
+_RESAMPLES, _SEED = 10_000, 0
+# Numbers drawn at a time by a paired bootstrap.
+_BLOCK = 1 << 22
 
 # Rounding of float32 embeddings: a mean 1 - cosine below it is that of equal pictures.
 _NO_DIVERSITY = 1e-6
@@ -109,6 +116,105 @@ def score_prompts(
     return _prompt_rows(name, True, base.trigger, model.trigger, references.trigger_texts, identity) + _prompt_rows(
         name, False, base.no_trigger, model.no_trigger, references.no_trigger_texts, np.empty(0)
     )
+
+
+def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequence[PromptScores]) -> Comparison:
+    """Compare two models by the scores of the same prompts: the differences b - a.
+
+    Args:
+        a: One model's name.
+        rows_a: The scores of its prompts.
+        b: The other's name.
+        rows_b: The scores of its prompts.
+
+    Raises:
+        EvaluationInputError: The prompts or the numbers of seeds differ.
+    """
+    if [(row.prompt, row.trigger) for row in rows_a] != [(row.prompt, row.trigger) for row in rows_b]:
+        raise EvaluationInputError(f"compare: expected the same prompts of {a!r} and {b!r}, got others")
+
+    def paired(measure: str, trigger: bool) -> tuple[Values, Values]:
+        sides: tuple[list[float], list[float]] = [], []
+        for row_a, row_b in zip(rows_a, rows_b, strict=True):
+            if row_a.trigger is not trigger:
+                continue
+            values = [_values_of(row, measure) for row in (row_a, row_b)]
+            if len(values[0]) != len(values[1]):
+                raise EvaluationInputError(
+                    f"compare: expected as many values of {measure} of {a!r} as of {b!r} for {row_a.prompt!r}, "
+                    f"got {len(values[0])} and {len(values[1])}"
+                )
+            for side, own in zip(sides, values, strict=True):
+                side.extend(own)
+        return np.array(sides[0]), np.array(sides[1])
+
+    def difference(measure: str, trigger: bool, statistic: Statistic = "mean") -> Interval | None:
+        values_a, values_b = paired(measure, trigger)
+        return paired_interval(values_a, values_b, statistic) if len(values_a) else None
+
+    kinds = paired("similarity", False), paired("similarity", True)
+    of_a, of_b = ((kinds[0][side], kinds[1][side]) for side in (0, 1))
+    similarity_change = difference("similarity", False)
+    return Comparison(
+        a,
+        b,
+        kps=paired_kps_interval(of_a, of_b) if min(map(len, of_a)) else None,
+        ups=difference("similarity", False, "harmonic_mean"),
+        tps=difference("similarity", True, "harmonic_mean"),
+        # Drift is 1 - mean s.
+        drift=None if similarity_change is None else similarity_change.mapped(-1.0, 0.0),
+        identity=difference("identity", True),
+        prompt_similarity=difference("prompt_similarity", True),
+        prompt_similarity_no_trigger=difference("prompt_similarity", False),
+        diversity=difference("diversity", False),
+        pixel_rmse=difference("pixel_rmse", False),
+        latent_rmse=difference("latent_rmse", False),
+    )
+
+
+def paired_interval(a: Values, b: Values, statistic: Statistic) -> Interval:
+    """Return statistic(b) - statistic(a) with its 95 % percentile bootstrap interval; a and b: [N].
+
+    A resample takes the same pairs (a_i, b_i) of both.
+    """
+    if statistic == "mean":
+        # The difference of means is the mean difference.
+        differences = b - a
+        return _bounded(float(differences.mean()), bootstrap_interval(differences, "mean"), len(a))
+    means_a, means_b = _resampled_reciprocal_means(a, b, np.random.default_rng(_SEED))
+    return _bounded(harmonic_mean(b) - harmonic_mean(a), _bounds(1.0 / means_b - 1.0 / means_a), len(a))
+
+
+def paired_kps_interval(a: tuple[Values, Values], b: tuple[Values, Values]) -> Interval:
+    """Return KPS(b) - KPS(a) with its 95 % percentile bootstrap interval.
+
+    Args:
+        a: One adapter's s without the trigger, [N], and with it, [M]; each kind is resampled by itself.
+        b: The other's, for the same prompts and seeds.
+    """
+    generator = np.random.default_rng(_SEED)
+    groups = [_resampled_reciprocal_means(of_a, of_b, generator) for of_a, of_b in zip(a, b, strict=True)]
+    # KPS is the harmonic mean of harmonic means: 1 / mean of means of 1 / s.
+    kps_a, kps_b = (2.0 / sum(group[side] for group in groups) for side in (0, 1))
+    value_a, value_b = (harmonic_mean([harmonic_mean(values) for values in kinds]) for kinds in (a, b))
+    return _bounded(value_b - value_a, _bounds(kps_b - kps_a), min(map(len, a)))
+
+
+def _resampled_reciprocal_means(a: Values, b: Values, generator: np.random.Generator) -> Values:
+    """Return the means of 1 / a and 1 / b over resampled pairs; [2, resamples]."""
+    with np.errstate(divide="ignore"):
+        reciprocals = 1.0 / np.stack([a, b])
+    # All resamples at once may take too much memory.
+    step = max(_BLOCK // len(a), 1)
+    sizes = [min(step, _RESAMPLES - start) for start in range(0, _RESAMPLES, step)]
+    return np.concatenate(
+        [reciprocals[:, generator.integers(len(a), size=(size, len(a)))].mean(axis=2) for size in sizes], axis=1
+    )
+
+
+def _bounds(values: Values) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def paired_similarity(base: Embedded, other: Embedded) -> Values:
@@ -201,6 +307,13 @@ def _picked(pictures: Embedded, side: Literal["left", "right"]) -> Embedded:
         tuple(pictures.images[number] for number in numbers),
         pictures.latents[numbers],
     )
+
+
+def _values_of(row: PromptScores, measure: str) -> tuple[float, ...]:
+    value = getattr(row, measure)
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _interval(values: Values) -> Interval | None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cat_rs.evaluation.result import EvaluationResult, Interval, Scores
+from cat_rs.evaluation.result import Comparison, EvaluationResult, Interval, Scores
 
 MAX_WIDTH = 100
 _GAP = "  "
@@ -73,9 +73,15 @@ def format_table(result: EvaluationResult, *, width: int = MAX_WIDTH) -> str:
     return "\n\n".join([_caption(result), *tables, "\n".join(_LEGEND)])
 
 
+def format_comparisons(result: EvaluationResult) -> str:
+    """Return how the adapters after the first differ from the first, as text; empty for one adapter."""
+    tables = [_comparison(comparison) for comparison in result.comparisons()]
+    return "\n\n".join(table for table in tables if table)
+
+
 def print_table(result: EvaluationResult) -> None:
-    """Print `format_table(result)`."""
-    print(format_table(result))
+    """Print `format_table(result)` and, of several adapters, `format_comparisons(result)`."""
+    print("\n\n".join(filter(None, (format_table(result), format_comparisons(result)))))
 
 
 def format_interval(interval: Interval | None) -> str:
@@ -85,6 +91,25 @@ def format_interval(interval: Interval | None) -> str:
     if math.isnan(interval.low):
         return f"{interval.value:.3f}"
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _comparison(comparison: Comparison) -> str:
+    rows = []
+    for title, measures in _SECTIONS:
+        both = [(label, getattr(comparison, name, None)) for label, name in measures]
+        where = title.partition(":")[0]
+        rows += [(f" {label}, {where}", interval) for label, interval in both if interval is not None]
+    if not rows:
+        return ""
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{label.ljust(width)}{_GAP}{_format_difference(interval)}" for label, interval in rows]
+    return "\n".join([f"{comparison.b} minus {comparison.a}, picture by picture; 95 % intervals", *lines])
+
+
+def _format_difference(interval: Interval) -> str:
+    if math.isnan(interval.low):
+        return f"{interval.value:+.3f}"
+    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
 def _caption(result: EvaluationResult) -> str:
