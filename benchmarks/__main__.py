@@ -18,6 +18,7 @@ SCRIPTS = (
     "frozen_linear",
     "frozen_conv2d",
     "similarity",
+    "evaluation",
     "precision",
     "peft_unet",
     "teacher_bank",

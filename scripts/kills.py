@@ -56,7 +56,7 @@ class Task:
     def finish(self, folder: Path, *more: str) -> None:
         """Run it to the end."""
         if self.start(folder, *more).wait():
-            raise SystemExit(f"cat-rs {self.name} failed; see {folder.parent / 'log.txt'}")
+            raise failure(self, folder)
 
     def parts(self, folder: Path) -> int:
         """How many whole parts there are to go on from."""
@@ -98,11 +98,17 @@ def evaluate_task(work: Path) -> Task:
     return Task("evaluate", arguments, "cache/pictures", "cache/pictures", ("results.json", "contact_sheet.png"))
 
 
+def failure(task: Task, folder: Path) -> SystemExit:
+    """What ends this script when a command fails of itself."""
+    said = (folder.parent / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    return SystemExit("\n".join([f"cat-rs {task.name} failed:", *said[-20:]]))
+
+
 def wait_until_begun(task: Task, process: subprocess.Popen[bytes], folder: Path) -> None:
     """Wait for the work to begin."""
     while not (folder / task.begun).exists():
         if process.poll() is not None:
-            raise SystemExit(f"cat-rs {task.name} failed; see {folder.parent / 'log.txt'}")
+            raise failure(task, folder)
         time.sleep(POLL)
 
 
@@ -125,7 +131,7 @@ def undisturbed(task: Task, folder: Path) -> float:
     wait_until_begun(task, process, folder)
     began = time.monotonic()
     if process.wait():
-        raise SystemExit(f"cat-rs {task.name} failed; see {folder.parent / 'log.txt'}")
+        raise failure(task, folder)
     return time.monotonic() - began
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -170,18 +172,83 @@ def test_generate_draws_each_prompt_and_seed(
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 6
 
 
-def test_evaluate_writes_results_and_sheet(
+@pytest.fixture
+def evaluate_arguments(
     train_arguments: list[str], tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path, tmp_path: Path
-) -> None:
+) -> list[str]:
+    """A short evaluation of a trained adapter, as command-line words."""
     main(train_arguments)
     (tmp_path / "prompts.txt").write_text("a sks cat\na sks cat outdoors\n")
     arguments = ["--model", str(tiny_pipeline_dir), "--encoder", str(tiny_clip_dir), "--data", str(concept_dir)]
-    adapters = ["--adapters", f"mine={tmp_path / 'adapter'}", "--trigger", "sks", "--inference-steps", "1"]
+    sampling = ["--trigger", "sks", "--inference-steps", "1", "--picture-batch", "2"]
     places = ["--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "evaluation")]
-    assert main(["evaluate", *arguments, *adapters, *places]) == 0
+    return ["evaluate", *arguments, *sampling, *places, "--adapters", f"mine={tmp_path / 'adapter'}"]
+
+
+def test_evaluate_writes_results_and_sheet(evaluate_arguments: list[str], tmp_path: Path) -> None:
+    assert main(evaluate_arguments) == 0
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert 0 < results["adapters"]["mine"]["kps"]["value"] < 1
+    assert results["comparisons"] == []
     assert (tmp_path / "evaluation" / "contact_sheet.png").stat().st_size > 0
+    for kind in ("pictures", "embeddings"):
+        # Two models, with the trigger and without, two batches each.
+        assert len(list((tmp_path / "evaluation" / "cache" / kind).iterdir())) == 8
+
+
+def test_evaluate_compares_several_adapters(
+    evaluate_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "shared"
+    earlier = tmp_path / "adapter" / "checkpoints" / "step-000002"
+    assert main([*evaluate_arguments, f"earlier={earlier}", "--cache", str(cache)]) == 0
+    assert "earlier minus mine" in capsys.readouterr().out
+    comparison = json.loads((tmp_path / "evaluation" / "results.json").read_text())["comparisons"][0]
+    assert (comparison["a"], comparison["b"]) == ("mine", "earlier")
+    assert comparison["ups"]["low"] <= comparison["ups"]["value"] <= comparison["ups"]["high"]
+    assert len(list((cache / "pictures").iterdir())) == 12
+    assert not (tmp_path / "evaluation" / "cache").exists()
+
+
+KILL_AT_A_WRITE = """
+import os, signal, sys
+from cat_rs.cli import main
+
+last, fsync = int(sys.argv[1]), os.fsync
+
+def fsync_and_kill(handle):
+    global last
+    if last == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    last -= 1
+    fsync(handle)
+
+os.fsync = fsync_and_kill
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_killed_evaluation_goes_on_where_it_was(evaluate_arguments: list[str], tmp_path: Path) -> None:
+    def outcome(folder: Path) -> tuple[bytes, bytes]:
+        return (folder / "results.json").read_bytes(), (folder / "contact_sheet.png").read_bytes()
+
+    assert main([*evaluate_arguments, "--output-dir", str(tmp_path / "whole")]) == 0
+    # One thread, as in this process: sums may be rounded in another order by several.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The fifth write is of pictures; of those left after four, the seventh is of embeddings.
+    for writes, pictures, embeddings in ((4, 4, 0), (6, 8, 2)):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILL_AT_A_WRITE, str(writes), *evaluate_arguments],
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        kept = [list((tmp_path / "evaluation" / "cache" / kind).glob("*")) for kind in ("pictures", "embeddings")]
+        assert [sum(not file.name.startswith(".") for file in files) for files in kept] == [pictures, embeddings]
+        assert any(file.name.startswith(".unfinished-") for files in kept for file in files)
+    assert main(evaluate_arguments) == 0
+    assert outcome(tmp_path / "evaluation") == outcome(tmp_path / "whole")
 
 
 def test_evaluate_needs_different_names(tiny_pipeline_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

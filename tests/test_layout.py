@@ -115,6 +115,7 @@ def test_python_imports_go_one_way() -> None:
         "functional.py": {"errors", "_native", "operators"},
         "schedule.py": below,
         "distributed.py": {"errors"},
+        "processes.py": {"errors", "options"},
         "optim.py": below | {"distributed"},
         "kps.py": below,
         "peft.py": below | {"frozen"},
@@ -133,6 +134,14 @@ def test_python_imports_go_one_way() -> None:
             if parts[0] == "cat_rs" and len(parts) > 1:
                 used.add(parts[1])
         assert used <= allowed, f"{name} uses {used - allowed}"
+
+
+def test_evaluations_need_no_training_and_no_report() -> None:
+    may_use = {"evaluation", "errors", "options", "atomic", "files", "kps", "processes", "prompts"}
+    for file in (PACKAGE / "evaluation").glob("*.py"):
+        parts = [module.split(".") for module in imports(file)]
+        used = {part[1] for part in parts if part[0] == "cat_rs" and len(part) > 1}
+        assert used <= may_use, f"{file} uses {used - may_use}"
 
 
 def test_the_library_does_not_use_the_command_line() -> None:

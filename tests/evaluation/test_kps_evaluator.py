@@ -93,6 +93,17 @@ def test_unequal_counts_are_refused() -> None:
         KpsEvaluator(mean_colour).score(two, two, two, three)
 
 
+def test_pair_of_two_sizes_is_named(tmp_path: Path) -> None:
+    noise_picture(0, (20, 16)).save(tmp_path / "a.png")
+    noise_picture(1, (16, 20)).save(tmp_path / "b.png")
+    pair = [noise_picture(2, (20, 16)), noise_picture(3, (20, 16))]
+    expected = (
+        r"got 20x16 of the picture at index 1 of base_trigger and 16x20 of the picture b\.png of adapted_trigger"
+    )
+    with pytest.raises(EvaluationInputError, match=expected):
+        KpsEvaluator(mean_colour).score(pair, pair, pair, tmp_path)
+
+
 @pytest.mark.parametrize(("value", "found"), [(0.0, "a zero vector"), (float("nan"), "NaN"), (float("inf"), "infin")])
 def test_useless_embedding_names_the_picture(tmp_path: Path, value: float, found: str) -> None:
     noise_picture(0).save(tmp_path / "odd one.png")

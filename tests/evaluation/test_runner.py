@@ -186,6 +186,33 @@ def test_unusable_adapters_are_refused_before_generating(
     assert counting.pictures == []
 
 
+def test_adapter_that_changes_the_size_is_named(
+    counting: CountingPipeline,
+    adapter_dir: Path,
+    tiny_clip_dir: Path,
+    prompts: EvaluationPrompts,
+    config: EvaluationConfig,
+    concept_images: list[Image.Image],
+) -> None:
+    class Cropping(CountingPipeline):
+        def __call__(self, **arguments: Any) -> Any:
+            output = super().__call__(**arguments)
+            if self.pictures[-1][0]:
+                output.images[-1] = output.images[-1].crop((0, 0, 16, 8))
+            return output
+
+    with pytest.raises(EvaluationInputError, match=r"got 16x16 of .* \(seed 0, base\) and 16x8 of .*seed 0, mine\)"):
+        evaluate(
+            Cropping(counting),
+            {"mine": adapter_dir},
+            prompts,
+            tiny_clip_dir,
+            concept_images=concept_images,
+            config=config,
+            progress=False,
+        )
+
+
 def test_useless_embedding_names_prompt_seed_and_model(
     pipeline: Any, prompts: EvaluationPrompts, config: EvaluationConfig, concept_images: list[Image.Image]
 ) -> None:
