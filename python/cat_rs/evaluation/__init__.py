@@ -7,6 +7,7 @@ from cat_rs.evaluation.encoder import CallableEncoder, ClipEncoder, Dinov2Encode
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.evaluation.generation import PictureGrid, adapter_loaded, generate_pictures, save_pictures
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
+from cat_rs.evaluation.live import LiveEvaluation
 from cat_rs.evaluation.pictures import Pictures, load_pictures
 from cat_rs.evaluation.prompts import EvaluationPrompts
 from cat_rs.evaluation.result import (
@@ -34,6 +35,7 @@ __all__ = [
     "EvaluationResult",
     "Interval",
     "KpsEvaluator",
+    "LiveEvaluation",
     "ModelPictures",
     "PictureGrid",
     "Pictures",

@@ -74,7 +74,7 @@ def evaluate(
     require_no_adapter(pipeline)
     judge = encoder if isinstance(encoder, KpsEvaluator) else KpsEvaluator(encoder)
     concept = load_pictures(concept_images)
-    references = _references(judge, prompts, concept)
+    references = references_of(judge, prompts, concept)
 
     models = {BASE: None, **adapters}
     jobs = jobs_of(models, prompts, config)
@@ -91,7 +91,7 @@ def evaluate(
     pictures, embedded = by_model(list(models), prompts, config.seeds, jobs, batches, embeddings)
     base = embedded[BASE]
     return EvaluationResult(
-        settings=_settings(pipeline, adapters, prompts, judge, config, concept),
+        settings=settings_of(pipeline, adapters, prompts, judge, config, concept),
         base=score_base(base, references),
         other_seed=score_other_seed(base),
         adapters={name: score_adapter(base, embedded[name], references) for name in adapters},
@@ -113,7 +113,8 @@ def _check_adapters(adapters: Mapping[str, AdapterPath]) -> None:
             adapter_file(path)
 
 
-def _references(judge: KpsEvaluator, prompts: EvaluationPrompts, concept: Pictures) -> References:
+def references_of(judge: KpsEvaluator, prompts: EvaluationPrompts, concept: Pictures) -> References:
+    """Embed what pictures are compared with."""
     return References(
         concept=judge.embed_images(concept),
         trigger_texts=judge.embed_texts(prompts.class_captions()) if judge.has_text else None,
@@ -121,7 +122,7 @@ def _references(judge: KpsEvaluator, prompts: EvaluationPrompts, concept: Pictur
     )
 
 
-def _settings(
+def settings_of(
     pipeline: Any,
     adapters: Mapping[str, AdapterPath],
     prompts: EvaluationPrompts,

@@ -17,6 +17,7 @@ _CAT = "contrastive adapter training"
 _ADAPTER = "adapter"
 _OPTIMIZER = "optimization"
 _PICTURES = "pictures"
+_EVALUATION = "evaluation"
 _OUTPUT = "output and checkpoints"
 _MACHINE = "machine"
 
@@ -24,6 +25,8 @@ _MACHINE = "machine"
 _FREE_ON_RESUME = frozenset(
     {"data", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
     | {"resume", "overwrite"}
+    | {"evaluate_every", "evaluate_prompts", "evaluate_concept", "evaluate_encoder", "evaluate_seeds"}
+    | {"evaluate_inference_steps", "evaluate_guidance", "evaluate_batch", "evaluate_keep"}
 )
 
 
@@ -118,6 +121,37 @@ class TrainConfig:
     crops: int = option(4, group=_PICTURES, help="random crops prepared for each picture")
     flip: bool = option(False, group=_PICTURES, help="also train on mirrored pictures")
 
+    evaluate_every: int = option(
+        0,
+        group=_EVALUATION,
+        help="steps between evaluations of the adapter; 0 is never. They go to the folder evaluations, the best one's "
+        "adapter to the folder best",
+    )
+    evaluate_prompts: str | None = option(
+        None, group=_EVALUATION, help="file of prompts, as for cat-rs evaluate", metavar="FILE"
+    )
+    evaluate_concept: str | None = option(
+        None, group=_EVALUATION, help="which concept of a file with several", metavar="NAME"
+    )
+    evaluate_encoder: str = option(
+        "openai/clip-vit-large-patch14",
+        group=_EVALUATION,
+        help="CLIP model: a folder or a hub id",
+        metavar="DIR_OR_ID",
+    )
+    evaluate_seeds: tuple[int, ...] = option(
+        (0, 1), group=_EVALUATION, help="one picture for each prompt and seed", metavar="N"
+    )
+    evaluate_inference_steps: int = option(16, group=_EVALUATION, help="denoising steps of a picture")
+    evaluate_guidance: float = option(3.0, group=_EVALUATION, help="classifier-free guidance; 1 is none")
+    evaluate_batch: int = option(8, group=_EVALUATION, help="pictures drawn at once")
+    evaluate_keep: float = option(
+        0.95,
+        group=_EVALUATION,
+        help="the best checkpoint is that of the highest UPS among those whose identity has come this part of the way "
+        "from the base model's to the run's highest",
+    )
+
     checkpoint_every: int = option(100, group=_OUTPUT, help="steps between checkpoints; 0 writes none on the way")
     keep_checkpoints: int = option(2, group=_OUTPUT, help="how many of the latest checkpoints stay")
     resume: bool = option(False, group=_OUTPUT, help="continue from the latest checkpoint in the output folder")
@@ -134,9 +168,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_size", "accumulate", "crops", "keep_checkpoints", "log_every"):
             check_range(name, getattr(self, name), 1)
+        for name in ("evaluate_inference_steps", "evaluate_batch"):
+            check_range(name, getattr(self, name), 1)
         for name in ("cat_factor", "weight_decay", "lr_warmup_steps", "max_grad_norm", "checkpoint_every", "seed"):
             check_range(name, getattr(self, name), 0)
-        for name in ("cat_factor_end", "noise_offset", "teacher_draws"):
+        for name in ("cat_factor_end", "noise_offset", "teacher_draws", "evaluate_every", "evaluate_guidance"):
             check_range(name, getattr(self, name), 0)
         for name in ("lr", "eps", "snr_gamma", "cat_ratio", "lora_alpha", "resolution"):
             check_range(name, getattr(self, name), 0, exclusive=True)
@@ -158,6 +194,10 @@ class TrainConfig:
         if self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
             # A bank holds one prompt a picture, and its noise.
             raise ConfigError("teacher_draws: expected 0 with preserve_prompts or noise_offset, got both")
+        if not 0 <= self.evaluate_keep <= 1:
+            raise ConfigError(f"evaluate_keep: expected a number in [0, 1], got {self.evaluate_keep}")
+        if self.evaluate_every and self.evaluate_prompts is None:
+            raise ConfigError("evaluate_prompts: expected a file of prompts with evaluate_every, got none")
         if self.resume and self.overwrite:
             raise ConfigError("resume, overwrite: expected one of them, got both")
 
@@ -173,7 +213,7 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, as a config file holds them."""
         values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainConfig:
@@ -192,7 +232,15 @@ class TrainConfig:
     def check_continues(self, earlier: dict[str, Any]) -> None:
         """Raise ConfigError if this run cannot continue one that had the settings `earlier`."""
         values = self.to_dict()
-        names = [name for name in values if name not in _FREE_ON_RESUME and values[name] != earlier.get(name)]
+        # An option that came after the checkpoint was written had its default there.
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        before = {name: earlier.get(name, _plain(defaults[name])) for name in values}
+        names = [name for name in values if name not in _FREE_ON_RESUME and values[name] != before[name]]
         if names:
-            changes = ", ".join(f"{name} was {earlier.get(name)!r}, is {values[name]!r}" for name in names)
+            changes = ", ".join(f"{name} was {before[name]!r}, is {values[name]!r}" for name in names)
             raise ConfigError(f"resume: expected the settings of the checkpoint; {changes}")
+
+
+def _plain(value: Any) -> Any:
+    """As a config file holds it."""
+    return list(value) if isinstance(value, tuple) else value

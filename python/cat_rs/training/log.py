@@ -42,6 +42,13 @@ class MetricsLog:
             for name, value in figures.items():
                 self._board.add_scalar(f"train/{name}", value, step)
 
+    def write_evaluation(self, step: int, figures: dict[str, float], picture: Any) -> None:
+        """Add the scores of one step, and pictures [H, W, 3], to TensorBoard; they have files of their own beside."""
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(f"evaluation/{name}", value, step)
+            self._board.add_image("evaluation/pictures", picture, step, dataformats="HWC")
+
     def close(self) -> None:
         """Write out what is buffered."""
         self._file.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +40,24 @@ class Recorder:
     def seconds(self) -> float:
         """Time since training began, resumed parts included."""
         return time.monotonic() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A stretch whose time is not the training's."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began += time.monotonic() - before
+
+    def add_evaluation(self, step: int, figures: dict[str, float], picture: Any) -> None:
+        """Bring scores and pictures to the log at once."""
+        if self._log is not None:
+            self._log.write_evaluation(step, figures, picture)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """A stretch in which lines may be printed without breaking the bar."""
+        return self._bar.external_write_mode()
 
     def add(self, step: int, lr: float, figures: torch.Tensor) -> None:
         """Note the figures of a finished step, on their device."""

@@ -52,7 +52,7 @@ class Saver:
                 "data": self._data,
                 "seconds": seconds,
             }
-            return self._checkpoints.save(run.steps_done, state, lambda folder: self._write_adapter(run, folder))
+            return self._checkpoints.save(run.steps_done, state, lambda folder: self.write_adapter(run, folder))
 
         return self._processes.on_main(write)
 
@@ -64,17 +64,18 @@ class Saver:
         """
         return self._processes.on_main(lambda: self._save_adapter(run))
 
+    def write_adapter(self, run: TrainingRun, folder: Path) -> Path:
+        """Write the adapter as it is now into a folder; in one process."""
+        return save_lora(folder, run.unet, metadata=self._facts(run))
+
     def _save_adapter(self, run: TrainingRun) -> Path:
         output = Path(self._config.output_dir)
         try:
-            return self._write_adapter(run, output)
+            return self.write_adapter(run, output)
         except OSError as error:
             latest = self._checkpoints.latest()
             kept = f"; the checkpoint {latest} is whole" if latest else ""
             raise CheckpointError(f"cannot write {output / DIFFUSERS_FILE}: {error}{kept}") from error
-
-    def _write_adapter(self, run: TrainingRun, folder: Path) -> Path:
-        return save_lora(folder, run.unet, metadata=self._facts(run))
 
     def _facts(self, run: TrainingRun) -> dict[str, Any]:
         """What an adapter file tells of its making; of a local model only the folder's name."""

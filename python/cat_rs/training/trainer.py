@@ -19,6 +19,15 @@ from cat_rs.training.checkpoint import CheckpointFolder, load_state
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.dataset import Example, fingerprint, read_folder
 from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInterrupted
+from cat_rs.training.evaluation import (
+    BEST_FOLDER,
+    EVALUATION_FOLDER,
+    CheckpointEvaluations,
+    evaluation_is_due,
+    figures_of,
+    picture_of,
+    read_prompts,
+)
 from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
@@ -28,11 +37,21 @@ from cat_rs.training.saver import Saver
 
 if TYPE_CHECKING:
     from cat_rs import TeacherBank
+    from cat_rs.evaluation import EvaluationPrompts
 
 BANK_FILE = "teacher_bank.safetensors"
 CHECKPOINT_FOLDER = "checkpoints"
 CONFIG_FILE = "train_config.yaml"
-_RUN_FILES = (CHECKPOINT_FOLDER, METRICS_FILE, TENSORBOARD_FOLDER, DIFFUSERS_FILE, CONFIG_FILE, BANK_FILE)
+_RUN_FILES = (
+    CHECKPOINT_FOLDER,
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    DIFFUSERS_FILE,
+    CONFIG_FILE,
+    BANK_FILE,
+    EVALUATION_FOLDER,
+    BEST_FOLDER,
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,7 @@ class TrainResult:
         steps: Finished optimizer steps.
         captions_changed: How many captions held the trigger.
         skipped_steps: Steps that left the weights alone because their gradient was not finite.
-        seconds: Time in the training loop, resumed parts included.
+        seconds: Time in the training loop, resumed parts included, evaluations not.
     """
 
     output_dir: Path
@@ -66,8 +85,11 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
 
     Started by `torchrun` or `accelerate launch --multi_gpu`, the processes train one adapter: each encodes all
     pictures, trains on `batch_size` of every batch of `batch_size` times their number, and gets the same gradient.
-    The main process writes and reports; the log holds means over the processes. A signal to one, or a checkpoint that
-    cannot be written, ends all after the same step.
+    The main process writes, evaluates and reports; the log holds means over the processes. A signal to one, or a
+    checkpoint that cannot be written, ends all after the same step.
+
+    With `config.evaluate_every` the adapter is scored on the way, see `cat_rs.training.evaluation`. That changes
+    nothing in what is learned.
 
     Args:
         config: The settings.
@@ -104,6 +126,7 @@ class _Training:
         captions = pair_captions([example.caption for example in examples], self._config)
         self._report(f"{len(examples)} pictures; {captions.summary()}")
         data = fingerprint(examples, captions.preserved)
+        prompts = read_prompts(self._config) if self._config.evaluate_every else None
         state = self._processes.on_main(lambda: self._earlier_state(data))
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(self._config.seed)
@@ -113,9 +136,10 @@ class _Training:
             if not self._processes.is_main:
                 # The adapter is drawn; what dropout draws from here on differs between the processes.
                 torch.manual_seed(self._config.seed + self._processes.rank)
-            # The VAE and the text encoders have done their work.
+            evaluations = None if prompts is None else self._evaluations(pipeline, prompts, run, saver)
+            # Without evaluations, the VAE and the text encoders have done their work.
             del pipeline
-            return self._train(run, saver, state, captions.changed)
+            return self._train(run, saver, evaluations, state, captions.changed)
 
     def _check_output(self) -> None:
         """Keep an earlier run in the output folder from being mixed with this one."""
@@ -192,8 +216,31 @@ class _Training:
         # All processes read the main one's file.
         return TeacherBank.load(self._processes.on_main(build), latents=latents)
 
+    def _evaluations(
+        self, pipeline: Any, prompts: EvaluationPrompts, run: TrainingRun, saver: Saver
+    ) -> CheckpointEvaluations | None:
+        """What evaluates the run in the main process; None in the others."""
+        made: list[CheckpointEvaluations] = []
+
+        def make() -> None:
+            dtype = getattr(torch, self._config.dtype)
+            if pipeline.vae.dtype != dtype:
+                # Encoding the pictures took it to float32.
+                pipeline.vae.to(dtype)
+            made.append(
+                CheckpointEvaluations(self._config, pipeline, prompts, lambda folder: saver.write_adapter(run, folder))
+            )
+
+        self._processes.on_main(make)
+        return made[0] if made else None
+
     def _train(
-        self, run: TrainingRun, saver: Saver, state: dict[str, Any] | None, captions_changed: int
+        self,
+        run: TrainingRun,
+        saver: Saver,
+        evaluations: CheckpointEvaluations | None,
+        state: dict[str, Any] | None,
+        captions_changed: int,
     ) -> TrainResult:
         if state is not None:
             run.load_state_dict(state["run"])
@@ -205,7 +252,9 @@ class _Training:
         bar = self._bar(total=self._config.steps, initial=run.steps_done, desc="training")
         recorder = Recorder(log, bar, self._processes, seconds_before=state["seconds"] if state else 0.0)
         try:
-            self._loop(run, saver, recorder)
+            if state is not None and self._config.evaluate_every:
+                self._catch_up(evaluations, recorder, run.steps_done)
+            self._loop(run, saver, recorder, evaluations)
         finally:
             bar.close()
             if log is not None:
@@ -232,7 +281,9 @@ class _Training:
         except OSError as error:
             raise CheckpointError(f"cannot write to the output folder {self._output}: {error}") from error
 
-    def _loop(self, run: TrainingRun, saver: Saver, recorder: Recorder) -> None:
+    def _loop(
+        self, run: TrainingRun, saver: Saver, recorder: Recorder, evaluations: CheckpointEvaluations | None
+    ) -> None:
         with InterruptGuard(second_acts=self._processes.count == 1) as guard:
             while run.steps_done < self._config.steps:
                 lr = run.lr
@@ -247,6 +298,34 @@ class _Training:
                     checkpoint = saver.save_checkpoint(run, recorder.seconds)
                     if signal_number > 0 and not last:
                         raise TrainingInterrupted(run.steps_done, checkpoint, signal_number)
+                if evaluation_is_due(self._config, run.steps_done):
+                    self._evaluate(evaluations, recorder, run.steps_done)
+
+    def _catch_up(self, evaluations: CheckpointEvaluations | None, recorder: Recorder, step: int) -> None:
+        """Bring the evaluations to where the checkpoint is."""
+
+        def is_missing() -> bool:
+            if evaluations is None:
+                return False
+            evaluations.forget_after(step)
+            return evaluations.is_missing(step)
+
+        if self._processes.on_main(is_missing):
+            self._evaluate(evaluations, recorder, step)
+
+    def _evaluate(self, evaluations: CheckpointEvaluations | None, recorder: Recorder, step: int) -> None:
+        """Score the adapter in the main process, while the others wait."""
+
+        def act() -> None:
+            if evaluations is None:
+                return
+            with recorder.paused():
+                result, line = evaluations.evaluate(step)
+            recorder.add_evaluation(step, figures_of(result), picture_of(result))
+            with recorder.aside():
+                self._report(line)
+
+        self._processes.on_main(act)
 
     def _checkpoint_is_due(self, step: int, last: bool) -> bool:
         every = self._config.checkpoint_every
