@@ -126,10 +126,10 @@ def test_the_scores_are_those_of_evaluate(configure: Callable[..., TrainConfig],
     )
     # Fused layers round differently, which can move a colour by 1 of 255.
     for name, score in vars(theirs.adapters["step 4"]).items():
-        assert getattr(mine.adapters["step 4"], name).value == pytest.approx(score.value, abs=3e-3), name
+        assert getattr(mine.adapters["step 4"], name).value == pytest.approx(score.value, abs=3e-3, rel=1e-2), name
     for name, score in vars(theirs.base).items():
         if score is not None:
-            assert getattr(mine.base, name).value == pytest.approx(score.value, abs=3e-3), name
+            assert getattr(mine.base, name).value == pytest.approx(score.value, abs=3e-3, rel=1e-2), name
     assert {key: mine.settings[key] for key in ("prompts", "sampling", "encoder", "concept_images")} == {
         key: json.loads(json.dumps(theirs.settings[key]))
         for key in ("prompts", "sampling", "encoder", "concept_images")
