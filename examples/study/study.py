@@ -165,7 +165,7 @@ def evaluate_unit(work: Path, concept_name: str, seed: int) -> None:
         read_concepts()[concept_name].prompts(),
         evaluation.ClipEncoder.from_pretrained(CLIP),
         concept_images=data_folder(work, concept_name),
-        **sampling(),
+        **sampling(work),
     )
     result.save(target)
 
@@ -176,15 +176,15 @@ def evaluate_together(work: Path, seed: int) -> None:
     target = folder / "scores.json"
     if not target.exists():
         adapters = multi.adapters_of(units_folder(work), seed, folder)
-        multi.score(adapters, data_folder(work, "trio"), target, **sampling())
+        multi.score(adapters, data_folder(work, "trio"), target, **sampling(work))
 
 
-def sampling() -> dict[str, Any]:
-    """How pictures are drawn."""
+def sampling(work: Path) -> dict[str, Any]:
+    """How pictures are drawn, and where they are kept."""
     from cat_rs.evaluation import EvaluationConfig
 
     config = EvaluationConfig(num_inference_steps=INFERENCE_STEPS, seeds=PICTURE_SEEDS, batch_size=16)
-    return {"config": config, "progress": False}
+    return {"config": config, "cache": work / "pictures", "progress": False}
 
 
 def cost_of(work: Path, method_name: str) -> None:
