@@ -262,7 +262,10 @@ def some_params(seed: int) -> list[torch.nn.Parameter]:
 
 def flat_adamw(rank: int, counter: Counter) -> dict[str, Any]:
     params, alone = some_params(rank), some_params(rank)
-    optimizer = cat_rs.FlatAdamW(params, lr=0.1, max_grad_norm=1.0, process_group=dist.group.WORLD)
+    optimizer = cat_rs.FlatAdamW(
+        params, lr=0.1, max_grad_norm=1.0, process_group=dist.group.WORLD, low_precision=torch.float16
+    )
+    copies = [optimizer.low_precision_copy(param).clone() for param in params if param.dtype == torch.float32]
     optimizer_alone = cat_rs.FlatAdamW(alone, lr=0.1, max_grad_norm=1.0)
     before = [param.detach().clone() for param in params]
     for param, one, grad in zip(params, alone, some_params(10 + rank), strict=True):
@@ -270,6 +273,7 @@ def flat_adamw(rank: int, counter: Counter) -> dict[str, Any]:
         one.grad.copy_(grad.detach())
     return {
         "before": before,
+        "copies": copies,
         "counts": (counter.during(optimizer.step), counter.during(optimizer_alone.step)),
         "after": [param.detach().clone() for param in params],
         "alone": [param.detach().clone() for param in alone],
@@ -578,7 +582,9 @@ def test_flat_adamw_steps_on_the_mean_gradient(ranks: Results) -> None:
         param.grad.copy_(sum(grad.detach() / RANKS for grad in grads))
     optimizer.step()
     for results in ranks:
-        assert_same(results["flat_adamw"]["before"], [param.detach() for param in some_params(0)])
+        start = [param.detach() for param in some_params(0)]
+        assert_same(results["flat_adamw"]["before"], start)
+        assert_same(results["flat_adamw"]["copies"], [param.half() for param in start if param.dtype == torch.float32])
         assert_same(results["flat_adamw"]["after"], [param.detach() for param in params])
 
 

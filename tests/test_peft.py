@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 import cat_rs
 from cat_rs import frozen
 from cat_rs.errors import AdapterError
-from cat_rs.peft import FusedLinear
+from cat_rs.peft import FusedLinear, lower_dtype
 from tests.models import LAYERS, add_lora, batch, randomize_b, tiny_unet
 from tests.tolerances import assert_close, max_abs
 
@@ -270,6 +270,15 @@ def _float32_adapter(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def with_float32_adapters(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The model in a lower dtype with its adapters in float32, as mixed-precision training has it."""
+    for name, param in model.to(dtype).named_parameters():
+        if "lora_" in name:
+            # New values, which the lower dtype does not hold.
+            param.data = param.data.float() + 1e-3 * torch.randn(param.shape)
+    return model
+
+
 def _module_to_save(model: torch.nn.Module) -> torch.nn.Module:
     config = LoraConfig(r=2, target_modules=LAYERS, modules_to_save=["conv_out"], init_lora_weights=False)
     model = get_peft_model(model, config)
@@ -334,16 +343,117 @@ def test_every_state_is_as_exact_under_autocast_as_pefts(
     assert_as_exact(run(model, torch.bfloat16), theirs, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_fused_layers_stay_fused_under_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _convolutions(base_model())
-    cat_rs.patch_peft(model)
+LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+FUSED_WHOLE = [variant for variant in VARIANTS if variant not in (_dora, _module_to_save, _disabled)]
 
+
+def refuse_pefts_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("PEFT's own forward ran")
 
     monkeypatch.setattr(lora.Linear, "forward", refuse)
     monkeypatch.setattr(lora.Conv2d, "forward", refuse)
+
+
+@LOW
+@pytest.mark.parametrize("variant", [add_lora, *FUSED_WHOLE], ids=lambda variant: variant.__name__.lstrip("_"))
+def test_float32_adapters_over_a_lower_dtype_are_fused_and_as_exact_as_pefts(
+    variant: Callable[[torch.nn.Module], torch.nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_float32_adapters(variant(base_model()), dtype)
+
+    def run(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        # Several batches: the rounding of one is chance.
+        found = [result(model, number) for number in range(8)]
+        return {f"{number} {name}": value for number, each in enumerate(found) for name, value in each.items()}
+
+    exact, theirs = run(copy.deepcopy(model).double()), run(model)
+    report = cat_rs.patch_peft(model)
+    assert report.fused
+    assert set(report.kept.values()) <= {"no adapter is active"}
+    if not report.kept:
+        refuse_pefts_forward(monkeypatch)
+    ours = run(model)
+    assert {name: value.dtype for name, value in ours.items()} == {name: value.dtype for name, value in theirs.items()}
+    assert_as_exact(ours, theirs, exact)
+
+
+ONE_LAYER: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: torch.nn.Linear(24, 17), (2, 9, 24)),
+    "linear-vector": (lambda: torch.nn.Linear(5, 7, bias=False), (5,)),
+    "linear-wide": (lambda: torch.nn.Linear(320, 64), (1, 77, 320)),
+    "conv": (lambda: torch.nn.Conv2d(6, 8, 3, padding=1), (2, 6, 5, 7)),
+    "conv-strided": (lambda: torch.nn.Conv2d(4, 9, 3, stride=2, bias=False), (1, 4, 9, 6)),
+    "conv-pointwise": (lambda: torch.nn.Conv2d(8, 5, 1), (3, 8, 1, 4)),
+}
+
+
+@LOW
+@pytest.mark.parametrize(("layer", "shape"), [pytest.param(*row, id=name) for name, row in ONE_LAYER.items()])
+def test_a_layer_with_a_float32_adapter(
+    layer: Callable[[], torch.nn.Module], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
+    model = with_float32_adapters(get_peft_model(torch.nn.Sequential(layer()), config), dtype)
+    x = torch.randn(shape).to(dtype)
+    upstream = torch.randn_like(model(x)).detach()
+
+    def run(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        y = model(leaf)
+        params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        grads = torch.autograd.grad(y, [leaf, *params.values()], upstream.to(dtype))
+        return dict(zip(["y", "x", *params], [y, *grads], strict=True))
+
+    exact, theirs = run(copy.deepcopy(model).double(), torch.float64), run(model, dtype)
+    assert len(cat_rs.patch_peft(model).fused) == 1
+    for name, ours in run(model, dtype).items():
+        assert ours.dtype == theirs[name].dtype
+        for other in (exact, theirs):
+            # The branch rounds its weights and the hidden product too.
+            assert_close(ours, other[name], dtype=dtype, factor=4, scale=max_abs(exact[name]), label=name)
+
+
+@LOW
+def test_the_switch_and_merging_with_float32_adapters(dtype: torch.dtype) -> None:
+    model = with_float32_adapters(_convolutions(base_model()), dtype)
+    base, merged = output(base_model().to(dtype)), []
+    for patched in (False, True):
+        twin = copy.deepcopy(model)
+        if patched:
+            cat_rs.patch_peft(twin)
+        for layer in adapter_layers(twin):
+            layer.merge()
+        merged.append(output(twin))
+    assert torch.equal(*merged)
+    cat_rs.patch_peft(model)
+    with cat_rs.adapter_disabled(model):
+        assert torch.equal(output(model), base)
+    assert not torch.equal(output(model), base)
+
+
+def test_the_lower_dtype_of_models() -> None:
+    def model_in(dtype: torch.dtype, variant: Any = add_lora) -> torch.nn.Module:
+        model = with_float32_adapters(variant(base_model()), dtype)
+        cat_rs.patch_peft(model)
+        return model
+
+    bf16, f16, f32 = model_in(torch.bfloat16), model_in(torch.float16, _convolutions), model_in(torch.float32)
+    assert lower_dtype([bf16]) == lower_dtype([f32, bf16]) == torch.bfloat16
+    assert lower_dtype([f16]) == torch.float16
+    # Of several dtypes none is the adapters'; and no other adapter or layer needs one.
+    for models in ([], [f32], [bf16, f16], [model_in(torch.bfloat16, _dora)]):
+        assert lower_dtype(models) is None
+    assert lower_dtype([bf16.to(torch.bfloat16)]) is None
+
+
+@LOW
+def test_fused_layers_stay_fused_under_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _convolutions(base_model())
+    cat_rs.patch_peft(model)
+    refuse_pefts_forward(monkeypatch)
     with torch.autocast("cpu", dtype):
         assert output(model).isfinite().all()
 
@@ -370,7 +480,21 @@ def test_second_derivatives_are_pefts() -> None:
     assert_close(penalty(), expected, factor=20, scale=max_abs(expected))
 
 
+def _half_adapter(model: torch.nn.Module) -> torch.nn.Module:
+    add_lora(model)
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            param.data = param.data.half()
+    return model
+
+
+def _float32_in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    return with_float32_adapters(add_lora(model), torch.float64)
+
+
 KEPT = {
+    "lower-adapter": (_half_adapter, "adapter 'default' is in float16, the base layer in float32"),
+    "float64-base": (_float32_in_float64, "adapter 'default' is in float32, the base layer in float64"),
     "dora": (_dora, "adapter 'default' is a Dora"),
     "groups": (_grouped_convolution, "the convolution has groups"),
     "modules_to_save": (_module_to_save, "ModulesToSaveWrapper layers are not fused"),

@@ -13,10 +13,18 @@ from cat_rs.errors import DtypeError, InvalidValueError, ShapeError
 
 __all__ = ["CatLossParts", "cat_loss", "lora_linear", "lora_up_", "noising", "snr_weights"]
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+"""The dtypes in which a layer computes with float32 weights rounded to them."""
+
 
 def _check_tensor(op: str, argument: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise DtypeError(f"{op}: `{argument}` must be a torch.Tensor, got {type(value).__name__}")
+
+
+def rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A float32 weight in the lower dtype that its layer computes in; any other is left to the operation's checks."""
+    return weight.to(dtype) if weight.dtype == torch.float32 and dtype in LOW_PRECISION else weight
 
 
 class CatLossParts(NamedTuple):
@@ -219,8 +227,24 @@ def snr_weights(
     )
 
 
+class WeightCopyFunction(torch.autograd.Function):
+    """A weight's copy in low precision in the weight's place: its gradient is the weight's."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Autograd converts a gradient to the dtype of what it belongs to.
+        return grad, None
+
+
 class LoraLinearFunction(torch.autograd.Function):
-    """y = x W^T + b + scaling (x A^T) B^T with W frozen; saves x and scaling * x A^T."""
+    """y = x W^T + b + scaling (x A^T) B^T with W frozen; saves x and scaling * x A^T.
+
+    ``copies`` are A and B in x's dtype where somebody keeps them; else float32 ones are rounded here.
+    """
 
     @staticmethod
     def forward(
@@ -231,25 +255,29 @@ class LoraLinearFunction(torch.autograd.Function):
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         scaling: float,
+        copies: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        y, hidden = _core.lora_linear_forward(x, weight, bias, lora_A, lora_B, scaling)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, hidden)
+        low_A, low_B = copies or (rounded(lora_A, x.dtype), rounded(lora_B, x.dtype))
+        y, hidden = _core.lora_linear_forward(x, weight, bias, low_A, low_B, scaling)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, low_A, low_B, hidden)
         ctx.scaling = scaling
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, lora_A, lora_B, hidden = ctx.saved_tensors
+        x, weight, lora_A, lora_B, low_A, low_B, hidden = ctx.saved_tensors
         needs, scaling = ctx.needs_input_grad, ctx.scaling
+        # Autograd converts the gradients of float32 A and B, which come in x's dtype.
         if torch.is_grad_enabled():  # create_graph=True: operations that can be differentiated again
+            lora_A, lora_B = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
             rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
             inner = scaling * (grad_rows @ lora_B)
             dx = (grad_rows @ weight + inner @ lora_A).view_as(x) if needs[0] else None
             dA, dB = inner.T @ rows, scaling * (grad_rows.T @ (rows @ lora_A.T))
         else:
             wanted = (needs[0], needs[3], needs[4])
-            dx, dA, dB = _core.lora_linear_backward(grad, x, weight, lora_A, lora_B, hidden, scaling, wanted)
-        return dx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs[2] else None, dA, dB, None
+            dx, dA, dB = _core.lora_linear_backward(grad, x, weight, low_A, low_B, hidden, scaling, wanted)
+        return dx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs[2] else None, dA, dB, None, None
 
 
 def lora_linear(
@@ -266,12 +294,16 @@ def lora_linear(
     dA = scaling (g B)^T x, dx = g W + scaling (g B) A, the last only where x needs it. Saves x and the [M, r]
     product scaling x A^T for the backward pass.
 
+    A and B may be float32 beside x and W in bfloat16 or float16. Then the branch is computed in x's dtype, with A and
+    B rounded to it once, and their gradients are products in x's dtype converted to float32. In float16 these need
+    the usual loss scale: for a small B, g B is below the smallest float16.
+
     Args:
         x: [..., in]; float32, float64, bfloat16 or float16.
         weight: W, [out, in], frozen, in x's dtype.
         bias: b, [out], or None; trained if it requires a gradient.
-        lora_A: A, [r, in].
-        lora_B: B, [out, r].
+        lora_A: A, [r, in], in x's dtype, or float32 beside bfloat16 and float16.
+        lora_B: B, [out, r], likewise.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
 
     Returns:
@@ -280,41 +312,51 @@ def lora_linear(
     Raises:
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
-    _check_tensor("lora_linear", "weight", weight)
+    for name, value in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_tensor("lora_linear", name, value)
     if weight.requires_grad:
         raise InvalidValueError(
             "lora_linear: `weight` must be frozen, got a tensor with requires_grad=True: call requires_grad_(False)"
         )
     if torch.compiler.is_compiling():
+        lora_A, lora_B = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
         return operators.lora_linear(x, weight, bias, lora_A, lora_B, scaling)[0]
-    return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, float(scaling))
+    return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, float(scaling), None)
 
 
 class LoraUpFunction(torch.autograd.Function):
-    """y += scaling B h in place; saves h."""
+    """y += scaling B h in place; saves h. ``copy`` is B in y's dtype where somebody keeps it."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, hidden: torch.Tensor, lora_B: torch.Tensor, scaling: float, channels_second: bool
+        ctx: Any,
+        y: torch.Tensor,
+        hidden: torch.Tensor,
+        lora_B: torch.Tensor,
+        scaling: float,
+        channels_second: bool,
+        copy: torch.Tensor | None,
     ) -> torch.Tensor:
-        _core.lora_up_forward(y, hidden, lora_B, scaling, channels_second)
+        low_B = rounded(lora_B, y.dtype) if copy is None else copy
+        _core.lora_up_forward(y, hidden, low_B, scaling, channels_second)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(hidden, lora_B)
+        ctx.save_for_backward(hidden, lora_B, low_B)
         ctx.settings = scaling, channels_second
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, lora_B = ctx.saved_tensors
+        hidden, lora_B, low_B = ctx.saved_tensors
         scaling, channels_second = ctx.settings
         wanted = ctx.needs_input_grad[1:3]
         if torch.is_grad_enabled():  # create_graph=True: operations that can be differentiated again
+            lora_B = rounded(lora_B, hidden.dtype)
             channel = 1 if channels_second else -1
             dh = scaling * (grad.movedim(channel, -1) @ lora_B).movedim(-1, channel)
             dB = scaling * grad.movedim(channel, 0).flatten(1) @ hidden.movedim(channel, 0).flatten(1).T
         else:
-            dh, dB = _core.lora_up_backward(grad, hidden, lora_B, scaling, channels_second, wanted)
-        return grad, dh, dB, None, None
+            dh, dB = _core.lora_up_backward(grad, hidden, low_B, scaling, channels_second, wanted)
+        return grad, dh, dB, None, None, None
 
 
 def lora_up_(
@@ -329,7 +371,7 @@ def lora_up_(
         y: The layer's output, [..., out], or [B, out, ...] with ``channels_second``, contiguous or channels_last;
             float32, float64, bfloat16 or float16. Nothing else may hold it for its own backward pass.
         hidden: h, of y's shape with r for out, in y's dtype.
-        lora_B: B, [out, r].
+        lora_B: B, [out, r], in y's dtype, or float32 beside bfloat16 and float16: see :func:`lora_linear`.
         scaling: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA.
         channels_second: Whether the channels are the second dimension, as in convolutions, or the last.
 
@@ -340,9 +382,11 @@ def lora_up_(
         ShapeError, DtypeError, DeviceError, LayoutError, InvalidValueError: Naming the argument, what was expected and
             what came.
     """
+    _check_tensor("lora_up", "y", y)
+    _check_tensor("lora_up", "lora_B", lora_B)
     if torch.compiler.is_compiling():
-        return operators.lora_up(y, hidden, lora_B, scaling, channels_second)
-    return LoraUpFunction.apply(y, hidden, lora_B, float(scaling), channels_second)
+        return operators.lora_up(y, hidden, rounded(lora_B, y.dtype), scaling, channels_second)
+    return LoraUpFunction.apply(y, hidden, lora_B, float(scaling), channels_second, None)
 
 
 def noising(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from cat_rs import distributed
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.functional import LOW_PRECISION
 
 __all__ = ["FlatAdamW"]
 
@@ -33,6 +34,9 @@ class _Flat:
     versions: list[int]
     # The version of `grad` when the kernel last zeroed it: autograd's additions raise it.
     zeroed_version: int = -1
+    # Float32 parameters in the lower precision that layers compute in, and its views.
+    copy: torch.Tensor | None = None
+    copies: list[torch.Tensor] = field(default_factory=list)
 
     def check_in_place(self) -> None:
         """Refuses parameters that were moved out of the flat buffer, by ``model.to`` for example."""
@@ -44,13 +48,30 @@ class _Flat:
                 )
 
     def refresh_master(self) -> None:
-        """Takes over what somebody wrote to the low-precision parameters since the last step."""
+        """Takes over what somebody wrote to the parameters since the last step."""
+        self.refresh_copy()
         if self.low_precision is None:
             return
         masters = _views(self.master, self.params)
         for param, version, master in zip(self.params, self.versions, masters, strict=True):
             if param._version != version:
                 master.copy_(param)
+        self.note_versions()
+
+    def make_copy(self, dtype: torch.dtype) -> None:
+        """Begins to keep the parameters in lower precision too."""
+        self.copy = self.master.to(dtype)
+        self.copies = _views(self.copy, self.params)
+
+    def refresh_copy(self) -> None:
+        """Rounds anew what somebody wrote to since."""
+        if self.copy is not None and self.versions != [param._version for param in self.params]:
+            self.copy.copy_(self.master)
+            self.note_versions()
+
+    def note_kernel_writes(self) -> None:
+        """Counts what the kernel writes behind autograd's back: a graph that saved the old weights must notice."""
+        torch.autograd.graph.increment_version(self.params if self.copy is None else [*self.params, self.copy])
         self.note_versions()
 
     def note_versions(self) -> None:
@@ -141,6 +162,8 @@ class FlatAdamW(torch.optim.Optimizer):
         max_grad_norm: Gradients are scaled so that their joint L2 norm is at most this; None does not clip.
         process_group: Ranks that train the same parameters, each on its own data: ``torch.distributed.group.WORLD``
             for all. None, the default, trains alone, also where torch.distributed is initialized.
+        low_precision: torch.bfloat16 or torch.float16: float32 parameters are also kept in this dtype, written in the
+            same pass over memory; see :meth:`low_precision_copy`. Not part of the state.
 
     Attributes:
         grad_norm: The norm before clipping, and after averaging, at the last step, a float; NaN before the first.
@@ -160,6 +183,7 @@ class FlatAdamW(torch.optim.Optimizer):
         *,
         max_grad_norm: float | None = None,
         process_group: Any = None,
+        low_precision: torch.dtype | None = None,
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not 0 <= value < math.inf:
@@ -170,12 +194,17 @@ class FlatAdamW(torch.optim.Optimizer):
             raise InvalidValueError(f"FlatAdamW: `max_grad_norm` must be > 0 or None, got {max_grad_norm}")
         if process_group is not None:
             distributed.check_group("FlatAdamW", process_group)
+        if low_precision not in (None, *LOW_PRECISION):
+            expected = "torch.bfloat16, torch.float16 or None"
+            raise InvalidValueError(f"FlatAdamW: `low_precision` must be {expected}, got {low_precision}")
         self.max_grad_norm = max_grad_norm
         self._process_group = process_group
         self._averaged = False
         self.grad_norm = math.nan
         self.skipped_steps = 0
         self._flats: list[tuple[dict[str, Any], _Flat]] = []
+        self._low_precision = low_precision
+        self._copied: dict[torch.Tensor, tuple[_Flat, int]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -199,8 +228,25 @@ class FlatAdamW(torch.optim.Optimizer):
                 distributed.broadcast_(flat.master, self._process_group)
                 if flat.low_precision is not None:
                     flat.low_precision.copy_(flat.master)
+            if self._low_precision is not None and params[0].dtype == torch.float32:
+                flat.make_copy(self._low_precision)
+                self._copied.update({param: (flat, index) for index, param in enumerate(params)})
             self._flats.append((group, flat))
             self._bind_state(flat)
+
+    def low_precision_copy(self, param: torch.Tensor) -> torch.Tensor | None:
+        """The parameter in the dtype ``low_precision``, a view that later steps write to; it has no gradient.
+
+        None where the optimizer keeps none, and where somebody has written to the parameter since the copy was made:
+        the next ``step()`` or ``load_state_dict()`` renews it. What is written through ``param.data`` is not noticed.
+
+        Args:
+            param: One of the optimizer's parameters, or any tensor.
+        """
+        flat, index = self._copied.get(param, (None, 0))
+        if flat is None or flat.versions[index] != param._version or flat.addresses[index] != param.data_ptr():
+            return None
+        return flat.copies[index]
 
     def _bind_state(self, flat: _Flat) -> None:
         moments = zip(
@@ -256,16 +302,14 @@ class FlatAdamW(torch.optim.Optimizer):
         grad_scale = 1.0 if limit is None else min(1.0, limit / (self.grad_norm + 1e-6))
         for group, flat in self._flats:
             beta1, beta2 = group["betas"]
-            # The kernel writes behind autograd's back: a graph that saved the old weights must notice. Counted before
-            # the kernel, which drives all of these small objects out of the caches.
-            torch.autograd.graph.increment_version(flat.params)
-            flat.note_versions()
+            # Before the kernel, which drives all of these small objects out of the caches.
+            flat.note_kernel_writes()
             _core.adamw_step(
                 flat.master,
                 flat.grad,
                 flat.exp_avg,
                 flat.exp_avg_sq,
-                flat.low_precision,
+                flat.low_precision if flat.copy is None else flat.copy,
                 lr=float(group["lr"]),
                 beta1=beta1,
                 beta2=beta2,
@@ -336,3 +380,4 @@ class FlatAdamW(torch.optim.Optimizer):
                 master.copy_(state.get("master", param))
                 param.copy_(master)
             flat.note_versions()
+        flat.refresh_copy()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -14,9 +15,29 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from cat_rs.errors import AdapterError
 from cat_rs.frozen import FrozenConv2d, FrozenLinear, frozen_linear, patch_frozen, unpatch_frozen
-from cat_rs.functional import lora_linear, lora_up_
+from cat_rs.functional import (
+    LOW_PRECISION,
+    LoraLinearFunction,
+    LoraUpFunction,
+    WeightCopyFunction,
+    lora_linear,
+    lora_up_,
+    rounded,
+)
 
-__all__ = ["PatchReport", "adapter_disabled", "base_parameters", "has_adapter", "patch_peft", "unpatch_peft"]
+if TYPE_CHECKING:
+    from cat_rs.optim import FlatAdamW
+
+__all__ = [
+    "PatchReport",
+    "adapter_disabled",
+    "base_parameters",
+    "has_adapter",
+    "lower_dtype",
+    "patch_peft",
+    "unpatch_peft",
+    "use_copies_of",
+]
 
 
 # Layers with an adapter, and whole modules that are trained as a copy (modules_to_save).
@@ -52,6 +73,12 @@ class AdapterSwitch:
     checkpointing: list[Any] = field(default_factory=list)
     # The adapters the model had when it was patched: another one may have brought layers.
     adapters: frozenset[str] = frozenset()
+    # Keeps low-precision copies of the model's weights.
+    optimizer: weakref.ref[FlatAdamW] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The weights of a copied or loaded model are not the optimizer's.
+        return {**vars(self), "optimizer": None}
 
     def turn(self, enabled: bool) -> None:
         """Turns the adapter on or off."""
@@ -115,6 +142,7 @@ class _SwitchedLayer:
     active_adapters: list[str]
     lora_A: Any
     lora_B: Any
+    lora_dropout: Any
     scaling: dict[str, Any]
     merged: bool
     _disable_adapters: bool
@@ -148,11 +176,51 @@ class _SwitchedLayer:
         """The dtype in which the layer computes; None where PEFT converts on the way, or another device does."""
         if x.device.type != "cpu" or not (type(x) in _PLAIN_TENSORS or torch.compiler.is_compiling()):
             return None
-        dtypes = {x.dtype, self.base_layer.weight.dtype, *(self.lora_A[name].weight.dtype for name in adapters)}
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            return dtype if dtypes <= {torch.float32, dtype} else None
-        return x.dtype if len(dtypes) == 1 else None
+        return self._common_dtype(x.dtype, adapters)
+
+    def _common_dtype(self, dtype: torch.dtype, adapters: list[str]) -> torch.dtype | None:
+        """The dtype in which the layer computes on an input of this dtype."""
+        base, own = self.base_layer.weight.dtype, {self.lora_A[name].weight.dtype for name in adapters}
+        device = self.base_layer.weight.device.type
+        if torch.is_autocast_enabled(device):
+            autocast = torch.get_autocast_dtype(device)
+            return autocast if {dtype, base, *own} <= {torch.float32, autocast} else None
+        # Float32 weights of an adapter beside a lower dtype are rounded to it.
+        allowed = {dtype, torch.float32} if dtype in LOW_PRECISION else {dtype}
+        return dtype if base == dtype and own <= allowed else None
+
+    def _copy_of(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """The optimizer's copy of a weight in this lower dtype, where there is one."""
+        # No version tells of what was written through .data, as averages of weights are for validation. Those run
+        # without gradients, the optimizer's steps do not.
+        if weight.dtype == dtype or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        reference = self._cat_rs_switch.optimizer
+        optimizer = None if reference is None else reference()
+        copy = None if optimizer is None else optimizer.low_precision_copy(weight)
+        return copy if copy is not None and copy.dtype == dtype else None
+
+    def _down(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The down projection of one adapter."""
+        lora_A, x = self.lora_A[name], self.lora_dropout[name](x)
+        weight = lora_A.weight
+        if weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return lora_A(x)
+        copy = self._copy_of(weight, x.dtype)
+        weight = rounded(weight, x.dtype) if copy is None else WeightCopyFunction.apply(weight, copy)
+        if isinstance(lora_A, torch.nn.Conv2d):
+            return lora_A._conv_forward(x, weight, None)
+        return torch.nn.functional.linear(x, weight)
+
+    def _up(self, y: torch.Tensor, hidden: torch.Tensor, name: str) -> torch.Tensor:
+        """Adds the up projection of one adapter onto the layer's output, in place."""
+        weight, convolution = self.lora_B[name].weight, isinstance(self, FusedConv2d)
+        copy = self._copy_of(weight, y.dtype)
+        lora_B = weight.flatten(1)
+        if copy is None:
+            return lora_up_(y, hidden, lora_B, self.scaling[name], channels_second=convolution)
+        scaling = float(self.scaling[name])
+        return LoraUpFunction.apply(y, hidden, lora_B, scaling, convolution, copy.flatten(1))
 
     def _bias(self, adapters: list[str], dtype: torch.dtype) -> torch.Tensor | None:
         """The sum of the layer's bias and those of the adapters."""
@@ -179,12 +247,15 @@ class FusedLinear(lora.Linear, _SwitchedLayer):
         x, weight, bias = x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype)
         if len(adapters) == 1 and not _drops(self.lora_dropout[adapters[0]]):
             (name,) = adapters
-            lora_A, lora_B = self.lora_A[name].weight.to(dtype), self.lora_B[name].weight.to(dtype)
-            return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling[name])
+            lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
+            low_A, low_B = self._copy_of(lora_A, dtype), self._copy_of(lora_B, dtype)
+            if low_A is None or low_B is None:
+                return lora_linear(x, weight, bias, lora_A, lora_B, self.scaling[name])
+            scaling = float(self.scaling[name])
+            return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, (low_A, low_B))
         y = frozen_linear(x, weight, bias)
         for name in adapters:
-            hidden = self.lora_A[name](self.lora_dropout[name](x))
-            y = lora_up_(y, hidden, self.lora_B[name].weight.to(dtype), self.scaling[name])
+            y = self._up(y, self._down(x, name), name)
         return y
 
 
@@ -207,9 +278,7 @@ class FusedConv2d(lora.Conv2d, _SwitchedLayer):
                 # Its output is a view of a matrix, which autograd lets nobody write to.
                 y = y.clone()
         for name in adapters:
-            hidden = self.lora_A[name](self.lora_dropout[name](x))
-            lora_B = self.lora_B[name].weight.flatten(1).to(dtype)
-            y = lora_up_(y, hidden, lora_B, self.scaling[name], channels_second=True)
+            y = self._up(y, self._down(x, name), name)
         return y
 
 
@@ -287,6 +356,16 @@ def _why_not_fused(layer: _SwitchedLayer, adapters: list[str]) -> str | None:
     return None
 
 
+def _why_not_in_one_dtype(layer: _SwitchedLayer, adapters: list[str]) -> str | None:
+    """What of the dtypes of the layer and of these adapters of its makes PEFT convert its input."""
+    base = layer.base_layer.weight.dtype
+    for name in adapters:
+        if layer._common_dtype(base, [name]) is None:
+            own, other = (str(dtype).removeprefix("torch.") for dtype in (layer.lora_A[name].weight.dtype, base))
+            return f"adapter {name!r} is in {own}, the base layer in {other}"
+    return None
+
+
 def _adapter_modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, ADAPTER_MODULES):
@@ -324,10 +403,11 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
 
     Fused are layers over torch.nn.Linear and torch.nn.Conv2d, with any number of active adapters, dropout, biases in
     B and trained biases, in float32, float64, bfloat16 and float16, and under autocast. Parameters, names and the
-    state dict are unchanged, and so are results up to rounding. PEFT's own forward runs, call by call, where a layer
-    is asked for something else: merged weights, DoRA and other variants, an adapter for each sample, an adapter in
-    another dtype than the base layer's, a layer with hooks, grouped convolutions, devices other than the CPU. Calling
-    it again picks up layers added since.
+    state dict are unchanged, and so are results up to rounding. A float32 adapter over a base layer in bfloat16 or
+    float16 computes in the base layer's dtype, where PEFT converts the input to float32; its gradients are float32
+    (see :func:`cat_rs.lora_linear`). PEFT's own forward runs, call by call, where a layer is asked for something else:
+    merged weights, DoRA and other variants, an adapter for each sample, an adapter in another dtype than these, a
+    layer with hooks, grouped convolutions, devices other than the CPU. Calling it again picks up layers added since.
 
     The model's frozen linear layers, with an adapter or without, run this package's float32 products on processors
     where PyTorch's are slower, and its large frozen convolutions run as one matrix product where their input is small:
@@ -365,12 +445,43 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
             report.kept[name] = f"{type(layer).__name__} layers are not fused"
             continue
         layer._cat_rs_switch = switch
-        reason = _why_not_fused(layer, layer._active())
+        adapters = layer._active()
+        reason = _why_not_fused(layer, adapters) or _why_not_in_one_dtype(layer, adapters)
         if reason is None:
             report.fused.append(name)
         else:
             report.kept[name] = reason
     return report
+
+
+def lower_dtype(models: Iterable[torch.nn.Module]) -> torch.dtype | None:
+    """The dtype below float32 in which the fused layers of patched models compute with float32 adapters.
+
+    Args:
+        models: Patched models.
+
+    Returns:
+        The dtype; None where no layer does so, or where several dtypes are in use.
+    """
+    dtypes = set()
+    for _, layer in (found for model in models for found in _adapter_modules(model)):
+        if isinstance(layer, _SwitchedLayer) and _why_not_fused(layer, adapters := layer._active()) is None:
+            base = layer.base_layer.weight.dtype
+            if base in LOW_PRECISION and any(layer.lora_A[name].weight.dtype == torch.float32 for name in adapters):
+                dtypes.add(base)
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def use_copies_of(optimizer: FlatAdamW, model: torch.nn.Module) -> None:
+    """Lets the layers of a patched model compute with the low-precision copies of its weights that an optimizer keeps.
+
+    A layer whose weight has no copy that is up to date rounds the weight in every call, and so does every layer where
+    gradients are off.
+    """
+    for _, layer in _adapter_modules(model):
+        if isinstance(layer, _SwitchedLayer):
+            layer._cat_rs_switch.optimizer = weakref.ref(optimizer)
+            return
 
 
 def unpatch_peft(model: torch.nn.Module) -> None:

@@ -84,7 +84,8 @@ class CatStep:
 
     The model's PEFT LoRA layers get the fused forward of :func:`cat_rs.patch_peft`, its large frozen convolutions run
     as matrix products where the picture is small, and its trainable parameters become views of a flat buffer; names
-    and state dict stay.
+    and state dict stay. A float32 adapter over a model in bfloat16 or float16 computes in the model's dtype, on copies
+    of its weights that the optimizer writes; a weight that somebody else writes to is rounded anew in every call.
 
     Args:
         model: A diffusers denoiser with a PEFT adapter (``model.add_adapter(LoraConfig(...))``), on the CPU. What
@@ -201,8 +202,9 @@ class CatStep:
         self._predict = predict or denoiser_predict(model)
         self._convention, self._unbatched = convention_of(model), frozenset(unbatched)
         self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
-        for adapted in (model, *self.text_encoders):
-            peft.patch_peft(adapted)
+        adapted = (model, *self.text_encoders)
+        for each in adapted:
+            peft.patch_peft(each)
         self.optimizer = FlatAdamW(
             self.trainable.values(),
             lr,
@@ -211,7 +213,10 @@ class CatStep:
             weight_decay,
             max_grad_norm=max_grad_norm,
             process_group=process_group,
+            low_precision=peft.lower_dtype(adapted),
         )
+        for each in adapted:
+            peft.use_copies_of(self.optimizer, each)
         self.steps_done = 0
         self._accumulated = 0
 

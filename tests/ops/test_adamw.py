@@ -424,6 +424,91 @@ def test_a_torch_state_leaves_the_loaded_weights(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, old, strict=True))
 
 
+def assert_copied(optimizer: FlatAdamW, params: Params, dtype: torch.dtype) -> None:
+    for param in params:
+        copy = optimizer.low_precision_copy(param)
+        assert copy is not None
+        assert copy.dtype == dtype
+        assert torch.equal(copy, param.detach().to(dtype))
+
+
+@pytest.mark.parametrize("low", by_id({"bf16": BF16, "f16": F16}))
+def test_a_low_precision_copy_is_the_rounded_parameter(low: torch.dtype) -> None:
+    params, others = make_params(), [*make_params(BF16), *make_params(F64)]
+    optimizer = FlatAdamW([*params, *others], max_grad_norm=1.0, low_precision=low, **SETTINGS)
+    assert_copied(optimizer, params, low)
+    first = [optimizer.low_precision_copy(param) for param in params]
+    for grads in gradients(params, 3):
+        add_gradients(params, grads)
+        optimizer.step()
+        assert_copied(optimizer, params, low)
+    # Layers may keep what they got: later steps write to the same memory.
+    assert all(copy is optimizer.low_precision_copy(param) for copy, param in zip(first, params, strict=True))
+    assert not any(copy.requires_grad for copy in first)
+    assert all(optimizer.low_precision_copy(param) is None for param in [*others, torch.zeros(3)])
+
+
+def test_a_low_precision_copy_changes_neither_steps_nor_state() -> None:
+    states, results = [], []
+    for low in (None, BF16):
+        params = make_params()
+        optimizer = FlatAdamW(params, max_grad_norm=1.0, low_precision=low, **SETTINGS)
+        for grads in gradients(params, 5):
+            add_gradients(params, grads)
+            optimizer.step()
+        states.append(optimizer.state_dict())
+        results.append(params)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for ours, theirs in zip(*(state["state"].values() for state in states), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_a_low_precision_copy_follows_what_is_written_from_outside() -> None:
+    params = make_params()
+    optimizer = FlatAdamW(params, low_precision=BF16, **SETTINGS)
+
+    def write() -> None:
+        with torch.no_grad():
+            params[0].add_(1)
+
+    write()
+    assert optimizer.low_precision_copy(params[0]) is None
+    optimizer.step()
+    assert_copied(optimizer, params, BF16)
+    write()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert_copied(optimizer, params, BF16)
+    write()
+    params[1].grad.fill_(math.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert_copied(optimizer, params, BF16)
+    params[2].data = params[2].detach() + 1
+    assert optimizer.low_precision_copy(params[2]) is None
+
+
+def test_a_group_added_later_is_copied_too() -> None:
+    params = make_params()
+    optimizer = FlatAdamW(params[:3], low_precision=F16, **SETTINGS)
+    optimizer.add_param_group({"params": params[3:]})
+    assert_copied(optimizer, params, F16)
+    optimizer.step()
+    assert_copied(optimizer, params, F16)
+
+
+def test_a_graph_over_the_old_copy_is_noticed() -> None:
+    weight = torch.nn.Parameter(torch.randn(4))
+    optimizer = FlatAdamW([weight], low_precision=BF16)
+    x = torch.randn(4, dtype=BF16, requires_grad=True)
+    loss = (x * optimizer.low_precision_copy(weight)).sum()
+    weight.grad.fill_(1)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_optimizing_a_real_loss_converges() -> None:
     weight = torch.nn.Parameter(torch.zeros(8))
     goal = torch.linspace(-1, 1, 8)
@@ -446,6 +531,11 @@ def test_optimizing_a_real_loss_converges() -> None:
         pytest.param({"betas": (-0.1, 0.9)}, r"`betas` .* got \(-0.1, 0.9\)", id="beta-negative"),
         pytest.param({"max_grad_norm": 0.0}, "`max_grad_norm` must be > 0 or None, got 0.0", id="norm-zero"),
         pytest.param({"max_grad_norm": math.nan}, "`max_grad_norm` must be > 0 or None, got nan", id="norm-nan"),
+        pytest.param(
+            {"low_precision": F32},
+            "`low_precision` must be torch.bfloat16, torch.float16 or None, got torch.float32",
+            id="low-precision",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], text: str) -> None:

@@ -14,6 +14,7 @@ from tests import references
 from tests.tolerances import assert_close, max_abs
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+LOW = {"bf16": torch.bfloat16, "f16": torch.float16}
 LEADING = {"vector": (), "rows": (6,), "sequence": (2, 7), "image": (2, 3, 5), "four": (2, 1, 3, 2)}
 # in, out, r
 SIZES = {"tidy": (16, 32, 4), "odd": (13, 7, 3), "rank-1": (5, 11, 1), "one": (1, 1, 1), "rank-above-width": (3, 2, 5)}
@@ -31,19 +32,20 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     *,
     bias: bool = True,
+    adapter: torch.dtype | None = None,
 ) -> Case:
     inner, out, rank = sizes
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> torch.Tensor:
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return {
         "x": draw(*leading, inner).requires_grad_(),
         "weight": draw(out, inner),
         "bias": draw(out) if bias else None,
-        "lora_A": draw(rank, inner).requires_grad_(),
-        "lora_B": draw(out, rank).requires_grad_(),
+        "lora_A": draw(rank, inner, dtype=adapter or dtype).requires_grad_(),
+        "lora_B": draw(out, rank, dtype=adapter or dtype).requires_grad_(),
         "scaling": 0.75,
     }
 
@@ -75,8 +77,9 @@ def check_against_reference(case: Case, upstream: torch.Tensor | None = None) ->
             assert ours is None, f"{name} has a gradient that nobody wanted"
             continue
         assert ours is not None, f"{name} has no gradient"
-        assert ours.dtype == y.dtype
-        assert_close(ours, theirs, factor=math.sqrt(length), scale=max_abs(theirs), label=name)
+        assert ours.dtype == (y if name == "y" else case[name]).dtype
+        # Beside float32 A and B, too, the products are in y's dtype.
+        assert_close(ours, theirs, dtype=y.dtype, factor=math.sqrt(length), scale=max_abs(theirs), label=name)
 
 
 @pytest.mark.parametrize("dtype", by_id(DTYPES))
@@ -92,6 +95,28 @@ def test_leading_dimensions_match_reference(leading: tuple[int, ...], dtype: tor
     check_against_reference(make_case(leading, dtype=dtype, bias=bias))
 
 
+@pytest.mark.parametrize("dtype", by_id(LOW))
+@pytest.mark.parametrize("sizes", by_id(SIZES))
+def test_float32_adapters_match_reference(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check_against_reference(make_case((4, 9), sizes, dtype, adapter=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", by_id(LOW))
+@pytest.mark.parametrize("leading", by_id(LEADING))
+def test_float32_adapters_are_rounded_once(leading: tuple[int, ...], dtype: torch.dtype) -> None:
+    case = make_case(leading, dtype=dtype, adapter=torch.float32)
+    low = {**case, "x": case["x"].detach().requires_grad_()}
+    low.update({name: case[name].detach().to(dtype).requires_grad_() for name in ("lora_A", "lora_B")})
+    y, expected = cat_rs.lora_linear(**case), cat_rs.lora_linear(**low)
+    assert torch.equal(y, expected)
+    upstream = torch.randn(y.shape).to(dtype)
+    y.backward(upstream)
+    expected.backward(upstream)
+    for name in ("x", "lora_A", "lora_B"):
+        assert case[name].grad.dtype == case[name].dtype
+        assert torch.equal(case[name].grad, low[name].grad.to(case[name].dtype))
+
+
 @pytest.mark.parametrize("leading", by_id({"rows": (0,), "batch": (0, 7), "sequence": (2, 0)}))
 def test_an_empty_batch_has_zero_gradients(leading: tuple[int, ...]) -> None:
     case = make_case(leading)
@@ -103,9 +128,10 @@ def test_an_empty_batch_has_zero_gradients(leading: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["x", "lora_A", "lora_B", "x+lora_A", "x+lora_B", "lora_A+lora_B", "none"])
+@pytest.mark.parametrize("adapter", by_id({"": None, "f32-adapter": torch.float32}))
 @pytest.mark.parametrize("dtype", by_id({"f32": torch.float32, "bf16": torch.bfloat16}))
-def test_gradients_only_where_wanted(wanted: str, dtype: torch.dtype) -> None:
-    case = make_case(dtype=dtype)
+def test_gradients_only_where_wanted(wanted: str, dtype: torch.dtype, adapter: torch.dtype | None) -> None:
+    case = make_case(dtype=dtype, adapter=adapter)
     for name in ("x", "lora_A", "lora_B"):
         case[name] = case[name].detach().requires_grad_(name in wanted.split("+"))
     check_against_reference(case)
@@ -152,6 +178,27 @@ def test_gradients_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(layer, inputs)
 
 
+@pytest.mark.parametrize("dtype", by_id(LOW))
+def test_second_derivatives_by_a_float32_adapter(dtype: torch.dtype) -> None:
+    case = make_case((2, 3), dtype=dtype, adapter=torch.float32)
+    twins = {
+        name: value.detach().double().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+        for name, value in case.items()
+    }
+
+    def penalty(arguments: Case, layer: Any) -> list[torch.Tensor]:
+        wanted = [arguments[name] for name in ("x", "lora_A", "lora_B")]
+        # A mean: float16 ends at 65504.
+        slopes = torch.autograd.grad(layer(**arguments).square().mean(), wanted, create_graph=True)
+        return list(torch.autograd.grad(sum(slope.double().square().sum() for slope in slopes), wanted))
+
+    ours, theirs = penalty(case, cat_rs.lora_linear), penalty(twins, references.lora_linear)
+    for name, one, other in zip(("x", "lora_A", "lora_B"), ours, theirs, strict=True):
+        assert one.dtype == case[name].dtype
+        # A chain of a dozen products, each of whose sums is rounded.
+        assert_close(one, other, dtype=dtype, factor=12, scale=max_abs(other), label=name)
+
+
 def test_a_second_backward_adds_the_same_gradients() -> None:
     case = make_case()
     loss = cat_rs.lora_linear(**case).square().sum()
@@ -177,18 +224,19 @@ def test_any_scaling(scaling: float) -> None:
     check_against_reference({**make_case(), "scaling": scaling})
 
 
-@pytest.mark.parametrize("dtype", by_id({"f32": torch.float32, "bf16": torch.bfloat16}))
+@pytest.mark.parametrize("adapter", by_id({"": None, "f32-adapter": torch.float32}))
+@pytest.mark.parametrize("dtype", by_id({"f32": torch.float32, **LOW}))
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_equals_a_peft_layer(bias: bool, rslora: bool, dtype: torch.dtype) -> None:
+def test_equals_a_peft_layer(bias: bool, rslora: bool, dtype: torch.dtype, adapter: torch.dtype | None) -> None:
     from peft import LoraConfig
     from peft.tuners.lora.layer import Linear
 
     base = torch.nn.Linear(24, 17, bias=bias, dtype=dtype).requires_grad_(False)
     layer = Linear(base, "default", LoraConfig(r=5, lora_alpha=8, use_rslora=rslora), r=5, lora_alpha=8)
-    lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    torch.nn.init.normal_(lora_B)
-    layer.to(dtype)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    layer.lora_A.to(adapter or dtype)
+    layer.lora_B.to(adapter or dtype)
     lora_A, lora_B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(2, 9, 24, dtype=dtype)
     upstream = torch.randn(2, 9, 17, dtype=dtype)
@@ -200,7 +248,8 @@ def test_equals_a_peft_layer(bias: bool, rslora: bool, dtype: torch.dtype) -> No
         return [y, *torch.autograd.grad(y, [leaf, lora_A, lora_B], upstream)]
 
     for name, ours, theirs in zip(("y", "x", "lora_A", "lora_B"), run(True), run(False), strict=True):
-        assert_close(ours, theirs, factor=8, scale=max_abs(theirs), label=name)
+        assert ours.dtype == theirs.dtype
+        assert_close(ours, theirs, dtype=dtype, factor=8, scale=max_abs(theirs), label=name)
 
 
 BAD = {
@@ -221,6 +270,17 @@ BAD = {
     "A-shape": ({"lora_A": torch.ones(3, 12)}, ShapeError, r"`lora_A` must have shape \[3, 13\], got \[3, 12\]"),
     "B-rank": ({"lora_B": torch.ones(7, 4)}, ShapeError, r"`lora_B` must have shape \[7, 3\], got \[7, 4\]"),
     "A-dtype": ({"lora_A": torch.ones(3, 13).double()}, DtypeError, "`lora_A` .* got float64 beside x of float32"),
+    "A-lower": ({"lora_A": torch.ones(3, 13).half()}, DtypeError, "`lora_A` .* got float16 beside x of float32"),
+    "B-higher": (
+        {
+            "x": torch.ones(2, 13).half(),
+            "weight": torch.ones(7, 13).half(),
+            "bias": None,
+            "lora_B": torch.ones(7, 3).double(),
+        },
+        DtypeError,
+        "`lora_B` .* got float64 beside x of float16",
+    ),
     "scaling-nan": ({"scaling": float("nan")}, InvalidValueError, "`scaling` must be a finite number, got NaN"),
     "scaling-inf": ({"scaling": float("inf")}, InvalidValueError, "`scaling` .* got inf"),
 }

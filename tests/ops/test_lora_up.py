@@ -37,11 +37,14 @@ def by_id(table: dict[str, Any]) -> list[Any]:
 
 
 def make_case(
-    shape: tuple[int, ...] = (2, 9, OUT), channels_second: bool = False, dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = (2, 9, OUT),
+    channels_second: bool = False,
+    dtype: torch.dtype = torch.float32,
+    adapter: torch.dtype | None = None,
 ) -> Case:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*size: int) -> torch.Tensor:
+    def draw(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
     hidden = list(shape)
@@ -49,7 +52,7 @@ def make_case(
     return {
         "y": draw(*shape).requires_grad_(),
         "hidden": draw(*hidden).requires_grad_(),
-        "lora_B": draw(OUT, RANK).requires_grad_(),
+        "lora_B": draw(OUT, RANK, dtype=adapter or dtype).requires_grad_(),
         "scaling": 0.75,
         "channels_second": channels_second,
     }
@@ -79,13 +82,22 @@ def check_against_reference(case: Case, upstream: torch.Tensor | None = None) ->
     ]:
         assert (ours is None) == (theirs is None), f"{name}: a gradient where none was wanted, or none where one was"
         if theirs is not None:
-            assert_close(ours, theirs, factor=math.sqrt(length), scale=max_abs(theirs), label=name)
+            assert ours.dtype == (result if name == "result" else case[name]).dtype
+            # Beside a float32 B, too, the products are in y's dtype.
+            scale = max_abs(theirs)
+            assert_close(ours, theirs, dtype=result.dtype, factor=math.sqrt(length), scale=scale, label=name)
 
 
 @pytest.mark.parametrize("dtype", by_id(DTYPES))
 @pytest.mark.parametrize(("shape", "channels_second"), [pytest.param(*row, id=name) for name, row in SHAPES.items()])
 def test_shapes_match_reference(shape: tuple[int, ...], channels_second: bool, dtype: torch.dtype) -> None:
     check_against_reference(make_case(shape, channels_second, dtype))
+
+
+@pytest.mark.parametrize("dtype", by_id({"bf16": torch.bfloat16, "f16": torch.float16}))
+@pytest.mark.parametrize(("shape", "channels_second"), [pytest.param(*row, id=name) for name, row in SHAPES.items()])
+def test_a_float32_b_matches_reference(shape: tuple[int, ...], channels_second: bool, dtype: torch.dtype) -> None:
+    check_against_reference(make_case(shape, channels_second, dtype, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", by_id({"f32": torch.float32, "bf16": torch.bfloat16}))
@@ -138,6 +150,25 @@ def test_gradients_and_second_derivatives(shape: str) -> None:
     assert torch.autograd.gradgradcheck(add, inputs)
 
 
+@pytest.mark.parametrize("shape", ["sequence", "picture"])
+def test_second_derivatives_by_a_float32_b(shape: str) -> None:
+    case = make_case(*SHAPES[shape], torch.bfloat16, torch.float32)
+    names = ("y", "hidden", "lora_B")
+    twins = {name: case[name].detach().double().requires_grad_() for name in names}
+
+    def penalty(arguments: Case, add: Any) -> list[torch.Tensor]:
+        wanted = [arguments[name] for name in names]
+        total = add(**{**case, **arguments, "y": arguments["y"].clone()}).square().sum()
+        slopes = torch.autograd.grad(total, wanted, create_graph=True)
+        return list(torch.autograd.grad(sum(slope.double().square().sum() for slope in slopes), wanted))
+
+    ours, theirs = penalty({name: case[name] for name in names}, lora_up_), penalty(twins, references.lora_up)
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        assert one.dtype == case[name].dtype
+        # A chain of several products, each of whose sums is rounded.
+        assert_close(one, other, dtype=torch.bfloat16, factor=8, scale=max_abs(other), label=name)
+
+
 def test_writing_to_a_tensor_that_autograd_saved_is_noticed() -> None:
     case = make_case()
     y = case["y"].exp()
@@ -169,6 +200,11 @@ BAD: dict[str, tuple[Case, type[Exception], str]] = {
         {"hidden": torch.ones(2, 9, 3).double()},
         DtypeError,
         "`hidden` must have dtype the dtype of `y`, got float64 beside y of float32",
+    ),
+    "B-dtype": (
+        {"lora_B": torch.ones(7, 3).half()},
+        DtypeError,
+        "`lora_B` must have dtype the dtype of `y`, got float16 beside y of float32",
     ),
     "B-dims": ({"lora_B": torch.ones(7, 3, 1)}, ShapeError, r"`lora_B` must have shape \[out, r\], got \[7, 3, 1\]"),
     "B-out": ({"lora_B": torch.ones(6, 3)}, ShapeError, r"`lora_B` must have shape \[7, 3\], got \[6, 3\]"),
