@@ -37,6 +37,7 @@ _PROPERTIES = {INK: "--ink", FAINT: "--faint", RULE: "--rule"} | {
 _SMOOTHING = 0.05
 _MAX_POINTS = 400
 _SIZE = 9.8
+_LABEL_LENGTH = 30
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def to_svg(figure: Figure, prefix: str) -> str:
     text = re.sub(r"<style\b.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", text)
-    text = re.sub(r'<svg width="\S+" height="\S+"', "<svg", text.replace("\n", " "), count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text.replace("\n", " "), count=1)
     for colour, name in _PROPERTIES.items():
         text = text.replace(f": {colour}", f": var({name})")
     return text
@@ -219,8 +220,9 @@ def _draw_series(axes: Axes, points: Sequence[FrontPoint], number: int) -> None:
     path = [[point.identity.value for point in checkpoints], [point.ups.value for point in checkpoints]]
     axes.plot(*path, color=colour, linewidth=1.4, alpha=0.6, zorder=2)
     for point in points:
-        _whiskers(axes, point.identity, point.ups, colour)
-        size = 6.5 if point.step is None or point.best else 4.5
+        passing = point.step is not None and not point.best
+        _whiskers(axes, point.identity, point.ups, colour, alpha=0.2 if passing else 0.45)
+        size = 4.5 if passing else 6.5
         axes.plot(point.identity.value, point.ups.value, marker, color=colour, markersize=size, zorder=4)
         if point.best:
             axes.plot(
@@ -234,15 +236,15 @@ def _draw_series(axes: Axes, points: Sequence[FrontPoint], number: int) -> None:
             )
 
 
-def _whiskers(axes: Axes, identity: Interval, ups: Interval, colour: str) -> None:
-    style: dict[str, Any] = {"color": colour, "linewidth": 1.1, "alpha": 0.45, "zorder": 2, "solid_capstyle": "round"}
+def _whiskers(axes: Axes, identity: Interval, ups: Interval, colour: str, alpha: float = 0.45) -> None:
+    style: dict[str, Any] = {"color": colour, "linewidth": 1.1, "alpha": alpha, "zorder": 2, "solid_capstyle": "round"}
     axes.plot([identity.low, identity.high], [ups.value, ups.value], **style)
     axes.plot([identity.value, identity.value], [ups.low, ups.high], **style)
 
 
 def _label(axes: Axes, text: str, left: float, top: float, colour: str, *, bold: bool = False) -> Annotation:
-    return axes.annotate(
-        text,
+    label = axes.annotate(
+        _shortened(text),
         (left, top),
         xytext=_CORNERS[0][0],
         textcoords="offset points",
@@ -255,6 +257,13 @@ def _label(axes: Axes, text: str, left: float, top: float, colour: str, *, bold:
         parse_math=False,
         zorder=5,
     )
+    label.set_in_layout(False)
+    return label
+
+
+def _shortened(text: str) -> str:
+    """Return a name that fits beside its point: names that differ do so at an end more often than in the middle."""
+    return text if len(text) <= _LABEL_LENGTH else f"{text[: _LABEL_LENGTH // 2]}…{text[-_LABEL_LENGTH // 2 + 1 :]}"
 
 
 _CORNERS = (

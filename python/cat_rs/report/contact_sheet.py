@@ -89,15 +89,16 @@ def contact_sheet(
 
 
 def draw_contact_sheet(
-    result: EvaluationResult, *, cell: int = 128, max_seeds: int = 3, max_prompts: int = 6
+    result: EvaluationResult, *, cell: int = 128, max_seeds: int = 3, max_prompts: int = 6, title: str | None = None
 ) -> Image.Image:
-    """Return the sheet that `contact_sheet` writes."""
+    """Return the sheet that `contact_sheet` writes; `title` stands in for its headline."""
     if result.pictures is None:
         raise EvaluationInputError("contact_sheet: expected a result with pictures, got one that was read from a file")
     groups = _groups(result, result.pictures)
     seeds = min(max_seeds, len(groups[0].trigger.seeds))
     sheet = _Sheet(_Layout(cell, seeds, len(groups)))
-    sheet.title(*_title(result))
+    headline, notes = _title(result)
+    sheet.title(headline if title is None else title, notes)
     sheet.concept(result.pictures.concept)
     sheet.headings(groups)
     prompts = result.settings["prompts"]

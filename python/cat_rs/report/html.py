@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import importlib.metadata
 import io
@@ -14,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from cat_rs.evaluation import EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
+from cat_rs.evaluation import Comparison, EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
 from cat_rs.report.charts import draw_front, draw_panel, to_svg
 from cat_rs.report.pictures import BASE, spread
 from cat_rs.report.report import Report
@@ -92,7 +93,9 @@ def render_html(report: Report) -> str:
             if evaluation.result.pictures is not None
         ],
         "without_pictures": [
-            evaluation.label for evaluation in report.evaluations if evaluation.result.pictures is None
+            evaluation.label
+            for evaluation in report.evaluations
+            if evaluation.result.pictures is None and evaluation.checkpoints is None
         ],
         "fronts": [
             {"title": front.title, "svg": Markup(_labelled(to_svg(draw_front(front), f"front{number}"), front.title))}
@@ -100,7 +103,7 @@ def render_html(report: Report) -> str:
         ],
         "has_other_seed": any(front.other_seed is not None for front in report.fronts),
         "has_checkpoints": any(point.step is not None for front in report.fronts for point in front.points),
-        "rules": [],
+        "rules": _rules(report.evaluations),
         "panels": [
             {
                 "title": panel.title,
@@ -123,7 +126,7 @@ def render_html(report: Report) -> str:
     sections = [
         {"id": name, "title": title}
         for name, title, shown in (
-            ("pictures", "Pictures", report.evaluations),
+            ("pictures", "Pictures", content["sheets"] or content["without_pictures"]),
             ("front", "Learned against kept", content["fronts"]),
             ("curves", "Training", content["panels"]),
             ("scores", "Scores", content["scores"]),
@@ -169,7 +172,7 @@ def _sheet(report: Report, evaluation: Evaluation, pictures: EvaluationPictures)
     scores = [result.base, *result.adapters.values()]
     return {
         "label": evaluation.label,
-        "models": [{"name": name, "series": report.series.get(name)} for name in names],
+        "models": [{"name": name, "series": _series(report, evaluation, name)} for name in names],
         "concept_count": len(pictures.concept),
         "concept": [_picture(image, "") for image in pictures.concept[:_SHOWN_CONCEPT]],
         "halves": [
@@ -242,7 +245,7 @@ def _scores(report: Report) -> dict[str, Any]:
             {
                 "label": evaluation.label,
                 "model": name,
-                "series": report.series.get(name),
+                "series": _series(report, evaluation, name),
                 "figures": [_figure(getattr(scores, attribute)) for _, attribute, _ in columns],
             }
             for name, scores in models.items()
@@ -254,6 +257,13 @@ def _scores(report: Report) -> dict[str, Any]:
         "columns": [{"title": title, "note": note} for title, _, note in columns],
         "rows": rows,
     }
+
+
+def _series(report: Report, evaluation: Evaluation, name: str) -> int | None:
+    """Return the number of a model's colour; the base model has none."""
+    if name not in evaluation.result.adapters:
+        return None
+    return report.series[name if evaluation.checkpoints is None else evaluation.checkpoints.training]
 
 
 def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
@@ -278,22 +288,52 @@ def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
     return [{"name": name, "text": text} for name, text in meanings.items()]
 
 
+def _rules(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Say how trainings chose their best checkpoint, one line for each way."""
+    checkpoints = [evaluation.checkpoints for evaluation in evaluations]
+    chosen = [each for each in checkpoints if each is not None and each.best is not None]
+    rules = dict.fromkeys(each.rule for each in chosen)
+    trainings = {rule: [each.training for each in chosen if each.rule == rule] for rule in rules}
+    return [f"A ring marks the best checkpoint of {', '.join(names)}: {rule}." for rule, names in trainings.items()]
+
+
 def _comparisons(report: Report) -> list[dict[str, Any]]:
-    return [_summary(str(run.path), run.summary) for run in report.runs if run.summary]
+    tables = [_summary(str(run.path), run.summary) for run in report.runs if run.summary]
+    for evaluation in report.evaluations:
+        tables += [_comparison(evaluation, comparison) for comparison in evaluation.comparisons]
+    return tables
+
+
+def _comparison(evaluation: Evaluation, comparison: Comparison) -> dict[str, Any]:
+    """Return the figures of two adapters, and the difference of the second to the first."""
+    pair = (comparison.a, comparison.b)
+    rows = []
+    for group, columns in _GROUPS:
+        for title, attribute, _ in columns:
+            difference = getattr(comparison, attribute, None)
+            if difference is not None:
+                both = (getattr(evaluation.result.adapters[name], attribute) for name in pair)
+                name = title if group == _GROUPS[0][0] else f"{title}, {group}"
+                rows.append({"name": name, "figures": [*map(_figure, both), _figure(difference, sign="+")]})
+    return {
+        "title": f"{evaluation.label}: {comparison.b} − {comparison.a}",
+        "columns": [*pair, "difference"],
+        "rows": rows,
+    }
 
 
 def _summary(place: str, summary: Mapping[str, Any]) -> dict[str, Any]:
     """Return the means over the runs of a demo, and the difference of its two methods."""
     plain, method = [name for name in next(iter(summary.values())) if name != "difference"]
+    nothing = float("nan")
     return {
-        "title": f"{method} - {plain}, over the runs of {place}",
-        "columns": [plain, method, f"{method} - {plain}"],
+        "title": f"Means over the runs of {place}: {method} − {plain}",
+        "columns": [plain, method, "difference"],
         "rows": [
             {
                 "name": _SUMMARY_NAMES.get(name, name),
                 "figures": [
-                    _figure(Interval(row[plain], float("nan"), float("nan"))),
-                    _figure(Interval(row[method], float("nan"), float("nan"))),
+                    *(_figure(Interval(row[key], nothing, nothing)) for key in (plain, method)),
                     _figure(Interval(**row["difference"]), sign="+"),
                 ],
             }
@@ -387,8 +427,8 @@ def _figure(interval: Interval | None, *, sign: str = "") -> Figure | None:
     if interval is None:
         return None
     # Intervals of a single value have no bounds.
-    bounds = f"{interval.low:{sign}.3f} to {interval.high:{sign}.3f}" if interval.low == interval.low else ""
-    return Figure(interval.value, f"{interval.value:{sign}.3f}", bounds)
+    value, low, high = (f"{number:{sign}.3f}".replace("-", "−") for number in dataclasses.astuple(interval))
+    return Figure(interval.value, value, f"{low} to {high}" if interval.low == interval.low else "")
 
 
 def _plain_figure(value: float) -> Figure:

@@ -94,7 +94,7 @@ def read_report(runs: Sequence[str | os.PathLike[str]], *, title: str | None = N
     read = _with_distinct_labels([read_run(path) for path in runs])
     evaluations = [evaluation for run in read for evaluation in run.evaluations]
     trainings = [training for run in read for training in run.trainings]
-    names = [name for evaluation in evaluations for name in evaluation.result.adapters]
+    names = [name for evaluation in evaluations for name in _methods(evaluation)]
     names += [training.name for training in trainings]
     series = {name: number % len(SERIES) for number, name in enumerate(dict.fromkeys(names))}
     return Report(
@@ -164,8 +164,14 @@ def _title(evaluations: Sequence[Evaluation], trainings: Sequence[Training]) -> 
     if not evaluations:
         return f"Training of {_listed([training.name for training in trainings])}"
     concepts = _listed([f"“{concept_of(evaluation.result)}”" for evaluation in evaluations])
-    adapters = _listed([name for evaluation in evaluations for name in evaluation.result.adapters])
+    adapters = _listed([name for evaluation in evaluations for name in _methods(evaluation)])
     return f"{concepts}: base model against {adapters}"
+
+
+def _methods(evaluation: Evaluation) -> list[str]:
+    """The names that have a colour: those of the adapters, or that of the training whose checkpoints they are."""
+    checkpoints = evaluation.checkpoints
+    return list(evaluation.result.adapters) if checkpoints is None else [checkpoints.training]
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -195,18 +201,32 @@ def _conditions(result: EvaluationResult) -> str:
 
 
 def _front(evaluations: Sequence[Evaluation], series: Mapping[str, int]) -> Front:
-    names = [name for evaluation in evaluations for name in evaluation.result.adapters]
     points = []
     for evaluation in evaluations:
+        labels = _labels(evaluation, evaluations)
         for name, scores in evaluation.result.adapters.items():
-            label = name if names.count(name) == 1 else f"{name}: {evaluation.label}"
             if scores.identity is not None and scores.ups is not None:
-                points.append(FrontPoint(label, series[name], scores.identity, scores.ups))
+                method, step, best = name, None, False
+                if evaluation.checkpoints is not None:
+                    method = evaluation.checkpoints.training
+                    step, best = evaluation.checkpoints.steps[name], name == evaluation.checkpoints.best
+                points.append(FrontPoint(labels[name], series[method], scores.identity, scores.ups, step, best))
     first = evaluations[0].result
     other_seed = None if first.other_seed is None else first.other_seed.ups
-    return Front(
-        _listed([evaluation.label for evaluation in evaluations]), tuple(points), first.base.identity, other_seed
-    )
+    title = _listed([evaluation.label for evaluation in evaluations])
+    return Front(title, tuple(points), first.base.identity, other_seed)
+
+
+def _labels(evaluation: Evaluation, together: Sequence[Evaluation]) -> dict[str, str]:
+    """Return what stands beside each point: of checkpoints, the first, the best and the last have a label."""
+    names = list(evaluation.result.adapters)
+    checkpoints = evaluation.checkpoints
+    if checkpoints is not None:
+        prefix = "" if len(together) == 1 else f"{checkpoints.training}, "
+        shown = (names[0], checkpoints.best, names[-1])
+        return {name: f"{prefix}{name}" if name in shown else "" for name in names}
+    everywhere = [name for other in together for name in other.result.adapters]
+    return {name: name if everywhere.count(name) == 1 else f"{name}: {evaluation.label}" for name in names}
 
 
 def _panels(trainings: Sequence[Training], series: Mapping[str, int]) -> Iterator[Panel]:
