@@ -35,7 +35,7 @@ _COMMANDS = {
         "cat_rs.commands.demo",
         "train plain LoRA and CAT on the bundled emoji model, and compare",
         "Trains an adapter without and one with the preservation term on pictures of one emoji, evaluates both, "
-        "prints the table, and writes results.json, contact_sheet.png and curves.png.",
+        "prints the table, and writes results.json, contact_sheet.png, curves.png and the pictures.",
     ),
     "train": _Command(
         "cat_rs.commands.train",
@@ -55,6 +55,14 @@ _COMMANDS = {
         "Draws the same prompts and seeds with the base model and with each adapter, and scores what was learned and "
         "what was kept: UPS, TPS and KPS (this project's reading of the paper's score), identity, prompt similarity, "
         "drift and diversity, each with its 95 % interval.",
+    ),
+    "report": _Command(
+        "cat_rs.commands.report",
+        "one page from evaluations and trainings: pictures, charts, tables",
+        "Reads folders that cat-rs evaluate, demo and train wrote, or a results.json alone, and writes report.html, "
+        "one file that needs no other: pictures of all models side by side, what was learned against what was kept, "
+        "training curves, tables, settings. report.png is the page as a picture, report.json its figures.",
+        "RUN... ",
     ),
     "convert": _Command(
         "cat_rs.commands.convert",

@@ -59,9 +59,12 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
             groups[title] = parser.add_argument_group(title)
         if field.metadata["positional"]:
             # Optional to the parser: a config file may hold it.
-            metavar = field.name.upper()
             groups[title].add_argument(
-                field.name, nargs="?", default=argparse.SUPPRESS, metavar=metavar, help=field.metadata["help"]
+                field.name,
+                nargs="*" if typing.get_origin(hints[field.name]) is tuple else "?",
+                default=argparse.SUPPRESS,
+                metavar=_flag(field),
+                help=field.metadata["help"],
             )
             continue
         groups[title].add_argument(
@@ -140,7 +143,9 @@ def _own_fields_first(settings: type) -> list[dataclasses.Field[Any]]:
 
 
 def _flag(field: dataclasses.Field[Any]) -> str:
-    return field.name.upper() if field.metadata.get("positional") else f"--{field.name.replace('_', '-')}"
+    if field.metadata.get("positional"):
+        return field.metadata["metavar"] or field.name.upper()
+    return f"--{field.name.replace('_', '-')}"
 
 
 def _help_text(field: dataclasses.Field[Any]) -> str:

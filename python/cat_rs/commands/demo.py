@@ -86,7 +86,7 @@ class DemoRun:
 
 
 def run(settings: Settings) -> None:
-    """Train and evaluate every concept and seed; write results.json, contact_sheet.png and curves.png."""
+    """Train and evaluate every concept and seed; write results.json, the pictures, and drawings of them."""
     from cat_rs.report import print_table
 
     concepts = read_concepts(Path(settings.emoji_model), settings.concepts)
@@ -171,12 +171,13 @@ def _concept(entry: dict[str, Any], trigger: str, emoji_model: Path) -> Concept:
 
 
 def _run_one(settings: Settings, concept: Concept, seed: int) -> DemoRun:
-    from cat_rs.report import contact_sheet, training_curves
+    from cat_rs.report import PICTURES_FOLDER, contact_sheet, save_all_pictures, training_curves
 
     folder = Path(settings.output_dir, "runs", f"{concept.name.replace(' ', '_')}-seed{seed}")
     factors = {PLAIN: 0.0, CAT: settings.cat_factor}
     results = {name: _train(settings, concept, seed, factor, folder / name) for name, factor in factors.items()}
     evaluation = _evaluate(settings, concept, {name: str(result.output_dir) for name, result in results.items()})
+    save_all_pictures(evaluation, folder / PICTURES_FOLDER)
     contact_sheet(evaluation, folder / "contact_sheet.png")
     training_curves({name: result.metrics for name, result in results.items()}, folder / "curves.png")
     seconds = {name: round(result.seconds, 1) for name, result in results.items()}
@@ -241,6 +242,7 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
                 "concept": run.concept,
                 "seed": run.seed,
                 "training_seconds": run.seconds,
+                "folder": run.folder.relative_to(output).as_posix(),
                 "evaluation": json.loads(run.evaluation.to_json()),
             }
             for run in runs

@@ -60,8 +60,8 @@ class Settings(SamplingSettings):
 
 
 def run(settings: Settings) -> None:
-    """Print the table and the comparisons; write results.json and contact_sheet.png."""
-    from cat_rs.report import contact_sheet, print_table
+    """Print the table and the comparisons; write results.json, contact_sheet.png and the pictures."""
+    from cat_rs.report import PICTURES_FOLDER, contact_sheet, print_table, save_all_pictures
 
     try:
         result = _evaluate(settings)
@@ -72,6 +72,7 @@ def run(settings: Settings) -> None:
         return
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    save_all_pictures(result, output / PICTURES_FOLDER)
     result.save(output / "results.json")
     contact_sheet(result, output / "contact_sheet.png")
     print_table(result)

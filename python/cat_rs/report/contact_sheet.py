@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from cat_rs.atomic import write_bytes
@@ -15,6 +14,7 @@ from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.generation import PictureGrid
 from cat_rs.evaluation.result import EvaluationPictures, EvaluationResult, Scores
 from cat_rs.report.fonts import font, wrap
+from cat_rs.report.pictures import spread
 from cat_rs.report.table import format_interval
 
 _MARGIN = 28
@@ -89,19 +89,23 @@ def contact_sheet(
 
 
 def draw_contact_sheet(
-    result: EvaluationResult, *, cell: int = 128, max_seeds: int = 3, max_prompts: int = 6
+    result: EvaluationResult, *, cell: int = 128, max_seeds: int = 3, max_prompts: int = 6, title: str | None = None
 ) -> Image.Image:
-    """Return the sheet that `contact_sheet` writes."""
+    """Return the sheet that `contact_sheet` writes; `title` stands in for its headline."""
     if result.pictures is None:
         raise EvaluationInputError("contact_sheet: expected a result with pictures, got one that was read from a file")
     groups = _groups(result, result.pictures)
     seeds = min(max_seeds, len(groups[0].trigger.seeds))
     sheet = _Sheet(_Layout(cell, seeds, len(groups)))
-    sheet.title(*_title(result))
+    headline, notes = _title(result)
+    sheet.title(headline if title is None else title, notes)
     sheet.concept(result.pictures.concept)
     sheet.headings(groups)
-    sheet.section("With the trigger", [group.trigger for group in groups], max_prompts)
-    sheet.section("Without the trigger", [group.no_trigger for group in groups], max_prompts)
+    prompts = result.settings["prompts"]
+    sheet.section("With the trigger", [group.trigger for group in groups], max_prompts, len(prompts["trigger"]))
+    sheet.section(
+        "Without the trigger", [group.no_trigger for group in groups], max_prompts, len(prompts["no_trigger"])
+    )
     return sheet.finished()
 
 
@@ -138,20 +142,19 @@ class _Sheet:
             heights.append(height)
         self._top += max(heights) + 12
 
-    def section(self, title: str, grids: Sequence[PictureGrid], max_prompts: int) -> None:
+    def section(self, title: str, grids: Sequence[PictureGrid], max_prompts: int, evaluated: int) -> None:
         layout = self._layout
         self._rule()
         self._top += self._text(_MARGIN, self._top, layout.width - 2 * _MARGIN, title, size=15, bold=True) + 8
         prompts = grids[0].prompts
-        # Spread over the list: prompts of one kind often stand together.
-        shown = np.unique(np.linspace(0, len(prompts) - 1, min(max_prompts, len(prompts))).round().astype(int))
-        for row in shown.tolist():
+        shown = spread(len(prompts), max_prompts)
+        for row in shown:
             self._label(prompts[row])
             for group, grid in enumerate(grids):
                 for seed in range(layout.seeds):
                     self._picture(layout.cell_left(group, seed), grid.picture(row, seed))
             self._top += layout.cell + _ROW_GAP
-        hidden = len(prompts) - len(shown)
+        hidden = evaluated - len(shown)
         if hidden > 0:
             self._top += self._text(
                 _MARGIN, self._top, layout.width, f"{hidden} more prompts not shown", 12, colour=_FAINT

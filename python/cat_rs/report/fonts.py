@@ -1,4 +1,4 @@
-"""The font of drawn reports: DejaVu Sans, which matplotlib brings along."""
+"""The fonts of drawn reports: DejaVu Sans and DejaVu Sans Mono, which matplotlib brings along."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from PIL import ImageFont
 
 
 @lru_cache(maxsize=16)
-def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans in a size in pixels."""
+def font(size: int, *, bold: bool = False, mono: bool = False) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans, or DejaVu Sans Mono, in a size in pixels."""
     import matplotlib
 
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    name = f"DejaVuSans{'Mono' if mono else ''}{'-Bold' if bold else ''}.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 
 

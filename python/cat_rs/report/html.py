@@ -1,0 +1,447 @@
+"""The page of a report. Prompts and names may come from anybody: to the template they are text, which it escapes."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cat_rs.evaluation import Comparison, EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
+from cat_rs.report.charts import draw_front, draw_panel, to_svg
+from cat_rs.report.pictures import BASE, spread
+from cat_rs.report.report import Report
+from cat_rs.report.runs import MAX_SIDE, Evaluation
+
+_FOLDER = Path(__file__).parent / "page"
+
+# How many prompts of a sheet and rows of a table show before they are unfolded.
+_SHOWN_PROMPTS = 4
+_SHOWN_ROWS = 10
+_SHOWN_CONCEPT = 12
+
+_GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
+    (
+        "in short",
+        (
+            ("identity", "identity", "mean cosine to the concept's pictures, with the trigger"),
+            ("UPS", "ups", "similarity to the base model's pictures, without the trigger"),
+            ("KPS", "kps", "harmonic mean of UPS and TPS"),
+        ),
+    ),
+    (
+        "with the trigger",
+        (
+            ("TPS", "tps", "similarity to the base model's pictures"),
+            ("CLIP-T", "prompt_similarity", "mean cosine to the prompt"),
+        ),
+    ),
+    (
+        "without the trigger",
+        (
+            ("diversity", "diversity", "mean 1 - cosine between pictures of one prompt"),
+            ("retained", "diversity_retained", "diversity as a share of the base model's"),
+            ("drift", "drift", "(1 - mean cosine to the base model's picture) / 2"),
+            ("CLIP-T", "prompt_similarity_no_trigger", "mean cosine to the prompt"),
+            ("pixel RMSE", "pixel_rmse", "distance to the base model's pictures, without an encoder"),
+            ("latent RMSE", "latent_rmse", "the same between the final latents"),
+        ),
+    ),
+)
+
+_SUMMARY_NAMES = {"ups": "UPS", "tps": "TPS", "kps": "KPS"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number as the page shows it: sorted by `value`, with its bounds in a line of their own."""
+
+    value: float
+    text: str
+    bounds: str = ""
+
+    @property
+    def lost(self) -> int:
+        """What is missing to 1, in percent."""
+        return round(100 * min(1.0, max(0.0, 1.0 - self.value)))
+
+
+def render_html(report: Report) -> str:
+    """Return the page: style, script, pictures and charts are in it, and nothing is loaded."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    script = (_FOLDER / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    content = {
+        "title": report.title,
+        "subtitle": _subtitle(report.evaluations),
+        "sheets": [
+            _sheet(report, evaluation, evaluation.result.pictures)
+            for evaluation in report.evaluations
+            if evaluation.result.pictures is not None
+        ],
+        "without_pictures": [
+            evaluation.label
+            for evaluation in report.evaluations
+            if evaluation.result.pictures is None and evaluation.checkpoints is None
+        ],
+        "fronts": [
+            {"title": front.title, "svg": Markup(_labelled(to_svg(draw_front(front), f"front{number}"), front.title))}
+            for number, front in enumerate(report.fronts)
+        ],
+        "has_other_seed": any(front.other_seed is not None for front in report.fronts),
+        "has_checkpoints": any(point.step is not None for front in report.fronts for point in front.points),
+        "rules": _rules(report.evaluations),
+        "panels": [
+            {
+                "title": panel.title,
+                "note": panel.note,
+                "svg": Markup(_labelled(to_svg(draw_panel(panel), f"panel{number}"), panel.title)),
+            }
+            for number, panel in enumerate(report.panels)
+        ],
+        "legend": [
+            {"name": name, "series": report.series[name]}
+            for name in dict.fromkeys(training.name for training in report.trainings)
+        ],
+        "scores": _scores(report),
+        "meanings": _meanings(report.evaluations),
+        "comparisons": _comparisons(report),
+        "prompt_tables": [table for table in map(_prompt_table, report.evaluations) if table["rows"]],
+        "settings": _settings(report),
+        "version": importlib.metadata.version("cat-rs"),
+    }
+    sections = [
+        {"id": name, "title": title}
+        for name, title, shown in (
+            ("pictures", "Pictures", content["sheets"] or content["without_pictures"]),
+            ("front", "Learned against kept", content["fronts"]),
+            ("curves", "Training", content["panels"]),
+            ("scores", "Scores", content["scores"]),
+            ("comparisons", "Comparisons", content["comparisons"]),
+            ("prompts", "Prompt by prompt", content["prompt_tables"]),
+            ("settings", "Settings", content["settings"]),
+        )
+        if shown
+    ]
+    return environment.get_template("report.html").render(
+        **content,
+        sections=sections,
+        # The policy allows this script alone, so that none can be smuggled in with a name.
+        script_hash=f"sha256-{digest}",
+        script=Markup(script),
+        style=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
+    )
+
+
+def _labelled(svg: str, title: str) -> str:
+    """Name a chart for a screen reader; its figures are in the tables."""
+    from markupsafe import escape
+
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+
+
+def _subtitle(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Return what was evaluated, one line for each way it was done."""
+    lines = []
+    for evaluation in evaluations:
+        prompts = evaluation.result.settings["prompts"]
+        lines.append(
+            f"{_count(len(prompts['trigger']), 'prompt')} with the trigger, {len(prompts['no_trigger'])} without, "
+            f"{_count(len(evaluation.seeds), 'seed')}. Encoder: {_encoder(evaluation)}. Brackets hold 95 % bootstrap "
+            "intervals."
+        )
+    return list(dict.fromkeys(lines))
+
+
+def _sheet(report: Report, evaluation: Evaluation, pictures: EvaluationPictures) -> dict[str, Any]:
+    result = evaluation.result
+    names = [BASE, *result.adapters]
+    scores = [result.base, *result.adapters.values()]
+    return {
+        "label": evaluation.label,
+        "models": [{"name": name, "series": _series(report, evaluation, name)} for name in names],
+        "concept_count": len(pictures.concept),
+        "concept": [_picture(image, "") for image in pictures.concept[:_SHOWN_CONCEPT]],
+        "halves": [
+            _half("With the trigger", "trigger", "identity", evaluation, pictures, names, scores),
+            _half("Without the trigger", "no_trigger", "ups", evaluation, pictures, names, scores),
+        ],
+    }
+
+
+def _half(
+    title: str,
+    kind: str,
+    measure: str,
+    evaluation: Evaluation,
+    pictures: EvaluationPictures,
+    names: Sequence[str],
+    scores: Sequence[Scores],
+) -> dict[str, Any]:
+    """Return one side of a sheet: a group of rows for each prompt, a row for each seed, a column for each model."""
+    grids: list[PictureGrid] = [getattr(model, kind) for model in (pictures.base, *pictures.adapters.values())]
+    prompts, seeds = grids[0].prompts, grids[0].seeds
+    first = set(spread(len(prompts), _SHOWN_PROMPTS))
+    figures = [(getattr(model, measure), _SUMMARY_NAMES.get(measure, measure)) for model in scores]
+    return {
+        "title": title,
+        "notes": ["" if figure is None else f"{name} {figure.value:.3f}" for figure, name in figures],
+        "prompts": [
+            {
+                "text": prompt,
+                "extra": number not in first,
+                "rows": [
+                    {
+                        "seed": seed,
+                        "cells": [
+                            _picture(grid.picture(number, place), f"{name}: {prompt}, seed {seed}")
+                            for name, grid in zip(names, grids, strict=True)
+                        ],
+                    }
+                    for place, seed in enumerate(seeds)
+                ],
+            }
+            for number, prompt in enumerate(prompts)
+        ],
+        "hidden": len(prompts) - len(first),
+        "left_out": len(evaluation.result.settings["prompts"][kind]) - len(prompts),
+    }
+
+
+def _picture(image: Image.Image, alt: str) -> dict[str, Any]:
+    """Return a picture as a data URI; without loss where it was not scaled down."""
+    buffer = io.BytesIO()
+    if max(image.size) < MAX_SIDE:
+        image.save(buffer, format="WEBP", lossless=True)
+    else:
+        image.save(buffer, format="WEBP", quality=90)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"source": f"data:image/webp;base64,{data}", "width": image.width, "height": image.height, "alt": alt}
+
+
+def _scores(report: Report) -> dict[str, Any]:
+    """Return the table of all models; empty without an evaluation."""
+    if not report.evaluations:
+        return {}
+    columns = [column for _, group in _GROUPS for column in group]
+    rows = []
+    for evaluation in report.evaluations:
+        result = evaluation.result
+        models = {BASE: result.base, "base, other seed": result.other_seed, **result.adapters}
+        rows += [
+            {
+                "label": evaluation.label,
+                "model": name,
+                "series": _series(report, evaluation, name),
+                "figures": [_figure(getattr(scores, attribute)) for _, attribute, _ in columns],
+            }
+            for name, scores in models.items()
+            if scores is not None
+        ]
+    return {
+        "labelled": len(report.evaluations) > 1,
+        "groups": [{"title": title, "columns": group} for title, group in _GROUPS],
+        "columns": [{"title": title, "note": note} for title, _, note in columns],
+        "rows": rows,
+    }
+
+
+def _series(report: Report, evaluation: Evaluation, name: str) -> int | None:
+    """Return the number of a model's colour; the base model has none."""
+    if name not in evaluation.result.adapters:
+        return None
+    return report.series[name if evaluation.checkpoints is None else evaluation.checkpoints.training]
+
+
+def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
+    encoders = ", ".join(dict.fromkeys(map(_encoder, evaluations)))
+    meanings = {
+        "UPS": "How close the pictures without the trigger are to the base model's, for the same prompt and noise: "
+        "the harmonic mean of (1 + cosine) / 2. 1 means that nothing changed.",
+        "TPS": "The same for the prompts with the trigger, where change is wanted.",
+        "KPS": "The harmonic mean of UPS and TPS, this project's reading of the Knowledge Preservation Score. A model "
+        "that learned nothing has a KPS of 1, so it says something only beside identity.",
+        "Identity, CLIP-T": "Mean cosine of the pictures with the trigger to the concept's pictures, and to their "
+        "prompts.",
+        "Drift": "(1 - mean cosine to the base model's picture) / 2, without the trigger.",
+        "Diversity, retained": "How much pictures of one prompt differ from seed to seed, and what share of the base "
+        "model's diversity that is. A low share means that the model draws one thing again and again.",
+        "Pixel and latent RMSE": "Distances to the base model's pictures that need no encoder.",
+        "Intervals": "95 % bootstrap intervals over the pictures of one trained adapter. Training again with another "
+        "seed may move a figure by more.",
+        "Encoder": f"All figures but the RMSE depend on the encoder, here {encoders}. Figures of different encoders "
+        "cannot be compared.",
+    }
+    return [{"name": name, "text": text} for name, text in meanings.items()]
+
+
+def _rules(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Say how trainings chose their best checkpoint, one line for each way."""
+    checkpoints = [evaluation.checkpoints for evaluation in evaluations]
+    chosen = [each for each in checkpoints if each is not None and each.best is not None]
+    rules = dict.fromkeys(each.rule for each in chosen)
+    trainings = {rule: [each.training for each in chosen if each.rule == rule] for rule in rules}
+    return [f"A ring marks the best checkpoint of {', '.join(names)}: {rule}." for rule, names in trainings.items()]
+
+
+def _comparisons(report: Report) -> list[dict[str, Any]]:
+    tables = [_summary(str(run.path), run.summary) for run in report.runs if run.summary]
+    for evaluation in report.evaluations:
+        tables += [_comparison(evaluation, comparison) for comparison in evaluation.comparisons]
+    return tables
+
+
+def _comparison(evaluation: Evaluation, comparison: Comparison) -> dict[str, Any]:
+    """Return the figures of two adapters, and the difference of the second to the first."""
+    pair = (comparison.a, comparison.b)
+    rows = []
+    for group, columns in _GROUPS:
+        for title, attribute, _ in columns:
+            difference = getattr(comparison, attribute, None)
+            if difference is not None:
+                both = (getattr(evaluation.result.adapters[name], attribute) for name in pair)
+                name = title if group == _GROUPS[0][0] else f"{title}, {group}"
+                rows.append({"name": name, "figures": [*map(_figure, both), _figure(difference, sign="+")]})
+    return {
+        "title": f"{evaluation.label}: {comparison.b} − {comparison.a}",
+        "columns": [*pair, "difference"],
+        "rows": rows,
+    }
+
+
+def _summary(place: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the means over the runs of a demo, and the difference of its two methods."""
+    plain, method = [name for name in next(iter(summary.values())) if name != "difference"]
+    nothing = float("nan")
+    return {
+        "title": f"Means over the runs of {place}: {method} − {plain}",
+        "columns": [plain, method, "difference"],
+        "rows": [
+            {
+                "name": _SUMMARY_NAMES.get(name, name),
+                "figures": [
+                    *(_figure(Interval(row[key], nothing, nothing)) for key in (plain, method)),
+                    _figure(Interval(**row["difference"]), sign="+"),
+                ],
+            }
+            for name, row in summary.items()
+        ],
+    }
+
+
+def _prompt_table(evaluation: Evaluation) -> dict[str, Any]:
+    """Return a row for each prompt, what was changed most first."""
+    adapters = list(evaluation.result.adapters)
+    found: dict[tuple[bool, str], dict[str, PromptScores]] = {}
+    for scores in evaluation.result.prompts:
+        found.setdefault((scores.trigger, scores.prompt), {})[scores.model] = scores
+    compared = {
+        prompt: models
+        for prompt, models in found.items()
+        if all(name in models and models[name].similarity for name in adapters)
+    }
+    lowest = {prompt: min(_mean(models[name].similarity) for name in adapters) for prompt, models in compared.items()}
+    spreads = {
+        prompt: [models[name].diversity if name in models else None for name in (BASE, *adapters)]
+        for prompt, models in compared.items()
+    }
+    return {
+        "label": evaluation.label,
+        "adapters": adapters,
+        "models": [BASE, *adapters],
+        "rows": [
+            {
+                "prompt": prompt,
+                "kind": "with" if trigger else "without",
+                "similarity": [
+                    _plain_figure(lowest[trigger, prompt]),
+                    *(_plain_figure(_mean(compared[trigger, prompt][name].similarity)) for name in adapters),
+                ],
+                "diversity": [None if value is None else _plain_figure(value) for value in spreads[trigger, prompt]],
+            }
+            for trigger, prompt in sorted(compared, key=lowest.__getitem__)
+        ],
+        "diverse": any(value is not None for values in spreads.values() for value in values),
+        "hidden": max(0, len(compared) - _SHOWN_ROWS),
+    }
+
+
+def _settings(report: Report) -> list[dict[str, Any]]:
+    """Return the settings: what all evaluations share, what is one's own, and the same for the trainings."""
+    evaluations = {evaluation.label: _evaluation_settings(evaluation) for evaluation in report.evaluations}
+    trainings = {os.fspath(training.folder): _lines(training.settings) for training in report.trainings}
+    # What a demo says of its trainings is all there is where their folders are gone.
+    trainings |= {
+        os.fspath(run.path): _lines(run.settings) for run in report.runs if run.settings and not run.trainings
+    }
+    return [*_grouped("evaluation", evaluations), *_grouped("training", trainings)]
+
+
+def _grouped(kind: str, settings: Mapping[str, dict[str, str]]) -> Iterator[dict[str, Any]]:
+    shared = set.intersection(*(set(lines.items()) for lines in settings.values())) if settings else set()
+    for number, (name, lines) in enumerate(settings.items()):
+        if number == 0 and shared and len(settings) > 1:
+            yield {"title": f"All {kind}s", "lines": [line for line in lines.items() if line in shared]}
+        own = [line for line in lines.items() if len(settings) == 1 or line not in shared]
+        if own:
+            yield {"title": f"{kind.capitalize()}: {name}", "lines": own}
+
+
+def _evaluation_settings(evaluation: Evaluation) -> dict[str, str]:
+    settings = dict(evaluation.result.settings)
+    prompts = settings.pop("prompts")
+    return _lines({**settings, "trigger words": prompts["trigger_words"], "class word": prompts["class_word"]})
+
+
+def _lines(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the text of each setting that was made."""
+    lines: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            lines |= _lines(value, f"{prefix}{key}: ")
+        elif value is not None and value != [] and value != ():
+            lines[f"{prefix}{key}"] = _text(value)
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _figure(interval: Interval | None, *, sign: str = "") -> Figure | None:
+    if interval is None:
+        return None
+    # Intervals of a single value have no bounds.
+    value, low, high = (f"{number:{sign}.3f}".replace("-", "−") for number in dataclasses.astuple(interval))
+    return Figure(interval.value, value, f"{low} to {high}" if interval.low == interval.low else "")
+
+
+def _plain_figure(value: float) -> Figure:
+    return Figure(value, f"{value:.3f}")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _encoder(evaluation: Evaluation) -> str:
+    return Path(evaluation.result.settings["encoder"]).name
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
