@@ -51,6 +51,15 @@ def test_every_method_trains(study: Any, name: str, tmp_path: Path) -> None:
     assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", ["LoRA", "CAT 1", "CAT prompts"])
+def test_one_adapter_learns_three_concepts(study: Any, name: str, tmp_path: Path) -> None:
+    for concept in study.multi.trio():
+        concept.write_data(tmp_path / "data")
+    method = replace(study.multi.together(study.methods.METHODS[name]), steps=2, kept=(2,))
+    method.train(method, study.multi.trio()[0], 0, tmp_path / "data", tmp_path / "run")
+    assert study.methods.adapter_file(tmp_path / "run", 2).exists()
+
+
 def test_all_methods_of_the_study_are_covered(study: Any) -> None:
     factors = {"CAT 1", "CAT 2", "CAT 6"}
     assert set(names()) | factors == set(study.methods.METHODS)
