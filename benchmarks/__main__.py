@@ -17,6 +17,7 @@ SCRIPTS = (
     "lora_up",
     "frozen_conv2d",
     "similarity",
+    "statistics",
     "precision",
     "peft_unet",
     "teacher_bank",

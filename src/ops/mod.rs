@@ -7,6 +7,7 @@ pub mod lora_linear;
 pub mod lora_up;
 pub mod noising;
 pub mod similarity;
+pub mod statistics;
 
 use tch::Kind;
 

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cat_rs.evaluation.result import Interval, PromptScores, Scores
-from cat_rs.kps import bootstrap_interval, cross_similarity, kps, similarity
+from cat_rs.kps import bootstrap_interval, cross_similarity, harmonic_mean, kps, similarity
 
 Values = NDArray[np.float64]
 
 # Rounding of float32 embeddings: a mean 1 - cosine below it is that of equal pictures.
 _NO_DIVERSITY = 1e-6
+_UNKNOWN = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -150,17 +151,22 @@ def latent_rmse(base: Embedded, other: Embedded) -> Values:
 
 def _preservation(base: EmbeddedModel, other: EmbeddedModel) -> Scores:
     """Score how close pictures are to the base model's."""
-    result = kps(
-        base.no_trigger.embeddings, other.no_trigger.embeddings, base.trigger.embeddings, other.trigger.embeddings
+    no_trigger, trigger = (
+        paired_similarity(left, right)
+        for left, right in ((base.no_trigger, other.no_trigger), (base.trigger, other.trigger))
     )
-    pairs, trigger_pairs = len(base.no_trigger.embeddings), len(base.trigger.embeddings)
-    similarities = _interval(paired_similarity(base.no_trigger, other.no_trigger))
+    ups, tps = _resampled(no_trigger, "harmonic_mean"), _resampled(trigger, "harmonic_mean")
+    bounds = _UNKNOWN
+    if min(len(no_trigger), len(trigger)) > 1:
+        bounds = kps(
+            base.no_trigger.embeddings, other.no_trigger.embeddings, base.trigger.embeddings, other.trigger.embeddings
+        ).kps_interval
     return Scores(
-        kps=_bounded(result.kps, result.kps_interval, max(pairs, trigger_pairs)),
-        ups=_bounded(result.ups, result.ups_interval, pairs),
-        tps=_bounded(result.tps, result.tps_interval, trigger_pairs),
+        kps=Interval(harmonic_mean([ups.value, tps.value]), *bounds),
+        ups=ups,
+        tps=tps,
         # (1 - mean cosine) / 2 is 1 - mean s.
-        drift=None if similarities is None else similarities.mapped(-1.0, 1.0),
+        drift=_resampled(no_trigger, "mean").mapped(-1.0, 1.0),
         pixel_rmse=_interval(pixel_rmse(base.no_trigger, other.no_trigger)),
         latent_rmse=_interval(latent_rmse(base.no_trigger, other.no_trigger)),
     )
@@ -205,15 +211,13 @@ def _picked(pictures: Embedded, side: Literal["left", "right"]) -> Embedded:
 
 def _interval(values: Values) -> Interval | None:
     """Return the mean and its interval; None where there is no value."""
-    if len(values) == 0:
-        return None
-    return _bounded(float(values.mean()), bootstrap_interval(values, "mean"), len(values))
+    return _resampled(values, "mean") if len(values) else None
 
 
-def _bounded(value: float, bounds: tuple[float, float], count: int) -> Interval:
-    """Return the figure with its bounds, or without if they come from resampling a single value."""
-    low, high = bounds if count > 1 else (math.nan, math.nan)
-    return Interval(value, low, high)
+def _resampled(values: Values, statistic: Literal["mean", "harmonic_mean"]) -> Interval:
+    """Return the statistic and its interval, whose bounds are unknown where there is a single value to resample."""
+    value = harmonic_mean(values) if statistic == "harmonic_mean" else float(values.mean())
+    return Interval(value, *(bootstrap_interval(values, statistic) if len(values) > 1 else _UNKNOWN))
 
 
 def _ratio(numerator: Values, denominator: Values) -> Interval | None:
