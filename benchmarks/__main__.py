@@ -19,6 +19,7 @@ SCRIPTS = (
     "frozen_conv2d",
     "similarity",
     "evaluation",
+    "statistics",
     "precision",
     "peft_unet",
     "teacher_bank",

@@ -7,6 +7,7 @@ alike. A case is checked before it is timed: a contender that computes something
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import math
@@ -196,6 +197,15 @@ def reset_peak_memory() -> int:
     """Lets :func:`peak_memory` start anew; returns the present resident size in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
+
+
+def extra_memory(operation: Callable[[], object]) -> int:
+    """By how much the process grew at most while the operation ran, in bytes; allocators outside Python included."""
+    # What was freed goes back to the system: the operation would use it again, unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    before = reset_peak_memory()
+    operation()
+    return max(peak_memory() - before, 0)
 
 
 def _status(key: str) -> int:

@@ -1,11 +1,10 @@
-"""Paired similarities of embeddings and bootstrap intervals: PyTorch and cat_rs."""
+"""Paired similarities of embeddings: PyTorch and cat_rs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from tests import references
 from torch.nn import functional as F
@@ -18,13 +17,6 @@ NAME = "similarity"
 BAR = ">= 2"
 # Pairs checked at a time: the reference computes in float64.
 BLOCK = 10_000
-
-
-def extra_memory(operation: Callable[[], object]) -> int:
-    """By how much the process grew at most while the operation ran, in bytes; allocators outside Python included."""
-    before = harness.reset_peak_memory()
-    operation()
-    return max(harness.peak_memory() - before, 0)
 
 
 def check(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -47,7 +39,7 @@ def pairs(count: int, width: int, report: harness.Report) -> None:
     }
     case = Case("pairs", "float32", f"{count}x{width}")
     for name, operation in operations.items():
-        report.add(name, case, "extra memory", "MB", [extra_memory(operation) / 1e6])
+        report.add(name, case, "extra memory", "MB", [harness.extra_memory(operation) / 1e6])
 
     moved = a.nbytes + b.nbytes
     copy = harness.copy_contender(moved)
@@ -58,38 +50,11 @@ def pairs(count: int, width: int, report: harness.Report) -> None:
     report.add_ratio(f"F.cosine_similarity / cat_rs, {case.shape}", samples["torch"], samples[OURS], BAR)
 
 
-def bootstrap(count: int, resamples: int, report: harness.Report) -> None:
-    """The interval of a mean, and the same with numpy a few resamples at a time."""
-    values = np.random.default_rng(0).random(count)
-
-    def numpy_way(batch: int = 100) -> tuple[float, float]:
-        generator = np.random.default_rng(0)
-        means = [
-            values[generator.integers(count, size=(min(batch, resamples - done), count))].mean(axis=1)
-            for done in range(0, resamples, batch)
-        ]
-        low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-        return float(low), float(high)
-
-    def our_way() -> tuple[float, float]:
-        return cat_rs.bootstrap_interval(values, resamples=resamples)
-
-    # Two random generators: the ends agree to the error of an estimated quantile, some standard errors / sqrt(R).
-    allowed = 10 * values.std() / count**0.5 / resamples**0.5
-    for what, got, expected in zip(("low", "high"), our_way(), numpy_way(), strict=True):
-        if not abs(got - expected) <= allowed:
-            raise harness.BenchmarkError(f"{NAME} bootstrap {what}: expected {expected} +- {allowed:.3g}, got {got}")
-    samples = harness.measure([Contender("numpy", numpy_way), Contender(OURS, our_way)], report.repeats, warm_up=1)
-    report.add_times(Case("bootstrap", "float64", f"{resamples} resamples of {count}"), samples)
-    report.add_ratio(f"numpy / cat_rs, bootstrap, {resamples} resamples of {count}", samples["numpy"], samples[OURS])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script."""
     options = harness.parser(__doc__ or "", repeats=20).parse_args(argv)
     report = harness.start(NAME, "Similarities of embeddings", options, argv)
     pairs(*((1000, 64) if options.smoke else (1_000_000, 512)), report)
-    bootstrap(*((200, 100) if options.smoke else (10_000, 10_000)), report)
     report.note(
         "torch gives the cosine alone, cat_rs s = (1 + cos) / 2 and an error for a row that is zero or not finite."
     )

@@ -145,13 +145,29 @@ fn data_pointer(op: &'static str, tensor: &Tensor) -> Result<*mut libc::c_void> 
 
 /// The elements of a contiguous CPU float tensor.
 pub fn elements<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Elements<'a>> {
+    // SAFETY: the callers checked device and contiguity.
+    unsafe { elements_at(op, tensor, tensor.numel()) }
+}
+
+/// The memory of a CPU float tensor of any strides, from its first to its last element.
+pub fn strided_elements<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Elements<'a>> {
+    let len = match tensor.numel() {
+        0 => 0,
+        _ => 1 + tensor.size().iter().zip(tensor.stride()).map(|(size, stride)| (size - 1) * stride).sum::<i64>(),
+    };
+    // SAFETY: the callers checked the device; libtorch's strides are not negative, and its views stay within storage.
+    unsafe { elements_at(op, tensor, len as usize) }
+}
+
+/// # Safety
+/// `len` elements from the tensor's first lie in its memory, on the CPU.
+unsafe fn elements_at<'a>(op: &'static str, tensor: &'a Tensor, len: usize) -> Result<Elements<'a>> {
     let kind = tensor.f_kind().during(op)?;
-    let (data, len) = (data_pointer(op, tensor)?, tensor.numel());
+    let data = data_pointer(op, tensor)?;
     if len == 0 {
         return Ok(Elements::F32(&[]));
     }
-    // SAFETY: the callers checked device and contiguity, so `data` points at `len` elements of this dtype, aligned
-    // by libtorch's allocator, and alive as long as `tensor` is borrowed.
+    // SAFETY: the caller's contract; aligned as checked above, and alive as long as `tensor` is borrowed.
     Ok(unsafe {
         match kind {
             Kind::Double => Elements::F64(std::slice::from_raw_parts(data.cast(), len)),

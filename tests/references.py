@@ -118,6 +118,34 @@ def harmonic_mean(values: Any) -> float:
     return float(len(values) / np.sum(1 / values))
 
 
+def bootstrap(
+    samples: Sequence[Sequence[Any]],
+    statistic: str,
+    resamples: int,
+    clusters: Sequence[Any] | None = None,
+    seed: int = 0,
+) -> Array:
+    """The statistic of each sample in each bootstrap sample, [S, resamples].
+
+    A sample holds groups of values. Every group is resampled by itself, with the same draws for all samples, whole
+    clusters at a time; with several groups the statistic is their harmonic mean.
+    """
+    generator = np.random.default_rng(seed)
+    of_group = harmonic_mean if statistic == "harmonic_mean" else np.mean
+    groups = [np.asarray(group, np.float64) for group in zip(*samples, strict=True)]
+    numbers = clusters or [np.arange(group.shape[1]) for group in groups]
+    members = [[np.flatnonzero(own == cluster) for cluster in np.unique(own)] for own in numbers]
+    statistics = np.empty((len(samples), resamples))
+    for resample in range(resamples):
+        drawn = []
+        for group, own in zip(groups, members, strict=True):
+            indices = np.concatenate([own[cluster] for cluster in generator.integers(len(own), size=len(own))])
+            drawn.append([of_group(values) for values in group[:, indices]])
+        for sample, of_groups in enumerate(zip(*drawn, strict=True)):
+            statistics[sample, resample] = of_groups[0] if len(of_groups) == 1 else harmonic_mean(of_groups)
+    return statistics
+
+
 def kps(base_no_trigger: Any, adapted_no_trigger: Any, base_trigger: Any, adapted_trigger: Any) -> dict[str, float]:
     """UPS, TPS and KPS from their definitions."""
     ups = harmonic_mean(similarity(base_no_trigger, adapted_no_trigger))

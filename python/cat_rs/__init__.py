@@ -10,7 +10,16 @@ from cat_rs import errors
 from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.files import LoraFile, load_lora, save_lora
 from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
-from cat_rs.kps import KpsResult, bootstrap_interval, cross_similarity, harmonic_mean, kps, similarity
+from cat_rs.kps import (
+    KpsResult,
+    bootstrap_difference,
+    bootstrap_interval,
+    cross_similarity,
+    harmonic_mean,
+    kps,
+    kps_difference,
+    similarity,
+)
 from cat_rs.optim import FlatAdamW
 from cat_rs.prompts import remove_trigger
 from cat_rs.step import CatStep, StepMetrics
@@ -33,12 +42,14 @@ __all__ = [
     "TeacherBank",
     "TeacherDraws",
     "adapter_disabled",
+    "bootstrap_difference",
     "bootstrap_interval",
     "cat_loss",
     "cross_similarity",
     "errors",
     "harmonic_mean",
     "kps",
+    "kps_difference",
     "load_lora",
     "lora_linear",
     "patch_peft",

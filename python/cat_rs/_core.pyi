@@ -11,6 +11,7 @@ __all__ = [
     "adamw_step",
     "adapter_layers",
     "adapter_tensors",
+    "bootstrap_difference",
     "bootstrap_interval",
     "build_info",
     "cat_loss",
@@ -21,6 +22,7 @@ __all__ = [
     "frozen_linear_forward",
     "grad_norm",
     "harmonic_mean",
+    "kps_difference",
     "lora_linear_backward",
     "lora_linear_forward",
     "lora_up_backward",
@@ -114,11 +116,34 @@ def adamw_step(
 ) -> None: ...
 def paired_similarity(a: Tensor, b: Tensor) -> Tensor: ...
 def cross_similarity(a: Tensor, b: Tensor, reduce: str) -> Tensor: ...
-def harmonic_mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> float: ...
+
+_Values = np.ndarray[Any, np.dtype[np.float64]]
+_Clusters = np.ndarray[Any, np.dtype[np.int64]] | None
+
+def harmonic_mean(values: _Values) -> float: ...
 def bootstrap_interval(
-    groups: Sequence[np.ndarray[Any, np.dtype[np.float64]]],
+    groups: Sequence[tuple[_Values, _Clusters]],
     *,
     harmonic: bool,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]: ...
+def bootstrap_difference(
+    a: _Values,
+    b: _Values,
+    clusters: _Clusters,
+    *,
+    harmonic: bool,
+    confidence: float,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]: ...
+def kps_difference(
+    a: Sequence[_Values],
+    b: Sequence[_Values],
+    clusters: Sequence[_Clusters],
+    *,
     confidence: float,
     resamples: int,
     seed: int,

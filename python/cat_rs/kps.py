@@ -10,9 +10,18 @@ import numpy as np
 import torch
 
 from cat_rs._native import _core
-from cat_rs.errors import DtypeError, InvalidValueError
+from cat_rs.errors import CatRsError, DtypeError, InvalidValueError
 
-__all__ = ["KpsResult", "bootstrap_interval", "cross_similarity", "harmonic_mean", "kps", "similarity"]
+__all__ = [
+    "KpsResult",
+    "bootstrap_difference",
+    "bootstrap_interval",
+    "cross_similarity",
+    "harmonic_mean",
+    "kps",
+    "kps_difference",
+    "similarity",
+]
 
 Array = TypeVar("Array", torch.Tensor, np.ndarray)
 Interval = tuple[float, float]
@@ -23,16 +32,40 @@ def _tensor(argument: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
         got = type(array).__name__
         raise DtypeError(f"similarity: `{argument}` must be a torch.Tensor or a numpy.ndarray, got {got}")
     if isinstance(array, np.ndarray):
-        # torch can only view writable memory with positive strides.
-        dense = np.ascontiguousarray(array)
-        return torch.from_numpy(dense if dense.flags.writeable else dense.copy())
+        return torch.from_numpy(_viewable(array))
     return array.detach()
+
+
+def _viewable(array: np.ndarray) -> np.ndarray:
+    """The array, or another at the same memory, that PyTorch can view; a copy where its strides rule that out."""
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = np.ascontiguousarray(array)
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
+class _Writable:
+    """A read-only array said to be writable: PyTorch warns of the others, also where it only reads."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+        # Whose memory it is.
+        self.array = array
 
 
 def _vector(values: Any) -> np.ndarray:
     if isinstance(values, torch.Tensor):
         values = values.detach().to(torch.float64).numpy()
     return np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
+
+
+def _clusters(op: str, argument: str, clusters: Any) -> np.ndarray | None:
+    if clusters is None:
+        return None
+    numbers = np.asarray(clusters)
+    if numbers.dtype.kind not in "iu":
+        raise DtypeError(f"{op}: `{argument}` must be integers, got {numbers.dtype}")
+    return np.ascontiguousarray(numbers, dtype=np.int64).reshape(-1)
 
 
 def _like(result: torch.Tensor, *inputs: torch.Tensor | np.ndarray) -> Any:
@@ -42,7 +75,8 @@ def _like(result: torch.Tensor, *inputs: torch.Tensor | np.ndarray) -> Any:
 def similarity(a: Array, b: Array) -> Array:
     """s(a_i, b_i) = (1 + cos(a_i, b_i)) / 2, in [0, 1], in one pass over both.
 
-    The mapping to [0, 1] is that of the CAT authors' evaluation code.
+    The mapping to [0, 1] is that of the CAT authors' evaluation code. Embeddings are read where they are, whatever
+    their strides; only a numpy array with negative strides is copied.
 
     Args:
         a: Embeddings, [N, D]; torch (float32, float64, bfloat16, float16, on the CPU) or numpy.
@@ -91,42 +125,142 @@ def bootstrap_interval(
     values: Any,
     statistic: str = "mean",
     *,
+    clusters: Any = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
     """A percentile bootstrap confidence interval; the same on any number of threads.
 
+    Values that are not independent, such as those of several seeds of one prompt, belong to one cluster: whole
+    clusters are then drawn with replacement, as many as there are, and the statistic is that of all values drawn.
+    Of independent values it would make the interval too narrow.
+
     Args:
-        values: Numbers: torch, numpy or a sequence.
+        values: Numbers, [N]: torch, numpy or a sequence; at least two.
         statistic: "mean" or "harmonic_mean".
+        clusters: Integers, [N]: values with the same number form a cluster; at least two clusters. Each value is one
+            of its own if None.
         confidence: Coverage, in (0, 1).
         resamples: Bootstrap samples.
-        seed: Of the resampling, >= 0.
+        seed: Of the resampling, in 0..2**64 - 1.
 
     Returns:
         (low, high)
 
     Raises:
         InvalidValueError: Naming the argument, what was expected and what came.
+        DtypeError: ``clusters`` are not integers.
     """
-    return _bootstrap([_vector(values)], statistic, confidence, resamples, seed)
-
-
-def _bootstrap(groups: Sequence[np.ndarray], statistic: str, confidence: float, resamples: int, seed: int) -> Interval:
-    if statistic not in ("mean", "harmonic_mean"):
-        raise InvalidValueError(
-            f"bootstrap_interval: `statistic` must be 'mean' or 'harmonic_mean', got {statistic!r}"
-        )
-    if not 0 <= seed < 2**64:
-        raise InvalidValueError(f"bootstrap_interval: `seed` must be in 0..2**64 - 1, got {seed}")
+    op = "bootstrap_interval"
+    _check(op, statistic, seed)
     return _core.bootstrap_interval(
-        list(groups),
+        [(_vector(values), _clusters(op, "clusters", clusters))],
         harmonic=statistic == "harmonic_mean",
         confidence=confidence,
         resamples=resamples,
         seed=seed,
     )
+
+
+def bootstrap_difference(
+    a: Any,
+    b: Any,
+    statistic: str = "mean",
+    *,
+    clusters: Any = None,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """A percentile bootstrap confidence interval of statistic(b) - statistic(a) over paired values.
+
+    Each resample draws the same indices of both, so that what a pair has in common, such as its prompt and seed,
+    cancels: the interval is that of a paired comparison.
+
+    Args:
+        a: Numbers, [N]: torch, numpy or a sequence; at least two.
+        b: Numbers, [N]; ``b[i]`` is paired with ``a[i]``.
+        statistic: "mean" or "harmonic_mean".
+        clusters: Integers, [N]: pairs with the same number are drawn together; see :func:`bootstrap_interval`.
+        confidence: Coverage, in (0, 1).
+        resamples: Bootstrap samples.
+        seed: Of the resampling, in 0..2**64 - 1.
+
+    Returns:
+        (low, high)
+
+    Raises:
+        As :func:`bootstrap_interval`.
+    """
+    op = "bootstrap_difference"
+    _check(op, statistic, seed)
+    return _core.bootstrap_difference(
+        _vector(a),
+        _vector(b),
+        _clusters(op, "clusters", clusters),
+        harmonic=statistic == "harmonic_mean",
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def kps_difference(
+    a: tuple[Any, Any],
+    b: tuple[Any, Any],
+    *,
+    clusters: tuple[Any, Any] = (None, None),
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """A percentile bootstrap confidence interval of KPS(b) - KPS(a), of two adapters of one base model.
+
+    KPS is the harmonic mean of the harmonic means of the two kinds of values. Each kind is resampled by itself, with
+    the same indices for both adapters.
+
+    Args:
+        a: The first adapter's similarities to the base model, as :func:`similarity` returns them: those of the pairs
+            without the trigger, [N], and of those with it, [M]; at least two of each.
+        b: The second adapter's, for the same prompts and seeds.
+        clusters: For the two kinds, integers, [N] and [M], or None: pairs with the same number are drawn together;
+            see :func:`bootstrap_interval`.
+        confidence: Coverage, in (0, 1).
+        resamples: Bootstrap samples.
+        seed: Of the resampling, in 0..2**64 - 1.
+
+    Returns:
+        (low, high)
+
+    Raises:
+        As :func:`bootstrap_interval`.
+    """
+    op = "kps_difference"
+    _check(op, "harmonic_mean", seed)
+    for argument, groups in (("a", a), ("b", b), ("clusters", clusters)):
+        _check_two(op, argument, groups)
+    return _core.kps_difference(
+        [_vector(values) for values in a],
+        [_vector(values) for values in b],
+        [_clusters(op, f"clusters[{index}]", numbers) for index, numbers in enumerate(clusters)],
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _check(op: str, statistic: str, seed: int) -> None:
+    if statistic not in ("mean", "harmonic_mean"):
+        raise InvalidValueError(f"{op}: `statistic` must be 'mean' or 'harmonic_mean', got {statistic!r}")
+    if not 0 <= seed < 2**64:
+        raise InvalidValueError(f"{op}: `seed` must be in 0..2**64 - 1, got {seed}")
+
+
+def _check_two(op: str, argument: str, groups: Sequence[Any]) -> None:
+    if len(groups) != 2:
+        expected = "two groups, without and with the trigger"
+        raise InvalidValueError(f"{op}: `{argument}` must be {expected}, got {len(groups)}")
 
 
 @dataclass(frozen=True)
@@ -155,6 +289,7 @@ def kps(
     base_trigger: Array,
     adapted_trigger: Array,
     *,
+    clusters: tuple[Any, Any] = (None, None),
     resamples: int = 10_000,
     seed: int = 0,
 ) -> KpsResult:
@@ -170,17 +305,30 @@ def kps(
         adapted_no_trigger: Of the adapted model's images for the same prompts and seeds.
         base_trigger: As above, for the prompts with the trigger, [M, D].
         adapted_trigger: As above.
+        clusters: For the pairs without and with the trigger, integers, [N] and [M], or None: pairs with the same
+            number, such as those of one prompt, are resampled together; see :func:`bootstrap_interval`.
         resamples: Bootstrap samples.
-        seed: Of the resampling.
+        seed: Of the resampling, in 0..2**64 - 1.
 
     Raises:
-        As :func:`similarity`.
+        As :func:`similarity` and :func:`bootstrap_interval`; a single pair is an InvalidValueError.
     """
-    no_trigger = _vector(similarity(base_no_trigger, adapted_no_trigger))
-    trigger = _vector(similarity(base_trigger, adapted_trigger))
-    ups, tps = harmonic_mean(no_trigger), harmonic_mean(trigger)
-    intervals = [
-        _bootstrap(groups, "harmonic_mean", 0.95, resamples, seed)
-        for groups in ([no_trigger, trigger], [no_trigger], [trigger])
-    ]
-    return KpsResult(harmonic_mean([ups, tps]), ups, tps, *intervals)
+    _check_two("kps", "clusters", clusters)
+    parts = (
+        ("no_trigger", base_no_trigger, adapted_no_trigger, clusters[0]),
+        ("trigger", base_trigger, adapted_trigger, clusters[1]),
+    )
+    groups, means, intervals = [], [], []
+    for kind, base, adapted, numbers in parts:
+        try:
+            values = _vector(similarity(base, adapted))
+            intervals.append(
+                bootstrap_interval(values, "harmonic_mean", clusters=numbers, resamples=resamples, seed=seed)
+            )
+        except CatRsError as error:
+            raise type(error)(f"kps of base_{kind} (a) and adapted_{kind} (b): {error}") from error
+        means.append(harmonic_mean(values))
+        groups.append((values, _clusters("kps", "clusters", numbers)))
+    interval = _core.bootstrap_interval(groups, harmonic=True, confidence=0.95, resamples=resamples, seed=seed)
+    ups, tps = means
+    return KpsResult(harmonic_mean(means), ups, tps, interval, *intervals)

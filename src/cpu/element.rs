@@ -161,6 +161,17 @@ impl<'a> Elements<'a> {
         scratch
     }
 
+    /// Converts every `stride`-th element from `start` into `target`, as many as that has.
+    #[inline(always)]
+    pub fn gather<T: Real>(&self, start: usize, stride: usize, target: &mut [T]) {
+        match *self {
+            Self::F32(values) => pick(values, start, stride, target, |value| T::from_f32(value)),
+            Self::F64(values) => pick(values, start, stride, target, |value| T::from_f64(value)),
+            Self::BF16(values) => pick(values, start, stride, target, |value| T::from_f32(bf16_to_f32(value))),
+            Self::F16(values) => pick(values, start, stride, target, |value| T::from_f32(f16_to_f32(value))),
+        }
+    }
+
     /// Converts all elements into `target`, which has as many.
     #[inline(always)]
     pub fn copy_into<T: Real>(&self, target: &mut [T]) {
@@ -177,6 +188,13 @@ impl<'a> Elements<'a> {
 fn take<S: Copy, T>(block: &mut [S], zero: S, values: &mut [T], map: impl Fn(S) -> T) {
     convert(block, values, map);
     block.fill(zero);
+}
+
+#[inline(always)]
+fn pick<S: Copy, T>(source: &[S], start: usize, stride: usize, target: &mut [T], map: impl Fn(S) -> T) {
+    for (index, target) in target.iter_mut().enumerate() {
+        *target = map(source[start + index * stride]);
+    }
 }
 
 #[inline(always)]

@@ -9,6 +9,7 @@ pub mod lora_up;
 pub mod noising;
 mod product;
 pub mod similarity;
+pub mod statistics;
 
 use tch::Kind;
 

@@ -24,7 +24,8 @@ use crate::ops::frozen_linear::Linear;
 use crate::ops::lora_linear::Layer;
 use crate::ops::lora_up::UpProjection;
 use crate::ops::noising::PredictionType;
-use crate::ops::similarity::{Reduce, Statistic};
+use crate::ops::similarity::Reduce;
+use crate::ops::statistics::{Bootstrap, Group, Numbers, Statistic};
 use crate::step::StudentLoss;
 
 /// Runs `work` without the GIL and raises its error; a panic, which would be a bug, becomes an error too.
@@ -299,7 +300,26 @@ fn cross_similarity(py: Python<'_>, a: PyTensor, b: PyTensor, reduce: &str) -> P
 #[pyfunction]
 fn harmonic_mean(py: Python<'_>, values: PyReadonlyArray1<'_, f64>) -> PyResult<f64> {
     let values = values.as_slice()?;
-    released(py, || ops::similarity::harmonic_mean(values))
+    released(py, || ops::statistics::harmonic_mean(values))
+}
+
+type Values<'py> = PyReadonlyArray1<'py, f64>;
+type Clusters<'py> = Option<PyReadonlyArray1<'py, i64>>;
+
+fn numbers<'a>(argument: &'static str, values: &'a Values<'_>) -> PyResult<Numbers<'a, f64>> {
+    Ok(Numbers { argument, values: values.as_slice()? })
+}
+
+fn cluster_numbers<'a>(argument: &'static str, clusters: &'a Clusters<'_>) -> PyResult<Option<Numbers<'a, i64>>> {
+    clusters.as_ref().map(|clusters| Ok(Numbers { argument, values: clusters.as_slice()? })).transpose()
+}
+
+fn statistic(harmonic: bool) -> Statistic {
+    if harmonic {
+        Statistic::HarmonicMean
+    } else {
+        Statistic::Mean
+    }
 }
 
 /// See `cat_rs.bootstrap_interval`; several groups are resampled apart and joined by their harmonic mean.
@@ -307,15 +327,67 @@ fn harmonic_mean(py: Python<'_>, values: PyReadonlyArray1<'_, f64>) -> PyResult<
 #[pyo3(signature = (groups, *, harmonic, confidence, resamples, seed))]
 fn bootstrap_interval(
     py: Python<'_>,
-    groups: Vec<PyReadonlyArray1<'_, f64>>,
+    groups: Vec<(Values<'_>, Clusters<'_>)>,
     harmonic: bool,
     confidence: f64,
     resamples: i64,
     seed: u64,
 ) -> PyResult<(f64, f64)> {
-    let groups = groups.iter().map(|group| Ok(group.as_slice()?)).collect::<PyResult<Vec<&[f64]>>>()?;
-    let statistic = if harmonic { Statistic::HarmonicMean } else { Statistic::Mean };
-    released(py, || ops::similarity::bootstrap_interval(&groups, statistic, confidence, resamples, seed))
+    let groups = groups
+        .iter()
+        .map(|(values, clusters)| {
+            let samples = [numbers("values", values)?];
+            Ok(Group { samples, clusters: cluster_numbers("clusters", clusters)? })
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
+    released(py, || ops::statistics::bootstrap_interval(&groups, settings))
+}
+
+/// See `cat_rs.bootstrap_difference`.
+#[pyfunction]
+#[pyo3(signature = (a, b, clusters, *, harmonic, confidence, resamples, seed))]
+#[allow(clippy::too_many_arguments)]
+fn bootstrap_difference(
+    py: Python<'_>,
+    a: Values<'_>,
+    b: Values<'_>,
+    clusters: Clusters<'_>,
+    harmonic: bool,
+    confidence: f64,
+    resamples: i64,
+    seed: u64,
+) -> PyResult<(f64, f64)> {
+    let samples = [numbers("a", &a)?, numbers("b", &b)?];
+    let group = Group { samples, clusters: cluster_numbers("clusters", &clusters)? };
+    let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
+    released(py, || ops::statistics::bootstrap_difference("bootstrap_difference", &[group], settings))
+}
+
+/// See `cat_rs.kps_difference`.
+#[pyfunction]
+#[pyo3(signature = (a, b, clusters, *, confidence, resamples, seed))]
+fn kps_difference(
+    py: Python<'_>,
+    a: [Values<'_>; 2],
+    b: [Values<'_>; 2],
+    clusters: [Clusters<'_>; 2],
+    confidence: f64,
+    resamples: i64,
+    seed: u64,
+) -> PyResult<(f64, f64)> {
+    let groups = [
+        Group {
+            samples: [numbers("a[0]", &a[0])?, numbers("b[0]", &b[0])?],
+            clusters: cluster_numbers("clusters[0]", &clusters[0])?,
+        },
+        Group {
+            samples: [numbers("a[1]", &a[1])?, numbers("b[1]", &b[1])?],
+            clusters: cluster_numbers("clusters[1]", &clusters[1])?,
+        },
+    ];
+    let settings = Bootstrap { statistic: Statistic::HarmonicMean, confidence, resamples, seed };
+    released(py, || ops::statistics::bootstrap_difference("kps_difference", &groups, settings))
 }
 
 /// What this module was built with and runs on.
@@ -349,6 +421,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cross_similarity, module)?)?;
     module.add_function(wrap_pyfunction!(harmonic_mean, module)?)?;
     module.add_function(wrap_pyfunction!(bootstrap_interval, module)?)?;
+    module.add_function(wrap_pyfunction!(bootstrap_difference, module)?)?;
+    module.add_function(wrap_pyfunction!(kps_difference, module)?)?;
     module.add_function(wrap_pyfunction!(adapter_file::read_safetensors, module)?)?;
     module.add_function(wrap_pyfunction!(adapter_file::write_safetensors, module)?)?;
     module.add_function(wrap_pyfunction!(adapter_file::adapter_layers, module)?)?;

@@ -142,15 +142,6 @@ def test_groups_are_resampled_each_by_itself() -> None:
     assert (interval.low, interval.high) == pytest.approx(np.quantile(differences, (0.025, 0.975)), abs=0.1 * spread)
 
 
-def test_many_pairs_are_resampled_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = np.random.default_rng(9)
-    a, b = (0.5 + 0.5 * generator.random(100) for _ in range(2))
-    whole = paired_interval(a, b, "harmonic_mean")
-    monkeypatch.setattr("cat_rs.evaluation.scores._BLOCK", 12_345)
-    parted = paired_interval(a, b, "harmonic_mean")
-    assert (parted.low, parted.high) == pytest.approx((whole.low, whole.high), abs=1e-12)
-
-
 def test_similarity_of_zero_is_no_division_by_zero() -> None:
     interval = paired_interval(np.array([0.0, 0.5]), np.array([0.5, 0.5]), "harmonic_mean")
     assert interval == Interval(0.5, 0.0, 0.5)

@@ -1,12 +1,16 @@
-"""similarity, cross_similarity, harmonic_mean, bootstrap_interval and kps against NumPy in float64."""
+"""similarity, cross_similarity and kps against NumPy in float64."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from benchmarks import harness
 
 import cat_rs
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
@@ -126,6 +130,46 @@ def test_strided_reversed_and_read_only_arrays() -> None:
     np.testing.assert_allclose(cat_rs.similarity(a, b), expected, rtol=0, atol=3e-7)
 
 
+@pytest.mark.parametrize("dtype", by_id(DTYPES))
+def test_views_of_every_kind(dtype: torch.dtype) -> None:
+    whole = embeddings(40, 1100, dtype)
+    views = {
+        "columns": (whole[:, 100:700], whole[:, 400:1000]),
+        "every second column": (whole[:, ::2], whole[:, 1::2]),
+        "transposed": (whole[:, :37].T, whole[:, 37:74].T),
+        "one row for all": (whole[3].expand(40, 1100), whole),
+        "one column for all": (whole[:, :1].expand(40, 9), whole[:, 5:14]),
+        "overlapping": (
+            whole.flatten().as_strided((50, 600), (300, 1)),
+            whole.flatten().as_strided((50, 600), (7, 3)),
+        ),
+    }
+    for name, (a, b) in views.items():
+        ours = cat_rs.similarity(a, b)
+        expected = references.similarity(wide(a), wide(b))
+        np.testing.assert_allclose(ours.numpy(), expected, rtol=0, atol=TOLERANCE[dtype], err_msg=name)
+        for reduce in ("mean", "max"):
+            crossed = cat_rs.cross_similarity(a, b, reduce)
+            assert torch.equal(crossed, cat_rs.cross_similarity(a.contiguous(), b.contiguous(), reduce)), name
+
+
+def test_a_read_only_array_stays_as_it_is(tmp_path: Path) -> None:
+    a, b = (tensor.numpy() for tensor in pair((8, 13)))
+    np.save(tmp_path / "a.npy", a)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    assert np.array_equal(cat_rs.similarity(mapped, b), cat_rs.similarity(a, b))
+    assert not mapped.flags.writeable
+    # Its memory outlives the array that was passed.
+    assert np.array_equal(cat_rs.similarity(np.frombuffer(a.tobytes(), np.float32).reshape(8, 13), a), np.ones(8, "f"))
+
+
+def test_fields_of_a_record_array() -> None:
+    a, b = (tensor.numpy() for tensor in pair((8, 13)))
+    records = np.empty(8, dtype=[("embedding", np.float32, 13), ("label", np.int8)])
+    records["embedding"] = a
+    assert np.array_equal(cat_rs.similarity(records["embedding"], b), cat_rs.similarity(a, b))
+
+
 def test_strided_tensors_and_tensors_with_a_gradient() -> None:
     a, b = pair((13, 8))
     ours = cat_rs.similarity(a.T.requires_grad_(), b.T)
@@ -135,14 +179,12 @@ def test_strided_tensors_and_tensors_with_a_gradient() -> None:
 
 def test_same_bits_on_any_number_of_threads() -> None:
     a, b = pair((700, 515))
-    values = np.random.default_rng(0).uniform(0.2, 1.0, 50)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         scores = [cat_rs.similarity(a, b), *(cat_rs.cross_similarity(a, b[:70], reduce) for reduce in ("mean", "max"))]
-        results.append((torch.stack(scores), cat_rs.bootstrap_interval(values, "harmonic_mean")))
-    assert torch.equal(results[0][0], results[1][0])
-    assert results[0][1] == results[1][1]
+        results.append(torch.stack(scores))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")], ids=["zero", "nan", "inf"])
@@ -160,6 +202,9 @@ def test_a_row_without_a_direction_is_named(dtype: torch.dtype, which: str, valu
     for reduce in ("mean", "max"):
         with pytest.raises(InvalidValueError, match="row"):
             cat_rs.cross_similarity(a, b, reduce)
+    strided = (torch.stack([one, one], dim=1)[:, 0] for one in (a, b))
+    with pytest.raises(InvalidValueError, match=f"`{which}`.* row 3"):
+        cat_rs.similarity(*strided)
 
 
 def test_cross_similarity_names_the_row_at_fault() -> None:
@@ -205,97 +250,6 @@ def test_what_is_no_array_is_a_type_error(value: Any) -> None:
         cat_rs.similarity(value, torch.ones(1, 2))
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[0.5, 0.25], (1.0,), torch.rand(50) + 0.1, np.linspace(0.2, 1, 9)[::2], torch.ones(2, dtype=BF16)],
-    ids=["list", "tuple", "torch", "strided", "bf16"],
-)
-def test_harmonic_mean(values: Any) -> None:
-    plain = values.tolist() if isinstance(values, torch.Tensor) else values
-    assert cat_rs.harmonic_mean(values) == pytest.approx(references.harmonic_mean(plain), rel=1e-14)
-
-
-def test_harmonic_mean_with_a_zero_is_zero() -> None:
-    assert cat_rs.harmonic_mean([0.5, 0.0, 1.0]) == 0
-
-
-@pytest.mark.parametrize(
-    ("values", "text"),
-    [
-        pytest.param([], "`values` must be at least one number, got none", id="none"),
-        pytest.param([0.5, -0.25], "`values` must be >= 0 .* got -0.25 at index 1", id="negative"),
-        pytest.param([0.5, float("nan")], "`values` must be finite, got NaN at index 1", id="nan"),
-        pytest.param([float("inf")], "`values` must be finite, got inf at index 0", id="inf"),
-    ],
-)
-def test_bad_values_are_named(values: list[float], text: str) -> None:
-    with pytest.raises(InvalidValueError, match=f"^harmonic_mean: {text}"):
-        cat_rs.harmonic_mean(values)
-    with pytest.raises(InvalidValueError, match=f"^bootstrap_interval: {text}"):
-        cat_rs.bootstrap_interval(values, "harmonic_mean")
-
-
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_bootstrap_interval_covers_a_known_mean(confidence: float) -> None:
-    random = np.random.default_rng(1)
-    trials, hits = 400, 0
-    for trial in range(trials):
-        low, high = cat_rs.bootstrap_interval(
-            random.normal(3.0, 2.0, 60), confidence=confidence, resamples=400, seed=trial
-        )
-        hits += low <= 3.0 <= high
-    # Four standard errors, and the percentile interval's known shortfall of about a point at 60 values.
-    slack = 4 * (confidence * (1 - confidence) / trials) ** 0.5
-    assert confidence - 0.015 - slack <= hits / trials <= confidence + slack
-
-
-@pytest.mark.parametrize("statistic", ["mean", "harmonic_mean"])
-def test_bootstrap_interval_is_numpys(statistic: str) -> None:
-    random = np.random.default_rng(2)
-    values = random.uniform(0.3, 1.0, 40)
-    draws = values[random.integers(0, 40, (20_000, 40))]
-    statistics = draws.mean(1) if statistic == "mean" else 40 / (1 / draws).sum(1)
-    expected = np.quantile(statistics, [0.025, 0.975])
-    ours = cat_rs.bootstrap_interval(values, statistic, resamples=20_000, seed=3)
-    # A 2.5 % quantile of 20,000 draws has a standard error of about 0.02 standard deviations.
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=0.1 * statistics.std())
-
-
-def test_bootstrap_depends_on_the_seed_alone() -> None:
-    values = np.random.default_rng(0).normal(size=30)
-    first = cat_rs.bootstrap_interval(values, seed=1)
-    assert first == cat_rs.bootstrap_interval(values, seed=1) == cat_rs.bootstrap_interval(list(values), seed=1)
-    assert first != cat_rs.bootstrap_interval(values, seed=2)
-
-
-def test_bootstrap_of_one_value_is_that_value() -> None:
-    assert cat_rs.bootstrap_interval([0.3]) == pytest.approx((0.3, 0.3))
-
-
-def test_bootstrap_of_the_mean_takes_negative_values() -> None:
-    low, high = cat_rs.bootstrap_interval([-1.0, -2.0, 0.5])
-    assert -2.0 <= low <= high <= 0.5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        pytest.param({"confidence": 0.0}, r"`confidence` must be in \(0, 1\), got 0", id="confidence-0"),
-        pytest.param({"confidence": 1.0}, r"`confidence` must be in \(0, 1\), got 1", id="confidence-1"),
-        pytest.param({"confidence": float("nan")}, "`confidence` .* got NaN", id="confidence-nan"),
-        pytest.param({"resamples": 1}, "`resamples` must be at least 2, got 1", id="resamples-1"),
-        pytest.param({"resamples": -5}, "`resamples` must be at least 2, got -5", id="resamples-negative"),
-        pytest.param({"seed": -1}, r"`seed` must be in 0\.\.2\*\*64 - 1, got -1", id="seed"),
-        pytest.param(
-            {"statistic": "median"}, "`statistic` must be 'mean' or 'harmonic_mean', got 'median'", id="statistic"
-        ),
-    ],
-)
-def test_bad_bootstrap_settings_are_named(arguments: dict[str, Any], text: str) -> None:
-    with pytest.raises(InvalidValueError, match=f"^bootstrap_interval: {text}"):
-        cat_rs.bootstrap_interval([1.0, 2.0], **arguments)
-
-
 @pytest.mark.parametrize("as_numpy", [False, True], ids=["torch", "numpy"])
 def test_kps_matches_its_definition(as_numpy: bool) -> None:
     groups: list[Any] = [
@@ -326,3 +280,128 @@ def test_kps_of_opposite_pictures_is_0() -> None:
     result = cat_rs.kps(base, -base, base, base)
     assert (result.ups, result.tps, result.kps) == (0.0, 1.0, 0.0)
     assert result.kps_interval == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["no_trigger", "trigger"])
+@pytest.mark.parametrize(
+    ("spoil", "error", "text"),
+    [
+        pytest.param(
+            lambda b: b.index_fill(0, torch.tensor(3), 0.0),
+            InvalidValueError,
+            "`b` .* got row 3, which is zero",
+            id="zero",
+        ),
+        pytest.param(
+            lambda b: b.index_fill(0, torch.tensor(4), torch.nan),
+            InvalidValueError,
+            "`b` .* got row 4, .* NaN",
+            id="nan",
+        ),
+        pytest.param(lambda b: b[:4], ShapeError, r"`b` must have shape \[5, 8\], got \[4, 8\]", id="fewer"),
+        pytest.param(lambda b: b[:0], ShapeError, "`b` must have shape", id="none"),
+        pytest.param(lambda b: b.long(), DtypeError, "`b` must have dtype", id="dtype"),
+    ],
+)
+def test_kps_names_what_is_at_fault(kind: str, spoil: Any, error: type[Exception], text: str) -> None:
+    groups = {
+        f"{model}_{own}": embeddings(5, 8, seed=index)
+        for index, (own, model) in enumerate(itertools.product(("no_trigger", "trigger"), ("base", "adapted")))
+    }
+    groups[f"adapted_{kind}"] = spoil(groups[f"adapted_{kind}"])
+    with pytest.raises(error, match=rf"^kps of base_{kind} \(a\) and adapted_{kind} \(b\): similarity: {text}"):
+        cat_rs.kps(**groups)
+
+
+def test_kps_of_a_single_pair_is_an_error() -> None:
+    one, two = embeddings(1, 8), embeddings(2, 8)
+    with pytest.raises(InvalidValueError, match=r"^kps of base_trigger .*: `values` must be at least two .* got 1"):
+        cat_rs.kps(two, two, one, one)
+
+
+def test_kps_of_clusters() -> None:
+    groups = [embeddings(rows, 24, seed=seed) for seed, rows in enumerate((12, 12, 9, 9))]
+    clusters = np.arange(12) // 3, np.arange(9) // 3
+    ours = cat_rs.kps(*groups, clusters=clusters)
+    values = [references.similarity(*groups[:2]), references.similarity(*groups[2:])]
+    for index, interval in enumerate((ours.ups_interval, ours.tps_interval)):
+        own = cat_rs.bootstrap_interval(values[index], "harmonic_mean", clusters=clusters[index])
+        assert interval == pytest.approx(own, abs=1e-6)
+    expected = references.bootstrap([values], "harmonic_mean", 4000, clusters)[0]
+    np.testing.assert_allclose(
+        ours.kps_interval, np.quantile(expected, [0.025, 0.975]), rtol=0, atol=0.25 * expected.std()
+    )
+    with pytest.raises(InvalidValueError, match=r"^kps of base_trigger .*: `clusters` must be as many .* 9, got 12"):
+        cat_rs.kps(*groups, clusters=(clusters[0], clusters[0]))
+    with pytest.raises(InvalidValueError, match=r"^kps: `clusters` must be two groups, .* got 1"):
+        cat_rs.kps(*groups, clusters=(clusters[0],))  # type: ignore[arg-type]
+
+
+# What the inputs' own rounding may cost, and what the arithmetic may cost beside.
+ROUNDING = {F32: 1e-6, F16: 1e-3, BF16: 1e-2}
+ARITHMETIC = 3e-7
+
+
+@pytest.mark.parametrize(
+    ("dtype", "as_numpy"),
+    [
+        pytest.param(F32, False, id="f32-torch"),
+        pytest.param(F32, True, id="f32-numpy"),
+        pytest.param(F16, False, id="f16-torch"),
+        pytest.param(F16, True, id="f16-numpy"),
+        pytest.param(BF16, False, id="bf16-torch"),
+    ],
+)
+def test_many_pairs(dtype: torch.dtype, as_numpy: bool) -> None:
+    count, width = 100_000, 64
+    exact = torch.randn(2, count, width, dtype=F64) + 0.5
+    # Adapted pictures from nearly the base's to those of another prompt.
+    exact[1] = exact[0] + torch.linspace(0.05, 4, count, dtype=F64)[:, None] * exact[1]
+    rounded = exact.to(dtype)
+    base, adapted = rounded.numpy() if as_numpy else rounded
+    # The pairs with the trigger are a part of them, so that a test of this size takes little memory.
+    trigger = slice(0, count // 2)
+    ours = cat_rs.kps(base, adapted, base[trigger], adapted[trigger], resamples=2)
+    values = torch.as_tensor(cat_rs.similarity(base, adapted)).double().numpy()
+    for inputs, tolerance in ((exact, ROUNDING[dtype]), (rounded.double(), ARITHMETIC)):
+        expected = references.similarity(*inputs)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=tolerance)
+        ups, tps = references.harmonic_mean(expected), references.harmonic_mean(expected[trigger])
+        assert (ours.ups, ours.tps) == pytest.approx((ups, tps), rel=0, abs=tolerance)
+        assert ours.kps == pytest.approx(references.harmonic_mean([ups, tps]), rel=0, abs=tolerance)
+
+
+def _memory_cases() -> dict[str, Any]:
+    count, width = 100_000, 128
+    rows = torch.randn(count + 1, width)
+    wide_rows = torch.randn(count + 1, width + 1)[:, 1:]
+    read_only = rows.numpy().view()
+    read_only.flags.writeable = False
+    return {
+        "float32": rows,
+        "bfloat16": rows.bfloat16(),
+        "some columns": wide_rows,
+        "transposed": torch.randn(width, count + 1).T,
+        "read-only numpy": read_only,
+        "some columns, numpy": wide_rows.numpy(),
+    }
+
+
+def test_memory_does_not_grow_with_the_width() -> None:
+    for name, rows in _memory_cases().items():
+        a, b = rows[:-1], rows[1:]
+        values = cat_rs.similarity(a, b)
+        clusters = np.arange(len(a)) // 2
+        operations: dict[str, Callable[[], Any]] = {
+            "similarity": lambda a=a, b=b: cat_rs.similarity(a, b),
+            "drift": lambda a=a, b=b: 1 - cat_rs.similarity(a, b).mean(),
+            "kps": lambda a=a, b=b: cat_rs.kps(a, b, a, b, resamples=2),
+            "cross_similarity": lambda a=a, b=b: cat_rs.cross_similarity(a, b[:2], "max"),
+            "interval": lambda s=values, c=clusters: cat_rs.bootstrap_interval(s, clusters=c, resamples=2),
+            "difference": lambda s=values, c=clusters: cat_rs.bootstrap_difference(s, s, clusters=c, resamples=2),
+            "kps_difference": lambda s=values: cat_rs.kps_difference((s, s), (s, s), resamples=2),
+        }
+        for operation, run in operations.items():
+            extra = harness.extra_memory(run)
+            # As 64 MB for 10^6 pairs, and some pages; a copy of an input has 51 MB, in bfloat16 26 MB.
+            assert extra <= 6.4e6 + 2e6, f"{operation} of {name}: {extra / 1e6:.1f} MB"

@@ -20,17 +20,22 @@ from PIL import Image
 
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.result import Comparison, Interval, PromptScores, Scores
-from cat_rs.kps import bootstrap_interval, cross_similarity, harmonic_mean, kps, similarity
+from cat_rs.kps import (
+    bootstrap_difference,
+    bootstrap_interval,
+    cross_similarity,
+    harmonic_mean,
+    kps,
+    kps_difference,
+    similarity,
+)
 
 Values = NDArray[np.float64]
 Statistic = Literal["mean", "harmonic_mean"]
 
-_RESAMPLES, _SEED = 10_000, 0
-# Numbers drawn at a time by a paired bootstrap.
-_BLOCK = 1 << 22
-
 # Rounding of float32 embeddings: a mean 1 - cosine below it is that of equal pictures.
 _NO_DIVERSITY = 1e-6
+_UNKNOWN = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -173,48 +178,20 @@ def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequ
 
 
 def paired_interval(a: Values, b: Values, statistic: Statistic) -> Interval:
-    """Return statistic(b) - statistic(a) with its 95 % percentile bootstrap interval; a and b: [N].
-
-    A resample takes the same pairs (a_i, b_i) of both.
-    """
-    if statistic == "mean":
-        # The difference of means is the mean difference.
-        differences = b - a
-        return _bounded(float(differences.mean()), bootstrap_interval(differences, "mean"), len(a))
-    means_a, means_b = _resampled_reciprocal_means(a, b, np.random.default_rng(_SEED))
-    return _bounded(harmonic_mean(b) - harmonic_mean(a), _bounds(1.0 / means_b - 1.0 / means_a), len(a))
+    """Return statistic(b) - statistic(a) with its 95 % interval of a paired bootstrap; a and b: [N]."""
+    value_a, value_b = (harmonic_mean(side) if statistic == "harmonic_mean" else float(side.mean()) for side in (a, b))
+    return Interval(value_b - value_a, *(bootstrap_difference(a, b, statistic) if len(a) > 1 else _UNKNOWN))
 
 
 def paired_kps_interval(a: tuple[Values, Values], b: tuple[Values, Values]) -> Interval:
-    """Return KPS(b) - KPS(a) with its 95 % percentile bootstrap interval.
+    """Return KPS(b) - KPS(a) with its 95 % interval of a paired bootstrap.
 
     Args:
         a: One adapter's s without the trigger, [N], and with it, [M]; each kind is resampled by itself.
         b: The other's, for the same prompts and seeds.
     """
-    generator = np.random.default_rng(_SEED)
-    groups = [_resampled_reciprocal_means(of_a, of_b, generator) for of_a, of_b in zip(a, b, strict=True)]
-    # KPS is the harmonic mean of harmonic means: 1 / mean of means of 1 / s.
-    kps_a, kps_b = (2.0 / sum(group[side] for group in groups) for side in (0, 1))
     value_a, value_b = (harmonic_mean([harmonic_mean(values) for values in kinds]) for kinds in (a, b))
-    return _bounded(value_b - value_a, _bounds(kps_b - kps_a), min(map(len, a)))
-
-
-def _resampled_reciprocal_means(a: Values, b: Values, generator: np.random.Generator) -> Values:
-    """Return the means of 1 / a and 1 / b over resampled pairs; [2, resamples]."""
-    with np.errstate(divide="ignore"):
-        reciprocals = 1.0 / np.stack([a, b])
-    # All resamples at once may take too much memory.
-    step = max(_BLOCK // len(a), 1)
-    sizes = [min(step, _RESAMPLES - start) for start in range(0, _RESAMPLES, step)]
-    return np.concatenate(
-        [reciprocals[:, generator.integers(len(a), size=(size, len(a)))].mean(axis=2) for size in sizes], axis=1
-    )
-
-
-def _bounds(values: Values) -> tuple[float, float]:
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
+    return Interval(value_b - value_a, *(kps_difference(a, b) if min(map(len, a)) > 1 else _UNKNOWN))
 
 
 def paired_similarity(base: Embedded, other: Embedded) -> Values:
@@ -256,17 +233,22 @@ def latent_rmse(base: Embedded, other: Embedded) -> Values:
 
 def _preservation(base: EmbeddedModel, other: EmbeddedModel) -> Scores:
     """Score how close pictures are to the base model's."""
-    result = kps(
-        base.no_trigger.embeddings, other.no_trigger.embeddings, base.trigger.embeddings, other.trigger.embeddings
+    no_trigger, trigger = (
+        paired_similarity(left, right)
+        for left, right in ((base.no_trigger, other.no_trigger), (base.trigger, other.trigger))
     )
-    pairs, trigger_pairs = len(base.no_trigger.embeddings), len(base.trigger.embeddings)
-    similarities = _interval(paired_similarity(base.no_trigger, other.no_trigger))
+    ups, tps = _resampled(no_trigger, "harmonic_mean"), _resampled(trigger, "harmonic_mean")
+    bounds = _UNKNOWN
+    if min(len(no_trigger), len(trigger)) > 1:
+        bounds = kps(
+            base.no_trigger.embeddings, other.no_trigger.embeddings, base.trigger.embeddings, other.trigger.embeddings
+        ).kps_interval
     return Scores(
-        kps=_bounded(result.kps, result.kps_interval, max(pairs, trigger_pairs)),
-        ups=_bounded(result.ups, result.ups_interval, pairs),
-        tps=_bounded(result.tps, result.tps_interval, trigger_pairs),
+        kps=Interval(harmonic_mean([ups.value, tps.value]), *bounds),
+        ups=ups,
+        tps=tps,
         # (1 - mean cosine) / 2 is 1 - mean s.
-        drift=None if similarities is None else similarities.mapped(-1.0, 1.0),
+        drift=_resampled(no_trigger, "mean").mapped(-1.0, 1.0),
         pixel_rmse=_interval(pixel_rmse(base.no_trigger, other.no_trigger)),
         latent_rmse=_interval(latent_rmse(base.no_trigger, other.no_trigger)),
     )
@@ -318,15 +300,13 @@ def _values_of(row: PromptScores, measure: str) -> tuple[float, ...]:
 
 def _interval(values: Values) -> Interval | None:
     """Return the mean and its interval; None where there is no value."""
-    if len(values) == 0:
-        return None
-    return _bounded(float(values.mean()), bootstrap_interval(values, "mean"), len(values))
+    return _resampled(values, "mean") if len(values) else None
 
 
-def _bounded(value: float, bounds: tuple[float, float], count: int) -> Interval:
-    """Return the figure with its bounds, or without if they come from resampling a single value."""
-    low, high = bounds if count > 1 else (math.nan, math.nan)
-    return Interval(value, low, high)
+def _resampled(values: Values, statistic: Literal["mean", "harmonic_mean"]) -> Interval:
+    """Return the statistic and its interval, whose bounds are unknown where there is a single value to resample."""
+    value = harmonic_mean(values) if statistic == "harmonic_mean" else float(values.mean())
+    return Interval(value, *(bootstrap_interval(values, statistic) if len(values) > 1 else _UNKNOWN))
 
 
 def _ratio(numerator: Values, denominator: Values) -> Interval | None:

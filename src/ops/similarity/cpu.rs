@@ -1,4 +1,4 @@
-//! CPU kernels of the Knowledge Preservation Score: similarities in one pass, and the bootstrap.
+//! CPU kernels of the Knowledge Preservation Score: similarities in one pass.
 
 use crate::cpu::{for_each_task, vectorized, DisjointMut, Elements, Real};
 use crate::error::Result;
@@ -12,26 +12,39 @@ const LANES: usize = 16;
 const TILE_ROWS: usize = 64;
 const MIN_PARALLEL: usize = 64 * 1024;
 
-/// Rows of `dim` elements.
+/// A matrix, wherever its elements lie: embeddings can be larger than the memory that a copy would need.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
-    /// All rows, one after the other.
+    /// The memory from the first to the last element.
     pub elements: Elements<'a>,
+    /// Rows.
+    pub count: usize,
     /// Elements a row.
     pub dim: usize,
+    /// Elements from a row to the next, and from a column to the next.
+    pub strides: (usize, usize),
 }
 
 impl Rows<'_> {
-    fn count(&self) -> usize {
-        self.elements.len() / self.dim
+    /// `len` elements of a row from column `start`, borrowed where they are consecutive and of type `T`.
+    #[inline(always)]
+    fn load<'s, T: Real>(&'s self, row: usize, start: usize, len: usize, scratch: &'s mut [T]) -> &'s [T] {
+        let (row_stride, stride) = self.strides;
+        let first = row * row_stride + start * stride;
+        if stride == 1 {
+            return self.elements.load(first, len, scratch);
+        }
+        let scratch = &mut scratch[..len];
+        self.elements.gather(first, stride, scratch);
+        scratch
     }
 }
 
 /// Runs `row(i)` for every row of `rows` and collects what it returns; `row` is `#[inline(always)]`.
 fn map_rows(op: &'static str, threads: usize, rows: Rows, row: impl Fn(usize) -> f64 + Sync) -> Result<Vec<f64>> {
-    let count = rows.count();
+    let count = rows.count;
     let per_task = (TASK / rows.dim).max(1);
-    let threads = if rows.elements.len() < MIN_PARALLEL { 1 } else { threads };
+    let threads = if rows.count * rows.dim < MIN_PARALLEL { 1 } else { threads };
     let mut values = vec![0.0f64; count];
     let slots = DisjointMut::new(&mut values);
     for_each_task(op, threads, count.div_ceil(per_task), |task| {
@@ -68,8 +81,8 @@ pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -
     let mut mean = vec![0.0f64; b.dim];
     let mut scratch = vec![T::ZERO; b.dim];
     for (row, norm) in norms.iter().enumerate() {
-        let values = b.elements.load(row * b.dim, b.dim, &mut scratch);
-        let weight = 1.0 / (norm * b.count() as f64);
+        let values = b.load(row, 0, b.dim, &mut scratch);
+        let weight = 1.0 / (norm * b.count as f64);
         for (mean, value) in mean.iter_mut().zip(values) {
             *mean += weight * value.to_f64();
         }
@@ -85,7 +98,7 @@ pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -
             let (mut aa, mut am) = (0.0, 0.0);
             for start in (0..a.dim).step_by(BLOCK) {
                 let len = BLOCK.min(a.dim - start);
-                let block = a.elements.load::<T>(index * a.dim + start, len, &mut scratch);
+                let block = a.load::<T>(index, start, len, &mut scratch);
                 aa += dot(block, block);
                 am += dot(block, &mean[start..start + len]);
             }
@@ -98,10 +111,10 @@ pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -
 pub fn cross_max<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -> Result<Vec<f64>> {
     let norms = norms::<T>(op, threads, b)?;
     let own = self::norms::<T>(op, threads, a)?;
-    let best = vec![f64::NEG_INFINITY; a.count()];
-    let tiles = b.count().div_ceil(TILE_ROWS);
+    let best = vec![f64::NEG_INFINITY; a.count];
+    let tiles = b.count.div_ceil(TILE_ROWS);
     (0..tiles).try_fold(best, |best, tile| {
-        let rows = tile * TILE_ROWS..b.count().min((tile + 1) * TILE_ROWS);
+        let rows = tile * TILE_ROWS..b.count.min((tile + 1) * TILE_ROWS);
         map_rows(
             op,
             threads,
@@ -135,7 +148,7 @@ fn norms<T: Real>(op: &'static str, threads: usize, rows: Rows) -> Result<Vec<f6
 
 /// The first row that is zero or not finite, and so has no direction.
 pub fn first_degenerate_row(rows: Rows) -> Option<usize> {
-    (0..rows.count()).find(|&index| {
+    (0..rows.count).find(|&index| {
         let squared = products::<f64>(rows, index, rows, index)[0];
         squared == 0.0 || !squared.is_finite()
     })
@@ -160,8 +173,8 @@ fn products<T: Real>(a: Rows, a_index: usize, b: Rows, b_index: usize) -> [f64; 
     let mut totals = [0.0; 3];
     for start in (0..a.dim).step_by(BLOCK) {
         let len = BLOCK.min(a.dim - start);
-        let a_block = a.elements.load::<T>(a_index * a.dim + start, len, &mut a_scratch);
-        let b_block = b.elements.load::<T>(b_index * b.dim + start, len, &mut b_scratch);
+        let a_block = a.load::<T>(a_index, start, len, &mut a_scratch);
+        let b_block = b.load::<T>(b_index, start, len, &mut b_scratch);
         for (total, part) in totals.iter_mut().zip(three_dots(a_block, b_block)) {
             *total += part;
         }
@@ -203,102 +216,4 @@ fn dot<T: Real>(a: &[T], b: &[T]) -> f64 {
     }
     let tail: f64 = a_tail.iter().zip(b_tail).map(|(a, b)| a.to_f64() * b.to_f64()).sum();
     tail + lanes.iter().map(|lane| lane.to_f64()).sum::<f64>()
-}
-
-/// How a group of values becomes one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Statistic {
-    /// The arithmetic mean.
-    Mean,
-    /// The harmonic mean.
-    HarmonicMean,
-}
-
-impl Statistic {
-    /// What is summed for a value.
-    fn term(self, value: f64) -> f64 {
-        match self {
-            Self::Mean => value,
-            Self::HarmonicMean => value.recip(),
-        }
-    }
-
-    /// The statistic from the mean of the terms.
-    fn finish(self, mean: f64) -> f64 {
-        match self {
-            Self::Mean => mean,
-            Self::HarmonicMean => mean.recip(),
-        }
-    }
-
-    /// The statistic of `values`.
-    pub fn of(self, values: &[f64]) -> f64 {
-        self.finish(values.iter().map(|&value| self.term(value)).sum::<f64>() / values.len() as f64)
-    }
-}
-
-/// The statistic of `resamples` bootstrap samples, sorted.
-///
-/// Every group is resampled by itself; with several groups the statistic is the harmonic mean over the groups.
-/// Draws depend on `seed` and the resample's number alone, not on threads.
-pub fn bootstrap(
-    op: &'static str,
-    threads: usize,
-    groups: &[&[f64]],
-    statistic: Statistic,
-    resamples: usize,
-    seed: u64,
-) -> Result<Vec<f64>> {
-    let terms: Vec<Vec<f64>> =
-        groups.iter().map(|group| group.iter().map(|&value| statistic.term(value)).collect()).collect();
-    let mut values = vec![0.0f64; resamples];
-    let slots = DisjointMut::new(&mut values);
-    for_each_task(op, threads, resamples, |resample| {
-        let mut random = SplitMix64::new(seed, resample as u64);
-        let drawn = terms.iter().map(|terms| {
-            let sum: f64 = (0..terms.len()).map(|_| terms[random.below(terms.len())]).sum();
-            statistic.finish(sum / terms.len() as f64)
-        });
-        // SAFETY: every task writes its own slot.
-        let slot = unsafe { slots.range(resample, 1) };
-        slot[0] = match groups.len() {
-            1 => drawn.sum(),
-            count => count as f64 / drawn.map(f64::recip).sum::<f64>(),
-        };
-    })?;
-    values.sort_by(f64::total_cmp);
-    Ok(values)
-}
-
-/// The `fraction` quantile of sorted values, interpolated linearly.
-pub fn quantile(sorted: &[f64], fraction: f64) -> f64 {
-    let position = fraction * (sorted.len() - 1) as f64;
-    let (low, high) = (sorted[position.floor() as usize], sorted[position.ceil() as usize]);
-    low + (high - low) * position.fract()
-}
-
-/// Steele, Lea & Flood's generator (OOPSLA 2014): one multiplication chain a draw, any seed is good.
-struct SplitMix64(u64);
-
-impl SplitMix64 {
-    fn new(seed: u64, stream: u64) -> Self {
-        let mut generator = Self(seed);
-        let mixed = generator.next() ^ stream.wrapping_mul(0xd134_2543_de82_ef95);
-        Self(mixed)
-    }
-
-    #[inline(always)]
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in 0..bound; the bias, bound / 2^64, is far below what a bootstrap resolves.
-    #[inline(always)]
-    fn below(&mut self, bound: usize) -> usize {
-        ((u128::from(self.next()) * bound as u128) >> 64) as usize
-    }
 }

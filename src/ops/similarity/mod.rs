@@ -1,14 +1,13 @@
-//! Similarities of embeddings and their statistics: the parts of the Knowledge Preservation Score.
+//! Similarities of embeddings: what the Knowledge Preservation Score is made of.
 
 mod cpu;
 
 use tch::{Kind, Tensor};
 
-pub use self::cpu::Statistic;
-use self::cpu::{quantile, Rows};
+use self::cpu::Rows;
 use super::{compute_kind, threads};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_float, contiguous, elements};
+use crate::tensor::{check_float, strided_elements};
 
 const OP: &str = "similarity";
 
@@ -69,11 +68,20 @@ fn check_rows(argument: &'static str, tensor: &Tensor) -> Result<Vec<i64>> {
     Ok(shape)
 }
 
+fn rows(tensor: &Tensor) -> Result<Rows<'_>> {
+    let (count, dim) = tensor.size2().during(OP)?;
+    let (row_stride, stride) = tensor.stride2().during(OP)?;
+    Ok(Rows {
+        elements: strided_elements(OP, tensor)?,
+        count: count as usize,
+        dim: dim as usize,
+        strides: (row_stride as usize, stride as usize),
+    })
+}
+
 fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result<Vec<f64>>) -> Result<Tensor> {
     let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
-    let (a, b) = (contiguous(OP, a)?, contiguous(OP, b)?);
-    let rows = |tensor| Ok(Rows { elements: elements(OP, tensor)?, dim: tensor.size()[1] as usize });
-    let (a_rows, b_rows) = (rows(&a)?, rows(&b)?);
+    let (a_rows, b_rows) = (rows(a)?, rows(b)?);
     let mut values = kernel(kind, a_rows, b_rows)?;
     if values.iter().any(|value| value.is_nan()) {
         for (argument, rows) in [("a", a_rows), ("b", b_rows)] {
@@ -86,57 +94,4 @@ fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result
         values = kernel(Kind::Double, a_rows, b_rows)?;
     }
     Tensor::f_from_slice(&values).during(OP)?.f_to_kind(kind).during(OP)
-}
-
-fn check_values(op: &'static str, values: &[f64]) -> Result<()> {
-    if values.is_empty() {
-        return Err(CatError::value(op, "values", "at least one number", "none"));
-    }
-    match values.iter().position(|value| !value.is_finite()) {
-        Some(index) => Err(CatError::value(op, "values", "finite", format!("{} at index {index}", values[index]))),
-        None => Ok(()),
-    }
-}
-
-fn check_positive(op: &'static str, values: &[f64], statistic: Statistic) -> Result<()> {
-    check_values(op, values)?;
-    match values.iter().position(|value| statistic == Statistic::HarmonicMean && *value < 0.0) {
-        Some(index) => {
-            let got = format!("{} at index {index}", values[index]);
-            Err(CatError::value(op, "values", ">= 0 for a harmonic mean", got))
-        }
-        None => Ok(()),
-    }
-}
-
-/// n / sum(1 / v_i); 0 where a value is 0.
-pub fn harmonic_mean(values: &[f64]) -> Result<f64> {
-    check_positive("harmonic_mean", values, Statistic::HarmonicMean)?;
-    Ok(Statistic::HarmonicMean.of(values))
-}
-
-/// A percentile bootstrap interval of the statistic of one group, or of the harmonic mean over several.
-pub fn bootstrap_interval(
-    groups: &[&[f64]],
-    statistic: Statistic,
-    confidence: f64,
-    resamples: i64,
-    seed: u64,
-) -> Result<(f64, f64)> {
-    const OP: &str = "bootstrap_interval";
-    for group in groups {
-        check_positive(OP, group, statistic)?;
-    }
-    if groups.is_empty() {
-        return Err(CatError::value(OP, "values", "at least one group", "none"));
-    }
-    if !(confidence > 0.0 && confidence < 1.0) {
-        return Err(CatError::value(OP, "confidence", "in (0, 1)", confidence));
-    }
-    if resamples < 2 {
-        return Err(CatError::value(OP, "resamples", "at least 2", resamples));
-    }
-    let sorted = cpu::bootstrap(OP, threads(), groups, statistic, resamples as usize, seed)?;
-    let tail = (1.0 - confidence) / 2.0;
-    Ok((quantile(&sorted, tail), quantile(&sorted, 1.0 - tail)))
 }
