@@ -34,9 +34,10 @@ class _Flat:
     versions: list[int]
     # The version of `grad` when the kernel last zeroed it: autograd's additions raise it.
     zeroed_version: int = -1
-    # Float32 parameters in the lower precision that layers compute in, and its views.
+    # Float32 parameters in the lower precision that layers compute in, its views, and of which versions it is.
     copy: torch.Tensor | None = None
     copies: list[torch.Tensor] = field(default_factory=list)
+    copied_versions: list[int] = field(default_factory=list)
 
     def check_in_place(self) -> None:
         """Refuses parameters that were moved out of the flat buffer, by ``model.to`` for example."""
@@ -62,17 +63,22 @@ class _Flat:
         """Begins to keep the parameters in lower precision too."""
         self.copy = self.master.to(dtype)
         self.copies = _views(self.copy, self.params)
+        self.copied_versions = [param._version for param in self.params]
 
     def refresh_copy(self) -> None:
-        """Rounds anew what somebody wrote to since."""
-        if self.copy is not None and self.versions != [param._version for param in self.params]:
+        """Rounds anew where somebody wrote to the parameters since."""
+        if self.copy is None:
+            return
+        versions = [param._version for param in self.params]
+        if versions != self.copied_versions:
             self.copy.copy_(self.master)
-            self.note_versions()
+            self.copied_versions = versions
 
     def note_kernel_writes(self) -> None:
         """Counts what the kernel writes behind autograd's back: a graph that saved the old weights must notice."""
         torch.autograd.graph.increment_version(self.params if self.copy is None else [*self.params, self.copy])
         self.note_versions()
+        self.copied_versions = self.versions
 
     def note_versions(self) -> None:
         """Remembers the parameters' versions."""
@@ -244,7 +250,7 @@ class FlatAdamW(torch.optim.Optimizer):
             param: One of the optimizer's parameters, or any tensor.
         """
         flat, index = self._copied.get(param, (None, 0))
-        if flat is None or flat.versions[index] != param._version or flat.addresses[index] != param.data_ptr():
+        if flat is None or flat.copied_versions[index] != param._version or flat.addresses[index] != param.data_ptr():
             return None
         return flat.copies[index]
 
