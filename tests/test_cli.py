@@ -61,6 +61,7 @@ def emoji_model(tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path,
             "convert",
             ["convert INPUT OUTPUT [--config FILE]", "--to {diffusers,peft,kohya}", "--family {sd,sdxl,flux}"],
         ),
+        ("report", ["report RUN... [--config FILE]", "--output DIR", "--title TEXT"]),
         ("info", ["--debug"]),
     ],
 )
@@ -194,6 +195,14 @@ def test_evaluate_writes_results_and_sheet(evaluate_arguments: list[str], tmp_pa
     for kind in ("pictures", "embeddings"):
         # Two models, with the trigger and without, two batches each.
         assert len(list((tmp_path / "evaluation" / "cache" / kind).iterdir())) == 8
+    drawn = tmp_path / "evaluation" / "pictures"
+    assert sorted(path.name for path in drawn.iterdir()) == ["base", "concept", "mine"]
+    assert len(list((drawn / "mine" / "trigger").glob("*.png"))) == 4
+    runs = [str(tmp_path / "adapter"), str(tmp_path / "evaluation")]
+    assert main(["report", *runs, "--output", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    # Three pictures of the concept; two prompts with the trigger and two without, by two seeds and two models.
+    assert page.count("<img src=") == 3 + 4 * 2 * 2
 
 
 def test_evaluate_compares_several_adapters(
@@ -287,6 +296,30 @@ def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: 
     assert difference["low"] <= difference["value"] <= difference["high"]
     for name in ("contact_sheet.png", "curves.png"):
         assert (tmp_path / "demo" / name).stat().st_size > 0
+
+
+def test_report_on_a_demo(emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo")]
+    assert main(["demo", *arguments, *SHORT_DEMO]) == 0
+    config = tmp_path / "report.yaml"
+    config.write_text(f"runs: {tmp_path / 'demo'}\noutput: {tmp_path / 'report'}\ntitle: Two tabbies\n")
+    assert main(["report", "--config", str(config)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'report' / 'report.html'}"
+    content = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert content["title"] == "Two tabbies"
+    (run,) = content["runs"]
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert run["evaluations"][0]["evaluation"] == results["runs"][0]["evaluation"]
+    assert {curve["key"] for curve in content["curves"]} == {"diffusion", "cat", "grad_norm", "cat_factor"}
+    assert (tmp_path / "report" / "report.png").stat().st_size > 0
+
+
+def test_report_names_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "--output", str(tmp_path / "report")]) == 2
+    assert capsys.readouterr().err == "cat-rs: cat-rs report: missing RUN\n"
+    assert main(["report", str(tmp_path / "absent"), "--output", str(tmp_path / "report")]) == 2
+    assert capsys.readouterr().err.startswith(f"cat-rs: runs: {tmp_path / 'absent'} cannot be read")
+    assert not (tmp_path / "report").exists()
 
 
 def test_demo_names_unknown_concepts(emoji_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,9 +143,9 @@ def test_what_changed_most_comes_first(make_result: ResultMaker, tmp_path: Path)
 
 def test_comparisons_are_paired_and_signed(make_result: ResultMaker, tmp_path: Path) -> None:
     page = Elements(page_of(write_evaluation(tmp_path, scored(make_result("LoRA", "CAT", pictures=False)))))
-    assert "sks cat: CAT − LoRA" in page.text
-    assert "+0.010" in page.text
-    assert "−0.0" in page.text
+    assert "sks cat: difference to LoRA" in page.text
+    assert "+0.010+0.010 to +0.010" in page.text
+    assert "−0.030−0.030 to −0.030" in page.text
 
 
 def test_settings_are_said_once(make_result: ResultMaker, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_settings_are_said_once(make_result: ResultMaker, tmp_path: Path) -> Non
     settings = page.text[page.text.index("Settings and versions") :]
     assert settings.count("tensorboard") == 1
     assert settings.count("cat_factor") == 4
-    assert "Means over the runs of" in page.text
+    assert "means over 2 trainings of each" in page.text
 
 
 def test_ids_are_unique(make_result: ResultMaker, tmp_path: Path) -> None:

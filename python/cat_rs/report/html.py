@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from cat_rs.evaluation import Comparison, EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
+from cat_rs.evaluation import EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
 from cat_rs.report.charts import draw_front, draw_panel, to_svg
 from cat_rs.report.pictures import BASE, spread
 from cat_rs.report.report import Report
-from cat_rs.report.runs import MAX_SIDE, Evaluation
+from cat_rs.report.runs import MAX_SIDE, Evaluation, Run
 
 _FOLDER = Path(__file__).parent / "page"
 
@@ -160,7 +160,7 @@ def _subtitle(evaluations: Sequence[Evaluation]) -> list[str]:
         prompts = evaluation.result.settings["prompts"]
         lines.append(
             f"{_count(len(prompts['trigger']), 'prompt')} with the trigger, {len(prompts['no_trigger'])} without, "
-            f"{_count(len(evaluation.seeds), 'seed')}. Encoder: {_encoder(evaluation)}. Brackets hold 95 % bootstrap "
+            f"{_count(len(evaluation.seeds), 'seed')}. Encoder: {_encoder(evaluation)}. Ranges are 95 % bootstrap "
             "intervals."
         )
     return list(dict.fromkeys(lines))
@@ -298,47 +298,54 @@ def _rules(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _comparisons(report: Report) -> list[dict[str, Any]]:
-    tables = [_summary(str(run.path), run.summary) for run in report.runs if run.summary]
-    for evaluation in report.evaluations:
-        tables += [_comparison(evaluation, comparison) for comparison in evaluation.comparisons]
-    return tables
+    """Return tables of differences: over the runs of a demo, and between the adapters of an evaluation."""
+    tables = [_summary(report, run) for run in report.runs if run.summary]
+    return tables + [_differences(report, each) for each in report.evaluations if each.comparisons]
 
 
-def _comparison(evaluation: Evaluation, comparison: Comparison) -> dict[str, Any]:
-    """Return the figures of two adapters, and the difference of the second to the first."""
-    pair = (comparison.a, comparison.b)
-    rows = []
-    for group, columns in _GROUPS:
-        for title, attribute, _ in columns:
-            difference = getattr(comparison, attribute, None)
-            if difference is not None:
-                both = (getattr(evaluation.result.adapters[name], attribute) for name in pair)
-                name = title if group == _GROUPS[0][0] else f"{title}, {group}"
-                rows.append({"name": name, "figures": [*map(_figure, both), _figure(difference, sign="+")]})
+def _differences(report: Report, evaluation: Evaluation) -> dict[str, Any]:
+    """Return what each adapter's figures are more than the first one's."""
+    first = evaluation.comparisons[0].a
+    groups = [
+        (title, [column for column in group if any(getattr(each, column[1], None) for each in evaluation.comparisons)])
+        for title, group in _GROUPS
+    ]
     return {
-        "title": f"{evaluation.label}: {comparison.b} − {comparison.a}",
-        "columns": [*pair, "difference"],
-        "rows": rows,
+        "title": f"{evaluation.label}: difference to {first}",
+        "groups": [{"title": title, "columns": group} for title, group in groups if group],
+        "rows": [
+            {
+                "name": comparison.b,
+                "series": _series(report, evaluation, comparison.b),
+                "figures": [
+                    _figure(getattr(comparison, attribute), sign="+")
+                    for _, group in groups
+                    for _, attribute, _ in group
+                ],
+            }
+            for comparison in evaluation.comparisons
+        ],
     }
 
 
-def _summary(place: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _summary(report: Report, run: Run) -> dict[str, Any]:
     """Return the means over the runs of a demo, and the difference of its two methods."""
+    summary = run.summary or {}
     plain, method = [name for name in next(iter(summary.values())) if name != "difference"]
     nothing = float("nan")
+    rows = [
+        {
+            "name": name,
+            "series": report.series.get(name),
+            "figures": [_figure(Interval(row[name], nothing, nothing)) for row in summary.values()],
+        }
+        for name in (plain, method)
+    ]
+    differences = [_figure(Interval(**row["difference"]), sign="+") for row in summary.values()]
     return {
-        "title": f"Means over the runs of {place}: {method} − {plain}",
-        "columns": [plain, method, "difference"],
-        "rows": [
-            {
-                "name": _SUMMARY_NAMES.get(name, name),
-                "figures": [
-                    *(_figure(Interval(row[key], nothing, nothing)) for key in (plain, method)),
-                    _figure(Interval(**row["difference"]), sign="+"),
-                ],
-            }
-            for name, row in summary.items()
-        ],
+        "title": f"{run.path}: means over {len(run.evaluations)} trainings of each",
+        "groups": [{"title": "", "columns": [(_SUMMARY_NAMES.get(name, name), name, "") for name in summary]}],
+        "rows": [*rows, {"name": f"{method} − {plain}", "series": None, "figures": differences}],
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationInputError, EvaluationResult
 from cat_rs.report.charts import SERIES, Front, FrontPoint, Panel, curve
-from cat_rs.report.runs import Evaluation, Run, Training, concept_of, read_run
+from cat_rs.report.runs import RESULTS_FILE, Evaluation, Run, Training, concept_of, read_run
 
 FORMAT = "cat-rs report 1"
 
@@ -149,13 +149,14 @@ def report_json(report: Report) -> str:
 
 
 def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
-    """Add the file's folder to labels that several evaluations share."""
+    """Add where they were read from to labels that several evaluations share."""
     labels = [evaluation.label for run in runs for evaluation in run.evaluations]
 
     def distinct(evaluation: Evaluation) -> Evaluation:
         if labels.count(evaluation.label) == 1:
             return evaluation
-        return dataclasses.replace(evaluation, label=f"{evaluation.label} ({evaluation.file})")
+        place = evaluation.file.parent if evaluation.file.name == RESULTS_FILE else evaluation.file
+        return dataclasses.replace(evaluation, label=f"{evaluation.label} ({place})")
 
     return [dataclasses.replace(run, evaluations=tuple(map(distinct, run.evaluations))) for run in runs]
 
