@@ -170,6 +170,37 @@ def test_autocast_and_small_products_are_pytorchs() -> None:
     assert torch.equal(frozen_linear(x[:1], weight[:8], None), F.linear(x[:1], weight[:8]))
 
 
+def test_the_output_may_be_added_to_in_place() -> None:
+    x, weight = draw(2, 64, 64).requires_grad_(), draw(96, 64, seed=1)
+    y = FrozenLinearFunction.apply(x, weight, None)
+    added = torch.zeros(96, requires_grad=True)
+    y += added
+    y.sum().backward()
+    assert_close(
+        x.grad, weight.double().sum(dim=0).expand(2, 64, 64), factor=10, scale=max_abs(weight) * 96, label="dx"
+    )
+    assert torch.equal(added.grad, torch.full((96,), 2 * 64.0))
+
+
+def test_lora_layers_with_dropout_run_on_it() -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def gradients(patched: bool) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(320, 320).requires_grad_(False))
+        config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["0"], init_lora_weights=False)
+        model = inject_adapter_in_model(config, model).train()
+        if patched:
+            assert cat_rs.patch_peft(model).fused
+        torch.manual_seed(4)
+        x = draw(2, 64, 320).requires_grad_()
+        model(x).square().mean().backward()
+        return [x.grad, *(param.grad for param in model.parameters() if param.requires_grad)]
+
+    for ours, pefts in zip(gradients(True), gradients(False), strict=True):
+        assert_close(ours, pefts.double(), factor=20, scale=max_abs(pefts), label="gradient")
+
+
 def test_patch_peft_takes_the_frozen_layers_too() -> None:
     model = add_lora(tiny_unet())
     report = cat_rs.patch_peft(model)
