@@ -297,3 +297,16 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
 def test_what_is_not_a_tensor_is_a_type_error(name: str) -> None:
     with pytest.raises(TypeError, match=r"torch.Tensor, got"):
         cat_rs.lora_linear(**{**make_case(), name: [1.0]})
+
+
+def test_the_output_may_be_added_to_in_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, lora_A, lora_B = (
+        torch.randn(shape, generator=generator) for shape in ((2, 5, 6), (7, 6), (3, 6), (7, 3))
+    )
+    lora_B.requires_grad_()
+    y = cat_rs.lora_linear(x, weight, None, lora_A, lora_B, 0.5)
+    y += 1.0
+    y.sum().backward()
+    expected = 0.5 * (x @ lora_A.T).sum(dim=(0, 1)).expand(7, 3)
+    torch.testing.assert_close(lora_B.grad, expected)

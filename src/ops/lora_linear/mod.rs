@@ -84,7 +84,8 @@ impl Layer {
         if let (Some(last), Some(&out)) = (shape.last_mut(), self.weight.size().first()) {
             *last = out;
         }
-        Ok((y.f_view(shape.as_slice()).during(OP)?, hidden))
+        // A plain view would be refused where something is added to the layer's output in place.
+        Ok((y.f_internal_unsafe_view(shape.as_slice()).during(OP)?, hidden))
     }
 
     /// The gradients that `wanted` names (x, A, B), from dL/dy, x and the forward's h.
