@@ -191,7 +191,7 @@ def cost_table(spent: Mapping[str, Mapping[str, float]]) -> str:
         ]
         for name, cost in spent.items()
     ]
-    heading = ("method", "ms a step", "of plain LoRA's", "seconds before the first step", "peak memory, MiB")
+    heading = ("method", "ms a step", "of plain LoRA's", "seconds beside the steps", "peak memory, MiB")
     return f"One thread, one process a method, from runs of two lengths.\n\n{table(heading, rows)}"
 
 
