@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -312,6 +313,23 @@ def test_report_on_a_demo(emoji_model: Path, tmp_path: Path, capsys: pytest.Capt
     assert run["evaluations"][0]["evaluation"] == results["runs"][0]["evaluation"]
     assert {curve["key"] for curve in content["curves"]} == {"diffusion", "cat", "grad_norm", "cat_factor"}
     assert (tmp_path / "report" / "report.png").stat().st_size > 0
+
+
+def test_report_on_a_training_with_evaluations(
+    train_arguments: list[str], tiny_clip_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a sks cat\na sks cat outdoors\n")
+    judged = ["--evaluate-prompts", str(tmp_path / "prompts.txt"), "--evaluate-encoder", str(tiny_clip_dir)]
+    assert main([*train_arguments, "--evaluate-every", "2", *judged, "--evaluate-inference-steps", "1"]) == 0
+    assert main(["report", str(tmp_path / "adapter"), "--output", str(tmp_path / "report")]) == 0
+    (front,) = json.loads((tmp_path / "report" / "report.json").read_text())["fronts"]
+    written = json.loads((tmp_path / "adapter" / "evaluations" / "front.json").read_text())
+    points = [(point["step"], point["best"], point["identity"], point["ups"]) for point in front["points"]]
+    assert [step for step, *_ in points] == [2, 4]
+    assert points == [
+        (row["step"], row["best"], row["scores"]["identity"], row["scores"]["ups"]) for row in written["checkpoints"]
+    ]
+    assert written["rule"] in html.unescape((tmp_path / "report" / "report.html").read_text())
 
 
 def test_report_names_what_it_cannot_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
