@@ -43,4 +43,4 @@ __all__ = ["_core", "stream_of"]
 
 def stream_of(tensor: torch.Tensor) -> int:
     """The handle of PyTorch's current stream on the tensor's device, where its kernels go; 0 on the CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.device.type == "cuda" else 0
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
