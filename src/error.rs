@@ -44,7 +44,7 @@ pub enum CatError {
         /// The argument at fault.
         argument: &'static str,
         /// The device that was expected.
-        expected: &'static str,
+        expected: String,
         /// The device that came.
         got: String,
     },
@@ -88,6 +88,14 @@ pub enum CatError {
         /// What failed.
         message: String,
     },
+    /// CUDA or its compiler reported a failure, or is not there.
+    #[error("{op}: CUDA: {message}")]
+    Cuda {
+        /// The operation.
+        op: &'static str,
+        /// What failed, and CUDA's own name and text of the failure.
+        message: String,
+    },
     /// A file could not be read or written.
     #[error("{op}: {}: {source}", path.display())]
     Io {
@@ -112,6 +120,11 @@ impl CatError {
     /// What the operating system said about a file.
     pub fn io(op: &'static str, path: &Path, source: io::Error) -> Self {
         Self::Io { op, path: path.to_owned(), source }
+    }
+
+    /// A failure of CUDA.
+    pub fn cuda(op: &'static str, message: impl Into<String>) -> Self {
+        Self::Cuda { op, message: message.into() }
     }
 
     /// An adapter that cannot be used as asked.

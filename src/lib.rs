@@ -4,6 +4,7 @@
 
 pub mod adapter_file;
 pub mod cpu;
+pub mod cuda;
 pub mod error;
 pub mod ops;
 #[cfg(feature = "python")]

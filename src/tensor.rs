@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 
 use half::{bf16, f16};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_sys::c_generated::atg_is_neg;
 use torch_sys::{at_data_ptr, at_device, at_dim, at_shape, at_stride, get_and_reset_last_err};
 
@@ -12,9 +12,6 @@ use crate::error::{CatError, Result, TorchContext};
 
 /// The float dtypes that every operation handles.
 pub const FLOAT_DTYPES: &str = "float32, float64, bfloat16 or float16";
-
-/// libtorch's code for the CPU in its device index.
-const CPU: i32 = -1;
 
 /// Takes the pending libtorch error; the calls below bypass tch's wrappers because those panic.
 fn take_torch_error(op: &'static str) -> Result<()> {
@@ -44,11 +41,38 @@ pub fn dtype_name(kind: Kind) -> String {
     }
 }
 
-fn device_index(op: &'static str, tensor: &Tensor) -> Result<i32> {
+/// Where the tensor is; `None` on a device that is neither the CPU nor CUDA.
+fn device(op: &'static str, tensor: &Tensor) -> Result<Option<Device>> {
     // SAFETY: the pointer is a live tensor owned by `tensor`.
     let index = unsafe { at_device(tensor.as_ptr().cast_mut()) };
     take_torch_error(op)?;
-    Ok(index)
+    Ok(match index {
+        -1 => Some(Device::Cpu),
+        _ => usize::try_from(index).ok().map(Device::Cuda),
+    })
+}
+
+/// The CPU or the CUDA device that the tensor is on: the other tensors of the call must be there too.
+pub fn device_of(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<Device> {
+    device(op, tensor)?.ok_or_else(|| CatError::Device {
+        op,
+        argument,
+        expected: "the CPU or on CUDA".into(),
+        got: device_name(None),
+    })
+}
+
+/// Whether the tensor is on the CPU.
+pub fn is_on_cpu(tensor: &Tensor) -> bool {
+    device("", tensor).is_ok_and(|device| device == Some(Device::Cpu))
+}
+
+fn device_name(device: Option<Device>) -> String {
+    match device {
+        Some(Device::Cpu) => "the CPU".into(),
+        Some(Device::Cuda(index)) => format!("cuda:{index}"),
+        _ => "another device".into(),
+    }
 }
 
 /// Whether libtorch tells the tensor's sizes and strides: compressed sparse and nested tensors have none.
@@ -67,12 +91,11 @@ fn has_strides(tensor: &Tensor) -> bool {
     }
 }
 
-/// Checks that `tensor` is a dense CPU tensor; nothing else may be asked of a tensor before.
-pub fn check_dense_cpu(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
-    let index = device_index(op, tensor)?;
-    if index != CPU {
-        let got = if index >= 0 { format!("cuda:{index}") } else { "another device".into() };
-        return Err(CatError::Device { op, argument, expected: "the CPU", got });
+/// Checks that `tensor` is a dense tensor on the device `on`; nothing but its device may be asked of a tensor before.
+pub fn check_dense(op: &'static str, argument: &'static str, tensor: &Tensor, on: Device) -> Result<()> {
+    let found = device(op, tensor)?;
+    if found != Some(on) {
+        return Err(CatError::Device { op, argument, expected: device_name(Some(on)), got: device_name(found) });
     }
     if tensor.is_sparse() || tensor.is_mkldnn() || !has_strides(tensor) {
         return Err(CatError::Layout {
@@ -92,9 +115,9 @@ pub fn check_dense_cpu(op: &'static str, argument: &'static str, tensor: &Tensor
     Ok(())
 }
 
-/// Checks that `tensor` is a dense CPU tensor of a float dtype, and returns that dtype.
-pub fn check_float(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<Kind> {
-    check_dense_cpu(op, argument, tensor)?;
+/// Checks that `tensor` is a dense tensor of a float dtype on the device `on`, and returns that dtype.
+pub fn check_float(op: &'static str, argument: &'static str, tensor: &Tensor, on: Device) -> Result<Kind> {
+    check_dense(op, argument, tensor, on)?;
     let kind = tensor.f_kind().during(op)?;
     match kind {
         Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half => Ok(kind),
@@ -127,6 +150,25 @@ pub fn contiguous(op: &'static str, tensor: &Tensor) -> Result<Tensor> {
     } else {
         tensor.f_contiguous().during(op)
     }
+}
+
+/// Checks that the elements of `tensor` lie one after the other.
+pub fn check_contiguous(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
+    if tensor.is_contiguous() {
+        return Ok(());
+    }
+    let got = format!("strides {:?}", tensor.stride());
+    Err(CatError::Layout { op, argument, expected: "contiguous", got })
+}
+
+/// The address of the first element, on the tensor's device.
+pub fn address(op: &'static str, tensor: &Tensor) -> Result<u64> {
+    data_pointer(op, tensor).map(|pointer| pointer as u64)
+}
+
+/// As [`address`]; 0 where there is no tensor.
+pub fn optional_address(op: &'static str, tensor: Option<&Tensor>) -> Result<u64> {
+    tensor.map_or(Ok(0), |tensor| address(op, tensor))
 }
 
 fn data_pointer(op: &'static str, tensor: &Tensor) -> Result<*mut libc::c_void> {

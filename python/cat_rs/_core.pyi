@@ -9,13 +9,16 @@ from torch import Tensor
 
 __all__ = [
     "adamw_step",
+    "adamw_step_cuda",
     "adapter_layers",
     "adapter_tensors",
     "bootstrap_difference",
     "bootstrap_interval",
     "build_info",
     "cat_loss",
+    "compile_kernels",
     "cross_similarity",
+    "cuda_versions",
     "frozen_conv2d_backward",
     "frozen_conv2d_forward",
     "frozen_linear_backward",
@@ -30,7 +33,10 @@ __all__ = [
     "noising",
     "paired_similarity",
     "read_safetensors",
+    "scale_gradients_cuda",
     "student_loss",
+    "student_loss_cuda",
+    "sum_of_squares_cuda",
     "write_safetensors",
 ]
 
@@ -43,9 +49,11 @@ def cat_loss(
     mask: Tensor | None,
     cat_factor: float,
     mask_normalize: bool,
-    scale: float,
+    scale: float | Tensor,
     wanted: tuple[bool, bool],
-) -> tuple[Tensor, tuple[float, float], Tensor | None, Tensor | None]: ...
+    stream: int = 0,
+) -> tuple[Tensor, tuple[float, float] | Tensor, Tensor | None, Tensor | None]: ...
+def scale_gradients_cuda(first: Tensor | None, second: Tensor | None, factor: Tensor, *, stream: int) -> None: ...
 def student_loss(
     student: Tensor,
     target: Tensor,
@@ -55,6 +63,16 @@ def student_loss(
     cat_factor: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def student_loss_cuda(
+    student: Tensor,
+    target: Tensor,
+    base: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    factors: Tensor,
+    *,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def noising(
     latents: Tensor,
     noise: Tensor,
@@ -62,6 +80,7 @@ def noising(
     noise_rate: Tensor,
     prediction_type: str,
     copies: int,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]: ...
 def lora_linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
@@ -114,8 +133,22 @@ def adamw_step(
     grad_scale: float,
     step: Tensor,
 ) -> None: ...
-def paired_similarity(a: Tensor, b: Tensor) -> Tensor: ...
-def cross_similarity(a: Tensor, b: Tensor, reduce: str) -> Tensor: ...
+def sum_of_squares_cuda(grad: Tensor, sums: Tensor, index: int, *, stream: int) -> None: ...
+def adamw_step_cuda(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_precision: Tensor | None,
+    *,
+    settings: Tensor,
+    sums: Tensor,
+    step: Tensor,
+    skipped: Tensor | None,
+    stream: int,
+) -> None: ...
+def paired_similarity(a: Tensor, b: Tensor, stream: int = 0) -> Tensor: ...
+def cross_similarity(a: Tensor, b: Tensor, reduce: str, stream: int = 0) -> Tensor: ...
 
 _Values = np.ndarray[Any, np.dtype[np.float64]]
 _Clusters = np.ndarray[Any, np.dtype[np.int64]] | None
@@ -160,4 +193,6 @@ def adapter_layers(
     tensors: Sequence[tuple[str, Tensor]], known: Mapping[str, Sequence[str]]
 ) -> tuple[str, str | None, list[_Layer]]: ...
 def adapter_tensors(layers: Sequence[_Layer], format: str, family: str | None) -> list[tuple[str, Tensor]]: ...
+def cuda_versions() -> tuple[tuple[str | None, str | None], tuple[str | None, str | None]]: ...
+def compile_kernels(architecture: int, dtype: str) -> list[tuple[str, str]]: ...
 def build_info() -> dict[str, str]: ...

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from cat_rs import operators
-from cat_rs._native import _core
+from cat_rs._native import _core, stream_of
 from cat_rs.errors import DtypeError, InvalidValueError, ShapeError
 
 __all__ = ["CatLossParts", "cat_loss", "lora_linear", "lora_up_", "noising", "snr_weights"]
@@ -55,12 +55,12 @@ class CatLossFunction(torch.autograd.Function):
         mask: torch.Tensor | None,
         cat_factor: float,
         mask_normalize: bool,
-        parts: list[float],
+        parts: list[Any],
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[:2]
         # Unscaled, a float16 gradient of a mean over many elements is subnormal: it waits for the loss scale.
         deferred = torch.float16 in (model_pred.dtype, model_pred_no_trigger.dtype)
-        total, parts[:], *grads = _core.cat_loss(
+        total, values, *grads = _core.cat_loss(
             model_pred,
             target,
             model_pred_no_trigger,
@@ -71,7 +71,9 @@ class CatLossFunction(torch.autograd.Function):
             mask_normalize,
             1.0,
             (False, False) if deferred else wanted,
+            stream_of(model_pred),
         )
+        parts.append(values)
         ctx.save_for_backward(model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask)
         ctx.settings = cat_factor, mask_normalize
         ctx.grads = None if deferred else grads
@@ -87,7 +89,8 @@ class CatLossFunction(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The gradients of the arguments of ``forward``."""
-        scale = grad_total.item()
+        # Reading a number of a GPU would wait for it.
+        scale = grad_total if grad_total.is_cuda else grad_total.item()
         # Nobody else holds the precomputed gradients, so they may be scaled in place and given away.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
@@ -104,7 +107,10 @@ class CatLossFunction(torch.autograd.Function):
                 mask_normalize,
                 scale,
                 ctx.needs_input_grad[:2],
+                stream_of(model_pred),
             )
+        elif isinstance(scale, torch.Tensor):
+            _core.scale_gradients_cuda(grads[0], grads[1], scale, stream=stream_of(scale))
         elif scale != 1.0:
             for grad in grads:
                 if grad is not None:
@@ -136,6 +142,9 @@ def cat_loss(
     where the bars are means over a sample's elements. Values and both gradients come from one pass over the
     inputs. Sums accumulate in float32 lanes and float64 totals (float64 throughout if an input is float64) in an
     order that does not depend on the number of threads. Inputs that are not contiguous are copied once.
+
+    The tensors are on the CPU or on one CUDA device. On CUDA the call waits for nothing, so the sample weights' values
+    are not checked.
 
     Args:
         model_pred: f(z_t, t, c), the prediction for the prompt with the trigger word, [B, ...]; float32, float64,
@@ -170,7 +179,7 @@ def cat_loss(
             mask_normalize,
         )
         return CatLossParts(total, *values.unbind()) if return_parts else total
-    parts: list[float] = []
+    parts: list[Any] = []
     total = CatLossFunction.apply(
         model_pred,
         model_pred_no_trigger,
@@ -182,7 +191,10 @@ def cat_loss(
         mask_normalize,
         parts,
     )
-    return CatLossParts(total, *total.new_tensor(parts).unbind()) if return_parts else total
+    if not return_parts:
+        return total
+    (values,) = parts
+    return CatLossParts(total, *(values if isinstance(values, torch.Tensor) else total.new_tensor(values)).unbind())
 
 
 def snr_weights(
@@ -420,4 +432,4 @@ def noising(
     """
     if torch.compiler.is_compiling():
         return operators.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies)
-    return _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies)
+    return _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream_of(latents))

@@ -50,7 +50,21 @@ def _build() -> dict[str, str]:
         "built for PyTorch": build["torch"],
         "PyTorch": str(torch.__version__),
         "instruction set used": _INSTRUCTION_SETS.get(build["simd"], build["simd"]),
+        "CUDA kernels": _cuda_kernels(),
     }
+
+
+def _cuda_kernels() -> str:
+    """Whether they can run here, and with what, or why not."""
+    import torch
+
+    from cat_rs._native import _core
+
+    (driver, no_driver), (compiler, no_compiler) = _core.cuda_versions()
+    missing = [reason for reason in (no_driver, no_compiler) if reason is not None]
+    if not missing and not torch.cuda.is_available():
+        missing = ["PyTorch sees no CUDA device"]
+    return "not usable: " + "; ".join(missing) if missing else f"driver for CUDA {driver}, NVRTC {compiler}"
 
 
 def _machine() -> dict[str, str]:
@@ -67,7 +81,7 @@ def _machine() -> dict[str, str]:
 
 
 def _operations() -> dict[str, str]:
-    return {f"operation {name}": f"cpu: {dtypes}" for name, dtypes in _OPERATIONS.items()}
+    return {f"operation {name}": f"cpu and cuda: {dtypes}" for name, dtypes in _OPERATIONS.items()}
 
 
 def _processor() -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from cat_rs._native import _core
+from cat_rs._native import _core, stream_of
 from cat_rs.errors import CatRsError, DtypeError, InvalidValueError
 
 __all__ = [
@@ -55,7 +55,7 @@ class _Writable:
 
 def _vector(values: Any) -> np.ndarray:
     if isinstance(values, torch.Tensor):
-        values = values.detach().to(torch.float64).numpy()
+        values = values.detach().to("cpu", torch.float64).numpy()
     return np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
 
 
@@ -79,7 +79,8 @@ def similarity(a: Array, b: Array) -> Array:
     their strides; only a numpy array with negative strides is copied.
 
     Args:
-        a: Embeddings, [N, D]; torch (float32, float64, bfloat16, float16, on the CPU) or numpy.
+        a: Embeddings, [N, D]; torch (float32, float64, bfloat16, float16, on the CPU or on CUDA) or numpy. On CUDA the
+            call waits for the values.
         b: Embeddings of the same shape.
 
     Returns:
@@ -89,7 +90,8 @@ def similarity(a: Array, b: Array) -> Array:
         ShapeError, DtypeError, DeviceError: Naming the argument, what was expected and what came.
         InvalidValueError: A row is zero or not finite; the message names it.
     """
-    return _like(_core.paired_similarity(_tensor("a", a), _tensor("b", b)), a, b)
+    first = _tensor("a", a)
+    return _like(_core.paired_similarity(first, _tensor("b", b), stream_of(first)), a, b)
 
 
 def cross_similarity(a: Array, b: Array, reduce: str = "mean") -> Array:
@@ -106,7 +108,8 @@ def cross_similarity(a: Array, b: Array, reduce: str = "mean") -> Array:
     Raises:
         As :func:`similarity`.
     """
-    return _like(_core.cross_similarity(_tensor("a", a), _tensor("b", b), reduce), a, b)
+    first = _tensor("a", a)
+    return _like(_core.cross_similarity(first, _tensor("b", b), reduce, stream_of(first)), a, b)
 
 
 def harmonic_mean(values: Any) -> float:

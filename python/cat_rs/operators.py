@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_rs._native import _core
+from cat_rs._native import _core, stream_of
 
 __all__ = ["cat_loss", "frozen_conv2d", "lora_linear", "lora_up", "noising"]
 
@@ -59,8 +59,9 @@ def cat_loss(
         mask_normalize,
         1.0,
         (False, False),
+        stream_of(model_pred),
     )
-    return total, total.new_tensor(parts)
+    return total, parts if isinstance(parts, Tensor) else total.new_tensor(parts)
 
 
 @cat_loss.register_fake
@@ -102,8 +103,9 @@ def _cat_loss_backward(
         mask,
         cat_factor,
         mask_normalize,
-        grad_total.item(),
+        grad_total if grad_total.is_cuda else grad_total.item(),
         (wanted[0], wanted[1]),
+        stream_of(model_pred),
     )
     first, second = _given(gradients, (model_pred, model_pred_no_trigger))
     # Both lie in one buffer, which the outputs of an operator must not.
@@ -256,7 +258,8 @@ def noising(
     latents: Tensor, noise: Tensor, signal_rate: Tensor, noise_rate: Tensor, prediction_type: str, copies: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`cat_rs.functional.noising`."""
-    noisy, target = _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies)
+    stream = stream_of(latents)
+    noisy, target = _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream)
     return noisy, target.clone() if target is noise else target
 
 

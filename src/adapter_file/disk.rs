@@ -8,11 +8,11 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{Metadata, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_dense_cpu, contiguous, dtype_name};
+use crate::tensor::{check_dense, contiguous, dtype_name};
 
 const READ: &str = "load_lora";
 const WRITE: &str = "save_lora";
@@ -93,7 +93,7 @@ struct Bytes {
 
 impl Bytes {
     fn of(name: &str, tensor: &Tensor) -> Result<Self> {
-        check_dense_cpu(WRITE, "state", tensor)?;
+        check_dense(WRITE, "state", tensor, Device::Cpu)?;
         let kind = tensor.f_kind().during(WRITE)?;
         let Some((dtype, _)) = DTYPES.iter().find(|(_, other)| *other == kind) else {
             let expected = "float64, float32, float16, bfloat16 or integers";

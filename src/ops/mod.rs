@@ -1,4 +1,5 @@
-//! The operations. Each folder holds its checks and dispatch (`mod.rs`) and its CPU kernel (`cpu.rs`, slices only).
+//! The operations. Each folder holds its checks and dispatch (`mod.rs`), its CPU kernel (`cpu.rs`, slices only) and its
+//! CUDA kernels (`kernel.cu`) with their launches (`cuda.rs`).
 
 pub mod adamw;
 pub mod cat_loss;
@@ -11,7 +12,11 @@ mod product;
 pub mod similarity;
 pub mod statistics;
 
-use tch::Kind;
+use tch::{Device, Kind, Tensor};
+
+use crate::cuda::{Queue, Variant, THREADS};
+use crate::error::{CatError, Result};
+use crate::tensor::device_of;
 
 /// The dtype in which a kernel computes: f64 where an input is f64, else f32.
 fn compute_kind(kinds: &[Kind]) -> Kind {
@@ -19,6 +24,45 @@ fn compute_kind(kinds: &[Kind]) -> Kind {
         Kind::Double
     } else {
         Kind::Float
+    }
+}
+
+/// [`compute_kind`] of one dtype.
+fn real_of(kind: Kind) -> Kind {
+    compute_kind(&[kind])
+}
+
+/// The name of a dtype in CUDA kernels.
+fn dtype(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Double => "f64",
+        Kind::BFloat16 => "bf16",
+        Kind::Half => "f16",
+        _ => "f32",
+    }
+}
+
+/// Elements that a block takes at once where each thread has `unroll` packs of 16 bytes of the widest dtype.
+fn block_chunk(unroll: u64, kinds: &[Kind]) -> u64 {
+    let widest = kinds.iter().map(|kind| kind.elt_size_in_bytes() as u64).max().unwrap_or(1);
+    u64::from(THREADS) * unroll * 16 / widest.max(1)
+}
+
+/// The CUDA kernels of all operations, for tensors of one dtype.
+pub fn kernels(kind: Kind) -> Vec<Variant> {
+    vec![adamw::variant(kind), cat_loss::variant(kind), noising::variant(kind), similarity::variant(kind)]
+}
+
+/// The queue of a stream of the tensor's GPU, and that device.
+fn queue_of(
+    op: &'static str,
+    argument: &'static str,
+    tensor: &Tensor,
+    stream: u64,
+) -> Result<(Queue<'static>, Device)> {
+    match device_of(op, argument, tensor)? {
+        Device::Cuda(index) => Ok((Queue::new(op, index, stream)?, Device::Cuda(index))),
+        _ => Err(CatError::Device { op, argument, expected: "CUDA".into(), got: "the CPU".into() }),
     }
 }
 

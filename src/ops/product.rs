@@ -78,7 +78,7 @@ mod by_kernel {
     use crate::cpu::Elements;
     use crate::error::{CatError, Result, TorchContext};
     use crate::ops::threads;
-    use crate::tensor::{elements, elements_mut};
+    use crate::tensor::{elements, elements_mut, is_on_cpu};
 
     /// Below this many multiplications the library's lower cost of a call decides.
     const FEWEST: i64 = 1 << 16;
@@ -96,7 +96,7 @@ mod by_kernel {
         if rows.min(columns) < NARROWEST || rows * inner * columns < FEWEST || !beats_library() {
             return Ok(None);
         }
-        let is_float = |tensor: &Tensor| tensor.f_kind().is_ok_and(|kind| kind == Kind::Float);
+        let is_float = |tensor: &Tensor| is_on_cpu(tensor) && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float);
         if !bias.is_none_or(|bias| is_float(bias) && bias.is_contiguous())
             || !terms.iter().all(|(a, b)| is_float(a.tensor) && is_float(b.tensor))
         {

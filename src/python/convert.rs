@@ -35,7 +35,7 @@ pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
         CatError::Device { .. } => "DeviceError",
         CatError::Layout { .. } => "LayoutError",
         CatError::Value { .. } => "InvalidValueError",
-        CatError::Torch { .. } | CatError::Kernel { .. } => "KernelError",
+        CatError::Torch { .. } | CatError::Kernel { .. } | CatError::Cuda { .. } => "KernelError",
         CatError::Adapter { .. } => "AdapterError",
         CatError::Io { path, source, .. } => return raise_io(py, path, source),
     };

@@ -9,16 +9,17 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyFloat};
 use pyo3_tch::PyTensor;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use self::convert::{detached, optional, raise, wrap};
 use crate::cpu::{matmul_beats_library, parallel_available, simd_level};
+use crate::cuda;
 use crate::error::{CatError, Result};
 use crate::ops;
-use crate::ops::adamw::{AdamW, FlatBuffers};
-use crate::ops::cat_loss::{CatLoss, Pair};
+use crate::ops::adamw::{AdamW, FlatBuffers, GpuStep};
+use crate::ops::cat_loss::{CatLoss, Factor, LossValues, Pair};
 use crate::ops::frozen_conv2d::Convolution;
 use crate::ops::frozen_linear::Linear;
 use crate::ops::lora_linear::Layer;
@@ -27,6 +28,7 @@ use crate::ops::noising::PredictionType;
 use crate::ops::similarity::Reduce;
 use crate::ops::statistics::{Bootstrap, Group, Numbers, Statistic};
 use crate::step::StudentLoss;
+use crate::tensor::FLOAT_DTYPES;
 
 /// Runs `work` without the GIL and raises its error; a panic, which would be a bug, becomes an error too.
 fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
@@ -35,11 +37,36 @@ fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) ->
     outcome.unwrap_or_else(panicked).map_err(|error| raise(py, &error))
 }
 
-/// See `cat_rs.cat_loss`. Returns (total, (diffusion, cat), gradient, gradient).
+/// A number of the host, or a tensor on the GPU.
+enum PyFactor {
+    Tensor(PyTensor),
+    Number(f64),
+}
+
+impl FromPyObject<'_> for PyFactor {
+    fn extract_bound(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        if let Ok(number) = object.downcast::<PyFloat>() {
+            return Ok(Self::Number(number.value()));
+        }
+        // A tensor could be made a number too, but the host would wait for it.
+        object.extract().map(Self::Tensor).or_else(|_| object.extract().map(Self::Number))
+    }
+}
+
+impl PyFactor {
+    fn as_factor(&self) -> Factor<'_> {
+        match self {
+            Self::Tensor(tensor) => Factor::OnGpu(&tensor.0),
+            Self::Number(number) => Factor::Number(*number),
+        }
+    }
+}
+
+/// See `cat_rs.cat_loss`. Returns (total, (diffusion, cat), gradient, gradient); on CUDA, the terms as a tensor.
 #[pyfunction]
 #[pyo3(signature = (
     model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask, cat_factor, mask_normalize,
-    scale, wanted
+    scale, wanted, stream = 0
 ))]
 #[allow(clippy::too_many_arguments, clippy::type_complexity)]
 fn cat_loss(
@@ -52,9 +79,10 @@ fn cat_loss(
     mask: Option<PyTensor>,
     cat_factor: f64,
     mask_normalize: bool,
-    scale: f64,
+    scale: PyFactor,
     wanted: (bool, bool),
-) -> PyResult<(PyObject, (f64, f64), Option<PyObject>, Option<PyObject>)> {
+    stream: u64,
+) -> PyResult<(PyObject, PyObject, Option<PyObject>, Option<PyObject>)> {
     let tensors = [model_pred.0, target.0, model_pred_no_trigger.0, base_pred.0];
     let (sample_weight, mask) = (optional(sample_weight), optional(mask));
     let (total, values, [first, second]) = released(py, move || {
@@ -62,16 +90,36 @@ fn cat_loss(
         let loss = CatLoss {
             diffusion: Pair { pred: model_pred, target },
             preservation: Some(Pair { pred: model_pred_no_trigger, target: base_pred }),
-            cat_factor,
+            cat_factor: Factor::Number(cat_factor),
+            scale: scale.as_factor(),
             sample_weight: sample_weight.as_ref(),
             mask: mask.as_ref(),
             mask_normalize,
+            stream,
         };
-        let (values, grads) = ops::cat_loss::cat_loss(&loss, scale, [wanted.0, wanted.1])?;
+        let (values, grads) = ops::cat_loss::cat_loss(&loss, [wanted.0, wanted.1])?;
         Ok((values.total()?, values, grads))
     })?;
+    let parts = match values {
+        LossValues::Cpu(values) => (values.diffusion, values.cat).into_pyobject(py)?.into_any().unbind(),
+        LossValues::Gpu(values) => wrap(py, values.parts)?,
+    };
     let wrapped = |tensor: Option<Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
-    Ok((wrap(py, total)?, (values.diffusion, values.cat), wrapped(first)?, wrapped(second)?))
+    Ok((wrap(py, total)?, parts, wrapped(first)?, wrapped(second)?))
+}
+
+/// Multiplies gradients of one shape on a GPU by a factor that it has, in place.
+#[pyfunction]
+#[pyo3(signature = (first, second, factor, *, stream))]
+fn scale_gradients_cuda(
+    py: Python<'_>,
+    first: Option<PyTensor>,
+    second: Option<PyTensor>,
+    factor: PyTensor,
+    stream: u64,
+) -> PyResult<()> {
+    let (first, second) = (optional(first), optional(second));
+    released(py, move || ops::cat_loss::scale_gradients([first.as_ref(), second.as_ref()], &factor, stream))
 }
 
 /// The loss of a step over the doubled batch: (total, [diffusion, cat], dL/dstudent).
@@ -87,17 +135,53 @@ fn student_loss(
     cat_factor: f64,
     scale: f64,
 ) -> PyResult<(PyObject, PyObject, PyObject)> {
-    let loss = StudentLoss {
+    let loss = student_loss_of(py, student, target, base, sample_weight, mask, 0)?;
+    evaluated(py, move || loss.evaluate(Factor::Number(cat_factor), Factor::Number(scale)))
+}
+
+/// As `student_loss` on CUDA, with cat_factor and the gradient's factor in a tensor of two elements there.
+#[pyfunction]
+#[pyo3(signature = (student, target, base, sample_weight, mask, factors, *, stream))]
+#[allow(clippy::too_many_arguments)]
+fn student_loss_cuda(
+    py: Python<'_>,
+    student: PyTensor,
+    target: PyTensor,
+    base: Option<PyTensor>,
+    sample_weight: Option<PyTensor>,
+    mask: Option<PyTensor>,
+    factors: PyTensor,
+    stream: u64,
+) -> PyResult<(PyObject, PyObject, PyObject)> {
+    let loss = student_loss_of(py, student, target, base, sample_weight, mask, stream)?;
+    evaluated(py, move || loss.evaluate_with(&factors))
+}
+
+fn student_loss_of(
+    py: Python<'_>,
+    student: PyTensor,
+    target: PyTensor,
+    base: Option<PyTensor>,
+    sample_weight: Option<PyTensor>,
+    mask: Option<PyTensor>,
+    stream: u64,
+) -> PyResult<StudentLoss> {
+    Ok(StudentLoss {
         student: detached(py, student)?,
         target: target.0,
         base: optional(base),
         sample_weight: optional(sample_weight),
         mask: optional(mask),
-        cat_factor,
-        scale,
-    };
+        stream,
+    })
+}
+
+fn evaluated(
+    py: Python<'_>,
+    evaluate: impl FnOnce() -> Result<(LossValues, Tensor)> + Send,
+) -> PyResult<(PyObject, PyObject, PyObject)> {
     let (total, parts, grad) = released(py, move || {
-        let (values, grad) = loss.evaluate()?;
+        let (values, grad) = evaluate()?;
         Ok((values.total()?, values.parts()?, grad))
     })?;
     Ok((wrap(py, total)?, wrap(py, parts)?, wrap(py, grad)?))
@@ -105,6 +189,8 @@ fn student_loss(
 
 /// See `cat_rs.functional.noising`.
 #[pyfunction]
+#[pyo3(signature = (latents, noise, signal_rate, noise_rate, prediction_type, copies, stream = 0))]
+#[allow(clippy::too_many_arguments)]
 fn noising(
     py: Python<'_>,
     latents: PyTensor,
@@ -113,10 +199,11 @@ fn noising(
     noise_rate: PyTensor,
     prediction_type: &str,
     copies: usize,
+    stream: u64,
 ) -> PyResult<(PyObject, PyObject)> {
     let prediction_type = PredictionType::parse(prediction_type).map_err(|error| raise(py, &error))?;
     let (noisy, target) = released(py, move || {
-        ops::noising::noising(&latents, &noise, &signal_rate, &noise_rate, prediction_type, copies)
+        ops::noising::noising(&latents, &noise, &signal_rate, &noise_rate, prediction_type, copies, stream)
     })?;
     Ok((wrap(py, noisy)?, wrap(py, target)?))
 }
@@ -281,18 +368,63 @@ fn adamw_step(
     })
 }
 
+/// sums[index] = sum grad^2, on CUDA.
+#[pyfunction]
+#[pyo3(signature = (grad, sums, index, *, stream))]
+fn sum_of_squares_cuda(py: Python<'_>, grad: PyTensor, sums: PyTensor, index: i64, stream: u64) -> PyResult<()> {
+    released(py, move || ops::adamw::sum_of_squares_on_gpu(&grad, &sums, index, stream))
+}
+
+/// One AdamW step over flat buffers on CUDA, in place; its settings are read there, and so is the norm to clip by.
+#[pyfunction]
+#[pyo3(signature = (
+    param, grad, exp_avg, exp_avg_sq, low_precision, *, settings, sums, step, skipped, stream
+))]
+#[allow(clippy::too_many_arguments)]
+fn adamw_step_cuda(
+    py: Python<'_>,
+    param: PyTensor,
+    grad: PyTensor,
+    exp_avg: PyTensor,
+    exp_avg_sq: PyTensor,
+    low_precision: Option<PyTensor>,
+    settings: PyTensor,
+    sums: PyTensor,
+    step: PyTensor,
+    skipped: Option<PyTensor>,
+    stream: u64,
+) -> PyResult<()> {
+    let (low_precision, skipped) = (optional(low_precision), optional(skipped));
+    released(py, move || {
+        let step = GpuStep {
+            param: &param,
+            grad: &grad,
+            exp_avg: &exp_avg,
+            exp_avg_sq: &exp_avg_sq,
+            low_precision: low_precision.as_ref(),
+            settings: &settings,
+            sums: &sums,
+            step: &step,
+            skipped: skipped.as_ref(),
+        };
+        ops::adamw::adamw_on_gpu(&step, stream)
+    })
+}
+
 /// See `cat_rs.similarity`.
 #[pyfunction]
-fn paired_similarity(py: Python<'_>, a: PyTensor, b: PyTensor) -> PyResult<PyObject> {
-    let values = released(py, move || ops::similarity::similarity(&a, &b))?;
+#[pyo3(signature = (a, b, stream = 0))]
+fn paired_similarity(py: Python<'_>, a: PyTensor, b: PyTensor, stream: u64) -> PyResult<PyObject> {
+    let values = released(py, move || ops::similarity::similarity(&a, &b, stream))?;
     wrap(py, values)
 }
 
 /// See `cat_rs.cross_similarity`.
 #[pyfunction]
-fn cross_similarity(py: Python<'_>, a: PyTensor, b: PyTensor, reduce: &str) -> PyResult<PyObject> {
+#[pyo3(signature = (a, b, reduce, stream = 0))]
+fn cross_similarity(py: Python<'_>, a: PyTensor, b: PyTensor, reduce: &str, stream: u64) -> PyResult<PyObject> {
     let reduce = Reduce::parse(reduce).map_err(|error| raise(py, &error))?;
-    let values = released(py, move || ops::similarity::cross_similarity(&a, &b, reduce))?;
+    let values = released(py, move || ops::similarity::cross_similarity(&a, &b, reduce, stream))?;
     wrap(py, values)
 }
 
@@ -402,6 +534,34 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(info)
 }
 
+/// The CUDA versions of driver and compiler, and of each why there is none: ((version, reason), (version, reason)).
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+fn cuda_versions(py: Python<'_>) -> PyResult<((Option<String>, Option<String>), (Option<String>, Option<String>))> {
+    released(py, || {
+        let split = |version: std::result::Result<String, String>| match version {
+            Ok(version) => (Some(version), None),
+            Err(reason) => (None, Some(reason)),
+        };
+        Ok((split(cuda::driver_version()), split(cuda::compiler_version())))
+    })
+}
+
+/// Compiles every CUDA kernel for tensors of one dtype and devices of one compute capability, 90 for 9.0, which need not
+/// be there; returns the programs' names and the compiler's warnings.
+#[pyfunction]
+fn compile_kernels(py: Python<'_>, architecture: u32, dtype: &str) -> PyResult<Vec<(String, String)>> {
+    const OP: &str = "compile_kernels";
+    let kind = match dtype {
+        "float32" => Kind::Float,
+        "float64" => Kind::Double,
+        "bfloat16" => Kind::BFloat16,
+        "float16" => Kind::Half,
+        _ => return Err(raise(py, &CatError::value(OP, "dtype", FLOAT_DTYPES, format!("'{dtype}'")))),
+    };
+    released(py, || cuda::compile(OP, &ops::kernels(kind), architecture))
+}
+
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(cat_loss, module)?)?;
@@ -427,6 +587,12 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(adapter_file::write_safetensors, module)?)?;
     module.add_function(wrap_pyfunction!(adapter_file::adapter_layers, module)?)?;
     module.add_function(wrap_pyfunction!(adapter_file::adapter_tensors, module)?)?;
+    module.add_function(wrap_pyfunction!(scale_gradients_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(student_loss_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(sum_of_squares_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(adamw_step_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_versions, module)?)?;
+    module.add_function(wrap_pyfunction!(compile_kernels, module)?)?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
     Ok(())
 }

@@ -400,7 +400,7 @@ BAD_TENSORS: dict[str, tuple[Change, type[Exception], str]] = {
     "int64": (lambda t: t.long(), DtypeError, "dtype float32, float64, bfloat16 or float16, got int64"),
     "complex": (lambda t: t.to(torch.complex64), DtypeError, "dtype float32, .* got complex"),
     "float8": (lambda t: t.to(torch.float8_e4m3fn), DtypeError, "dtype float32, .* got float8"),
-    "meta": (lambda t: t.to("meta"), DeviceError, "on the CPU, got a tensor on"),
+    "meta": (lambda t: t.to("meta"), DeviceError, "on the CPU.*, got a tensor on another device"),
     "sparse-coo": (lambda t: t.to_sparse(), LayoutError, "a dense tensor, got a sparse"),
     "mkldnn": (lambda t: t.to_mkldnn(), LayoutError, "a dense tensor, got a sparse or opaque"),
     "shape": (lambda t: torch.zeros(2, 4), ShapeError, r"shape \[.*\], got \[.*\]"),

@@ -96,12 +96,16 @@ def test_scores_stay_in_0_to_1(dtype: torch.dtype) -> None:
         assert score.max() <= 1
 
 
-@pytest.mark.parametrize("magnitude", [1e-15, 1e15], ids=str)
-def test_magnitude_does_not_matter(magnitude: float) -> None:
-    a, b = pair((5, 33))
-    expected = references.similarity(a, b)
-    np.testing.assert_allclose(cat_rs.similarity(a * magnitude, b).numpy(), expected, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(cat_rs.similarity(a, b * magnitude).numpy(), expected, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("width", [33, 1537])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-21, 1e-15, 1e15, 1e20, 1e30], ids=str)
+def test_magnitude_does_not_matter(magnitude: float, width: int) -> None:
+    a, b = pair((5, width))
+    expected = references.cross_similarity(a, b)
+    for scaled in ((a * magnitude, b), (a, b * magnitude)):
+        np.testing.assert_allclose(cat_rs.similarity(*scaled).numpy(), expected.diagonal(), rtol=0, atol=1e-6)
+        for reduce in ("mean", "max"):
+            reference = getattr(expected, reduce)(axis=1)
+            np.testing.assert_allclose(cat_rs.cross_similarity(*scaled, reduce), reference, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64], ids=lambda dtype: dtype.__name__)

@@ -3,13 +3,19 @@
 //! L = mean_i w_i mean_x m (f(c) - y)^2 + cat_factor * mean_i w_i mean_x m (f(c0) - f_base(c0))^2
 
 mod cpu;
+mod cuda;
 
 use tch::{Device, Kind, Tensor};
 
 use self::cpu::{Mask, Problem, Term};
-use super::{compute_kind, threads};
+pub use self::cuda::variant;
+use super::{compute_kind, queue_of, threads};
+use crate::cuda::Scalar;
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_constant, check_dense_cpu, check_float, check_shape, contiguous, elements, elements_mut};
+use crate::tensor::{
+    address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
+    dtype_name, elements, elements_mut,
+};
 
 const OP: &str = "cat_loss";
 
@@ -22,7 +28,16 @@ pub struct Pair<'t> {
     pub target: &'t Tensor,
 }
 
-/// The arguments of the loss.
+/// A factor that the host has, or one that a GPU has and that the host need not wait for.
+#[derive(Clone, Copy, Debug)]
+pub enum Factor<'t> {
+    /// A number.
+    Number(f64),
+    /// A tensor of one element, float32 or float64, on the GPU of the predictions.
+    OnGpu(&'t Tensor),
+}
+
+/// The arguments of the loss: tensors on the CPU or on one GPU.
 #[derive(Clone, Copy, Debug)]
 pub struct CatLoss<'t> {
     /// f(z_t, t, c) and the diffusion target y.
@@ -30,18 +45,31 @@ pub struct CatLoss<'t> {
     /// f(z_t, t, c0) and f_base(z_t, t, c0); `None` is the plain diffusion loss.
     pub preservation: Option<Pair<'t>>,
     /// The weight of the preservation term.
-    pub cat_factor: f64,
+    pub cat_factor: Factor<'t>,
+    /// The gradients' factor.
+    pub scale: Factor<'t>,
     /// w_i, [B].
     pub sample_weight: Option<&'t Tensor>,
     /// m, of the predictions' shape up to size-1 dimensions.
     pub mask: Option<&'t Tensor>,
     /// Divide by the mask's sum instead of by the number of elements.
     pub mask_normalize: bool,
+    /// The raw handle of the GPU's stream.
+    pub stream: u64,
+}
+
+/// The values of the loss.
+#[derive(Debug)]
+pub enum LossValues {
+    /// Known to the host.
+    Cpu(CpuValues),
+    /// Known to the GPU once it gets there.
+    Gpu(GpuValues),
 }
 
 /// The values of the loss, before rounding to `kind`.
 #[derive(Clone, Copy, Debug)]
-pub struct Values {
+pub struct CpuValues {
     /// diffusion + cat_factor * cat
     pub total: f64,
     /// The diffusion term.
@@ -52,21 +80,67 @@ pub struct Values {
     pub kind: Kind,
 }
 
-/// Below this length the kernel's blocks would be too short to vectorize: such a mask is written out.
-const SHORTEST_ROW: i64 = 256;
+/// The values of the loss, on the GPU.
+#[derive(Debug)]
+pub struct GpuValues {
+    /// diffusion + cat_factor * cat, 0-dim.
+    pub total: Tensor,
+    /// [diffusion, cat]
+    pub parts: Tensor,
+}
 
-impl Values {
+/// Below this length the CPU kernel's blocks would be too short to vectorize: such a mask is written out.
+const SHORTEST_ROW: i64 = 256;
+/// The same for the blocks of a GPU.
+const SHORTEST_GPU_ROW: i64 = 2048;
+
+impl LossValues {
     /// The total, a 0-dim tensor.
     pub fn total(&self) -> Result<Tensor> {
-        Tensor::f_full(&[] as &[i64], self.total, (self.kind, Device::Cpu)).during(OP)
+        match self {
+            Self::Cpu(CpuValues { total, kind, .. }) => {
+                Tensor::f_full(&[] as &[i64], *total, (*kind, Device::Cpu)).during(OP)
+            }
+            Self::Gpu(values) => Ok(values.total.shallow_clone()),
+        }
     }
 
     /// [diffusion, cat]
     pub fn parts(&self) -> Result<Tensor> {
-        Tensor::f_from_slice(&[self.diffusion, self.cat]).during(OP)?.f_to_kind(self.kind).during(OP)
+        match self {
+            Self::Cpu(CpuValues { diffusion, cat, kind, .. }) => {
+                Tensor::f_from_slice(&[*diffusion, *cat]).during(OP)?.f_to_kind(*kind).during(OP)
+            }
+            Self::Gpu(values) => Ok(values.parts.shallow_clone()),
+        }
     }
 }
 
+impl Factor<'_> {
+    /// Its number, for tensors on the CPU.
+    fn number(self, argument: &'static str) -> Result<f64> {
+        match self {
+            Self::Number(number) => Ok(number),
+            Self::OnGpu(_) => Err(CatError::value(OP, argument, "a number for tensors on the CPU", "a tensor")),
+        }
+    }
+
+    /// What a kernel on the device `on` takes.
+    fn scalar(self, argument: &'static str, on: Device) -> Result<Scalar> {
+        let tensor = match self {
+            Self::Number(number) => return Ok(Scalar::host(number)),
+            Self::OnGpu(tensor) => tensor,
+        };
+        let kind = check_float(OP, argument, tensor, on)?;
+        if !matches!(kind, Kind::Float | Kind::Double) || tensor.numel() != 1 {
+            let got = format!("{} of shape {:?}", dtype_name(kind), tensor.size());
+            return Err(CatError::value(OP, argument, "one float32 or float64 element", got));
+        }
+        Ok(Scalar::device(address(OP, tensor)?, kind == Kind::Double))
+    }
+}
+
+const WEIGHT: &str = "sample_weight";
 const NAMES: [[&str; 2]; 2] = [["model_pred", "target"], ["model_pred_no_trigger", "base_pred"]];
 
 impl CatLoss<'_> {
@@ -74,12 +148,13 @@ impl CatLoss<'_> {
         std::iter::once(self.diffusion).chain(self.preservation).zip(NAMES)
     }
 
-    /// Checks every argument and returns the dtype to compute in.
-    fn check(&self) -> Result<Kind> {
+    /// Checks predictions, targets and factors; returns the device and the dtype to compute in.
+    fn check(&self) -> Result<(Device, Kind)> {
+        let on = device_of(OP, NAMES[0][0], self.diffusion.pred)?;
         let mut kinds = Vec::with_capacity(4);
         for (pair, [pred_name, target_name]) in self.pairs() {
-            kinds.push(check_float(OP, pred_name, pair.pred)?);
-            kinds.push(check_float(OP, target_name, pair.target)?);
+            kinds.push(check_float(OP, pred_name, pair.pred, on)?);
+            kinds.push(check_float(OP, target_name, pair.target, on)?);
         }
         let shape = self.diffusion.pred.size();
         for (pair, [pred_name, target_name]) in self.pairs() {
@@ -90,35 +165,53 @@ impl CatLoss<'_> {
         if shape.is_empty() || shape.contains(&0) {
             return Err(CatError::shape(OP, "model_pred", "[B, ...] with no empty dimension", &shape));
         }
-        if !(self.cat_factor >= 0.0 && self.cat_factor.is_finite()) {
-            return Err(CatError::value(OP, "cat_factor", "a finite number >= 0", self.cat_factor));
+        if let Factor::Number(factor) = self.cat_factor {
+            if !(factor >= 0.0 && factor.is_finite()) {
+                return Err(CatError::value(OP, "cat_factor", "a finite number >= 0", factor));
+            }
         }
-        Ok(compute_kind(&kinds))
+        Ok((on, compute_kind(&kinds)))
     }
 }
 
-/// The values of the loss; writes `scale` times the gradients of the predictions where a place is given.
+/// The values of the loss; writes the gradients of the predictions where a place is given.
 ///
 /// `grads[0]` belongs to the prediction with the trigger, `grads[1]` to the one without; each is a contiguous
-/// tensor of its prediction's shape, in any float dtype. Sums accumulate in f32 lanes and f64 totals (f64
-/// throughout for f64 inputs), in an order that does not depend on the number of threads.
-pub fn cat_loss_into(loss: &CatLoss, scale: f64, grads: [Option<&mut Tensor>; 2]) -> Result<Values> {
-    let kind = loss.check()?;
-    evaluate(loss, kind, scale, grads)
+/// tensor of its prediction's shape, on the CPU in any float dtype, else in the prediction's. Sums accumulate in f32
+/// lanes and f64 totals (f64 throughout for f64 inputs), in an order that does not depend on the number of threads.
+pub fn cat_loss_into(loss: &CatLoss, grads: [Option<&mut Tensor>; 2]) -> Result<LossValues> {
+    let (on, kind) = loss.check()?;
+    evaluate(loss, on, kind, grads)
 }
 
 /// As [`cat_loss_into`], allocating the gradients that `wanted` names, in their predictions' dtypes.
-pub fn cat_loss(loss: &CatLoss, scale: f64, wanted: [bool; 2]) -> Result<(Values, [Option<Tensor>; 2])> {
-    let kind = loss.check()?;
-    let mut grads = allocate_grads(loss, wanted)?;
+pub fn cat_loss(loss: &CatLoss, wanted: [bool; 2]) -> Result<(LossValues, [Option<Tensor>; 2])> {
+    let (on, kind) = loss.check()?;
+    let mut grads = allocate_grads(loss, on, wanted)?;
     let [first, second] = &mut grads;
-    let values = evaluate(loss, kind, scale, [first.as_mut(), second.as_mut()])?;
+    let values = evaluate(loss, on, kind, [first.as_mut(), second.as_mut()])?;
     Ok((values, grads))
+}
+
+/// Multiplies gradients of one shape on a GPU by a factor that it has, in place; a factor of 1 costs nothing.
+pub fn scale_gradients(grads: [Option<&Tensor>; 2], factor: &Tensor, stream: u64) -> Result<()> {
+    let (queue, on) = queue_of(OP, "factor", factor, stream)?;
+    let factor = Factor::OnGpu(factor).scalar("factor", on)?;
+    let check = |grad: Option<&Tensor>| {
+        grad.map(|grad| check_contiguous(OP, "grad", grad).and(check_float(OP, "grad", grad, on))).transpose()
+    };
+    match ([check(grads[0])?, check(grads[1])?], grads) {
+        ([Some(first), Some(second)], _) if first == second => cuda::scale_gradients(&queue, &grads, first, factor),
+        (kinds, _) => kinds.into_iter().zip(grads).try_for_each(|(kind, grad)| match kind {
+            Some(kind) => cuda::scale_gradients(&queue, &[grad], kind, factor),
+            None => Ok(()),
+        }),
+    }
 }
 
 /// Gradients for the predictions that `wanted` names. Two of one dtype share an allocation: the C library returns
 /// memory to the system by the block, and pages that come back cost more than the kernel.
-fn allocate_grads(loss: &CatLoss, wanted: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
+fn allocate_grads(loss: &CatLoss, on: Device, wanted: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
     let mut shape = loss.diffusion.pred.size();
     let kinds = loss
         .pairs()
@@ -129,30 +222,58 @@ fn allocate_grads(loss: &CatLoss, wanted: [bool; 2]) -> Result<[Option<Tensor>; 
     if let [Some(first), Some(second)] = kinds[..] {
         if first == second {
             shape.insert(0, 2);
-            let both = Tensor::f_empty(&shape, (first, Device::Cpu)).during(OP)?;
+            let both = Tensor::f_empty(&shape, (first, on)).during(OP)?;
             return Ok([Some(both.f_select(0, 0).during(OP)?), Some(both.f_select(0, 1).during(OP)?)]);
         }
     }
     let mut grads = [None, None];
     for (grad, kind) in grads.iter_mut().zip(kinds) {
-        *grad = kind.map(|kind| Tensor::f_empty(&shape, (kind, Device::Cpu))).transpose().during(OP)?;
+        *grad = kind.map(|kind| Tensor::f_empty(&shape, (kind, on))).transpose().during(OP)?;
     }
     Ok(grads)
 }
 
-fn evaluate(loss: &CatLoss, kind: Kind, scale: f64, grads: [Option<&mut Tensor>; 2]) -> Result<Values> {
+fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>; 2]) -> Result<LossValues> {
     let shape = loss.diffusion.pred.size();
     let batch = shape[0];
     let dense = loss
         .pairs()
         .map(|(pair, _)| Ok((contiguous(OP, pair.pred)?, contiguous(OP, pair.target)?)))
         .collect::<Result<Vec<_>>>()?;
-    let mask = loss.mask.map(|mask| expand_mask(mask, &shape, kind)).transpose()?;
-    let factors = [1.0, loss.cat_factor];
+    let mask = loss.mask.map(|mask| expand_mask(mask, &shape, on, kind)).transpose()?;
+    let weights = loss.sample_weight.map(|weight| check_weights(weight, batch, on)).transpose()?;
+    if on != Device::Cpu {
+        let (queue, _) = queue_of(OP, NAMES[0][0], loss.diffusion.pred, loss.stream)?;
+        let weights = weights.map(|weights| weights.f_to_kind(kind)).transpose().during(OP)?;
+        for ((pred, _), grad) in dense.iter().zip(&grads) {
+            let Some(grad) = grad else { continue };
+            let (wanted, got) = (pred.f_kind().during(OP)?, check_float(OP, "grad", grad, on)?);
+            if got != wanted {
+                let expected = "the dtype of its prediction";
+                return Err(CatError::Dtype { op: OP, argument: "grad", expected, got: dtype_name(got) });
+            }
+        }
+        let terms =
+            dense.iter().zip(&grads).map(|((pred, target), grad)| cuda::Term { pred, target, grad: grad.as_deref() });
+        let problem = cuda::Problem {
+            terms: terms.collect(),
+            on,
+            kind,
+            batch: batch as u64,
+            per_sample: (loss.diffusion.pred.numel() / batch as usize) as u64,
+            weights: weights.as_ref(),
+            mask: mask.as_ref().map(|(mask, period)| (mask, *period as u64)),
+            mask_normalize: loss.mask_normalize,
+            cat_factor: loss.cat_factor.scalar("cat_factor", on)?,
+            scale: loss.scale.scalar("scale", on)?,
+        };
+        return cuda::cat_loss(&queue, &problem).map(LossValues::Gpu);
+    }
+    let (cat_factor, scale) = (loss.cat_factor.number("cat_factor")?, loss.scale.number("scale")?);
     let terms = dense
         .iter()
         .zip(grads)
-        .zip(factors)
+        .zip([1.0, cat_factor])
         .map(|(((pred, target), grad), factor)| {
             Ok(Term {
                 pred: elements(OP, pred)?,
@@ -166,7 +287,7 @@ fn evaluate(loss: &CatLoss, kind: Kind, scale: f64, grads: [Option<&mut Tensor>;
         terms,
         batch: batch as usize,
         per_sample: loss.diffusion.pred.numel() / batch as usize,
-        weights: loss.sample_weight.map(|weight| check_weights(weight, batch)).transpose()?,
+        weights: weights.as_ref().map(weights_as_f64).transpose()?,
         mask: mask.as_ref().map(|(mask, period)| mask_view(mask, *period)).transpose()?,
         mask_normalize: loss.mask_normalize,
     };
@@ -175,34 +296,37 @@ fn evaluate(loss: &CatLoss, kind: Kind, scale: f64, grads: [Option<&mut Tensor>;
         _ => cpu::cat_loss::<f32>(OP, threads(), &problem)?,
     };
     let (diffusion, cat) = (values[0], values.get(1).copied().unwrap_or(0.0));
-    Ok(Values { total: diffusion + loss.cat_factor * cat, diffusion, cat, kind })
+    Ok(LossValues::Cpu(CpuValues { total: diffusion + cat_factor * cat, diffusion, cat, kind }))
 }
 
-/// The weights as f64: finite, >= 0, one a sample.
-fn check_weights(weight: &Tensor, batch: i64) -> Result<Vec<f64>> {
-    const NAME: &str = "sample_weight";
-    check_float(OP, NAME, weight)?;
-    check_shape(OP, NAME, weight, &[batch])?;
-    check_constant(OP, NAME, weight)?;
-    let weight = contiguous(OP, weight)?;
-    let mut weights = vec![0.0f64; batch as usize];
-    elements(OP, &weight)?.copy_into(&mut weights);
+/// The weights, contiguous, one a sample.
+fn check_weights(weight: &Tensor, batch: i64, on: Device) -> Result<Tensor> {
+    check_float(OP, WEIGHT, weight, on)?;
+    check_shape(OP, WEIGHT, weight, &[batch])?;
+    check_constant(OP, WEIGHT, weight)?;
+    contiguous(OP, weight)
+}
+
+/// The weights, finite and >= 0: on a GPU, to see that would be to wait for them.
+fn weights_as_f64(weight: &Tensor) -> Result<Vec<f64>> {
+    let mut weights = vec![0.0f64; weight.numel()];
+    elements(OP, weight)?.copy_into(&mut weights);
     match weights.iter().position(|weight| !(*weight >= 0.0 && weight.is_finite())) {
         Some(index) => {
             let got = format!("{} at index {index}", weights[index]);
-            Err(CatError::value(OP, NAME, "finite and >= 0 everywhere", got))
+            Err(CatError::value(OP, WEIGHT, "finite and >= 0 everywhere", got))
         }
         None => Ok(weights),
     }
 }
 
 /// The mask as contiguous rows in `kind`, and the length of a row: one row, or one a sample.
-fn expand_mask(mask: &Tensor, shape: &[i64], kind: Kind) -> Result<(Tensor, usize)> {
+fn expand_mask(mask: &Tensor, shape: &[i64], on: Device, kind: Kind) -> Result<(Tensor, usize)> {
     const NAME: &str = "mask";
-    check_dense_cpu(OP, NAME, mask)?;
+    check_dense(OP, NAME, mask, on)?;
     check_constant(OP, NAME, mask)?;
     if mask.f_kind().during(OP)? != Kind::Bool {
-        check_float(OP, NAME, mask)?;
+        check_float(OP, NAME, mask, on)?;
     }
     let got = mask.size();
     let fits = got.len() == shape.len() && got.iter().zip(shape).all(|(got, size)| got == size || *got == 1);
@@ -213,7 +337,8 @@ fn expand_mask(mask: &Tensor, shape: &[i64], kind: Kind) -> Result<(Tensor, usiz
     let repeated = got.iter().skip(1).zip(&shape[1..]).take_while(|(got, size)| **got == 1 && **size != 1).count();
     let mut rows = shape.to_vec();
     rows[0] = got[0];
-    if shape[1 + repeated..].iter().product::<i64>() >= SHORTEST_ROW {
+    let shortest = if on == Device::Cpu { SHORTEST_ROW } else { SHORTEST_GPU_ROW };
+    if shape[1 + repeated..].iter().product::<i64>() >= shortest {
         rows[1..=repeated].fill(1);
     }
     let period = rows[1..].iter().product::<i64>();

@@ -4,7 +4,7 @@
 //! weight is large beside the picture, as in the lowest resolutions of a denoiser, that costs more than the
 //! arithmetic; the product reads the weight once, as it lies in memory. The input is not needed for the gradient.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::error::{CatError, Result, TorchContext};
 use crate::ops::product::{plain, sum_of_products, transposed};
@@ -54,10 +54,10 @@ impl Convolution {
     }
 
     fn check_dtype(&self, argument: &'static str, tensor: &Tensor) -> Result<()> {
-        let kind = check_float(OP, argument, tensor)?;
+        let kind = check_float(OP, argument, tensor, Device::Cpu)?;
         for (name, own) in [("weight", Some(&self.weight)), ("bias", self.bias.as_ref())] {
             let Some(own) = own else { continue };
-            let got = check_float(OP, name, own)?;
+            let got = check_float(OP, name, own, Device::Cpu)?;
             if got != kind {
                 let got = format!("{} beside {argument} of {}", dtype_name(got), dtype_name(kind));
                 return Err(CatError::Dtype { op: OP, argument: name, expected: "the dtype of the input", got });

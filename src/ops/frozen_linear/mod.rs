@@ -1,6 +1,6 @@
 //! A linear layer whose weight is frozen: y = x W^T + b. The input is not needed for the gradient.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::error::{CatError, Result, TorchContext};
 use crate::ops::product::{plain, sum_of_products, transposed};
@@ -39,10 +39,10 @@ impl Linear {
 
     /// Checks dtypes and the weight; its shape.
     fn check(&self, argument: &'static str, tensor: &Tensor) -> Result<[i64; 2]> {
-        let kind = check_float(OP, argument, tensor)?;
+        let kind = check_float(OP, argument, tensor, Device::Cpu)?;
         for (name, own) in [("weight", Some(&self.weight)), ("bias", self.bias.as_ref())] {
             let Some(own) = own else { continue };
-            let got = check_float(OP, name, own)?;
+            let got = check_float(OP, name, own, Device::Cpu)?;
             if got != kind {
                 let got = format!("{} beside {argument} of {}", dtype_name(got), dtype_name(kind));
                 return Err(CatError::Dtype { op: OP, argument: name, expected: "the dtype of the input", got });

@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::error::{CatError, Result, TorchContext};
 use crate::ops::product::{plain, sum_of_products, transposed};
-use crate::tensor::{check_float, check_shape, dtype_name};
+use crate::tensor::{check_float, check_shape, device_of, dtype_name};
 
 const OP: &str = "lora_linear";
 
@@ -39,7 +39,8 @@ pub struct Gradients {
 
 impl Layer {
     fn check(&self, x: &Tensor) -> Result<()> {
-        let kind = check_float(OP, "x", x)?;
+        let on = device_of(OP, "x", x)?;
+        let kind = check_float(OP, "x", x, on)?;
         let weights = [
             ("weight", Some(&self.weight)),
             ("bias", self.bias.as_ref()),
@@ -48,7 +49,7 @@ impl Layer {
         ];
         for (argument, tensor) in weights {
             let Some(tensor) = tensor else { continue };
-            let got = check_float(OP, argument, tensor)?;
+            let got = check_float(OP, argument, tensor, on)?;
             if got != kind {
                 let got = format!("{} beside x of {}", dtype_name(got), dtype_name(kind));
                 return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `x`", got });

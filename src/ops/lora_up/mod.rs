@@ -7,7 +7,7 @@
 use tch::Tensor;
 
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_float, check_shape, dtype_name};
+use crate::tensor::{check_float, check_shape, device_of, dtype_name};
 
 const OP: &str = "lora_up";
 
@@ -99,9 +99,10 @@ impl UpProjection {
     }
 
     fn check(&self, y: &Tensor, hidden: &Tensor) -> Result<()> {
-        let kind = check_float(OP, "y", y)?;
+        let on = device_of(OP, "y", y)?;
+        let kind = check_float(OP, "y", y, on)?;
         for (argument, tensor) in [("hidden", hidden), ("lora_B", &self.lora_b)] {
-            let got = check_float(OP, argument, tensor)?;
+            let got = check_float(OP, argument, tensor, on)?;
             if got != kind {
                 let got = format!("{} beside y of {}", dtype_name(got), dtype_name(kind));
                 return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `y`", got });

@@ -1,13 +1,15 @@
 //! Noising: z_t, the training target and the repeated student batch in one pass.
 
 mod cpu;
+mod cuda;
 
 use tch::{Device, Kind, Tensor};
 
 use self::cpu::{Problem, Rates};
-use super::{compute_kind, threads};
+pub use self::cuda::variant;
+use super::{compute_kind, queue_of, threads};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_constant, check_float, check_shape, contiguous, elements, elements_mut};
+use crate::tensor::{check_constant, check_float, check_shape, contiguous, device_of, elements, elements_mut};
 
 const OP: &str = "noising";
 
@@ -47,8 +49,9 @@ impl PredictionType {
 
 /// z_t = signal_i * x_i + noise_i * n_i, written `copies` times along the batch, and the target.
 ///
-/// latents and noise: [B, ...] of any float dtype; `signal_rate` and `noise_rate`: [B]. z_t has the latents'
-/// dtype and shape [copies * B, ...]; the target has the noise's dtype and is the noise itself for epsilon.
+/// latents and noise: [B, ...] of any float dtype, on the CPU or on a GPU, of which `stream` is a raw stream;
+/// `signal_rate` and `noise_rate`: [B]. z_t has the latents' dtype and shape [copies * B, ...]; the target has the
+/// noise's dtype and is the noise itself for epsilon.
 pub fn noising(
     latents: &Tensor,
     noise: &Tensor,
@@ -56,8 +59,10 @@ pub fn noising(
     noise_rate: &Tensor,
     prediction_type: PredictionType,
     copies: usize,
+    stream: u64,
 ) -> Result<(Tensor, Tensor)> {
-    let kinds = [check_float(OP, "latents", latents)?, check_float(OP, "noise", noise)?];
+    let on = device_of(OP, "latents", latents)?;
+    let kinds = [check_float(OP, "latents", latents, on)?, check_float(OP, "noise", noise, on)?];
     let shape = latents.size();
     if shape.is_empty() || shape.contains(&0) {
         return Err(CatError::shape(OP, "latents", "[B, ...] with no empty dimension", &shape));
@@ -69,17 +74,35 @@ pub fn noising(
         return Err(CatError::value(OP, "copies", "at least 1", copies));
     }
     let batch = shape[0];
-    let signal = rates(signal_rate, "signal_rate", batch)?;
-    let sigma = rates(noise_rate, "noise_rate", batch)?;
+    let signal = check_rates(signal_rate, "signal_rate", batch, on)?;
+    let sigma = check_rates(noise_rate, "noise_rate", batch, on)?;
 
     let (latents, noise) = (contiguous(OP, latents)?, contiguous(OP, noise)?);
     let mut doubled = shape.clone();
     doubled[0] *= copies as i64;
-    let mut noisy = Tensor::f_empty(&doubled, (kinds[0], Device::Cpu)).during(OP)?;
+    let mut noisy = Tensor::f_empty(&doubled, (kinds[0], on)).during(OP)?;
     let mut target = match prediction_type {
         PredictionType::Epsilon => None,
-        _ => Some(Tensor::f_empty(&shape, (kinds[1], Device::Cpu)).during(OP)?),
+        _ => Some(Tensor::f_empty(&shape, (kinds[1], on)).during(OP)?),
     };
+    let kind = compute_kind(&kinds);
+    if on != Device::Cpu {
+        let (queue, _) = queue_of(OP, "latents", &latents, stream)?;
+        let problem = cuda::Problem {
+            latents: &latents,
+            noise: &noise,
+            signal: &signal.f_to_kind(kind).during(OP)?,
+            sigma: &sigma.f_to_kind(kind).during(OP)?,
+            noisy: &noisy,
+            copies: copies as u64,
+            target: target.as_ref(),
+            prediction_type,
+            kind,
+        };
+        cuda::noising(&queue, &problem)?;
+        return Ok((noisy, target.unwrap_or(noise)));
+    }
+    let (signal, sigma) = (as_f64(&signal)?, as_f64(&sigma)?);
     let problem = Problem {
         latents: elements(OP, &latents)?,
         noise: elements(OP, &noise)?,
@@ -88,7 +111,7 @@ pub fn noising(
         copies,
         target: target.as_mut().map(|target| elements_mut(OP, target)).transpose()?,
     };
-    match compute_kind(&kinds) {
+    match kind {
         Kind::Double => cpu::noising::<f64>(OP, threads(), &problem)?,
         _ => cpu::noising::<f32>(OP, threads(), &problem)?,
     }
@@ -96,11 +119,14 @@ pub fn noising(
     Ok((noisy, target.unwrap_or(noise)))
 }
 
-fn rates(rate: &Tensor, name: &'static str, batch: i64) -> Result<Vec<f64>> {
-    check_float(OP, name, rate)?;
+fn check_rates(rate: &Tensor, name: &'static str, batch: i64, on: Device) -> Result<Tensor> {
+    check_float(OP, name, rate, on)?;
     check_shape(OP, name, rate, &[batch])?;
-    let rate = contiguous(OP, rate)?;
-    let mut rates = vec![0.0f64; batch as usize];
-    elements(OP, &rate)?.copy_into(&mut rates);
+    contiguous(OP, rate)
+}
+
+fn as_f64(rate: &Tensor) -> Result<Vec<f64>> {
+    let mut rates = vec![0.0f64; rate.numel()];
+    elements(OP, rate)?.copy_into(&mut rates);
     Ok(rates)
 }

@@ -1,6 +1,6 @@
 //! CPU kernels of the Knowledge Preservation Score: similarities in one pass.
 
-use crate::cpu::{for_each_task, vectorized, DisjointMut, Elements, Real};
+use crate::cpu::{for_each_task, vectorized, DisjointMut, ElementKind, Elements, Real};
 use crate::error::Result;
 
 /// Elements a task reads of `a`.
@@ -70,7 +70,7 @@ pub fn paired<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -> Re
         #[inline(always)]
         |index| {
             let [aa, bb, ab] = products::<T>(a, index, b, index);
-            score(ab, aa * bb)
+            score(ab, in_range::<T>(aa) * in_range::<T>(bb))
         },
     )
 }
@@ -102,7 +102,7 @@ pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -
                 aa += dot(block, block);
                 am += dot(block, &mean[start..start + len]);
             }
-            score(am, aa)
+            score(am, in_range::<T>(aa))
         },
     )
 }
@@ -136,22 +136,26 @@ pub fn cross_max<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) ->
     })
 }
 
-fn norms<T: Real>(op: &'static str, threads: usize, rows: Rows) -> Result<Vec<f64>> {
+/// The norms of the rows; NaN where one has no direction, or its square leaves the range of `T`.
+pub fn norms<T: Real>(op: &'static str, threads: usize, rows: Rows) -> Result<Vec<f64>> {
     map_rows(
         op,
         threads,
         rows,
         #[inline(always)]
-        |index| products::<T>(rows, index, rows, index)[0].sqrt(),
+        |index| in_range::<T>(products::<T>(rows, index, rows, index)[0]).sqrt(),
     )
 }
 
-/// The first row that is zero or not finite, and so has no direction.
-pub fn first_degenerate_row(rows: Rows) -> Option<usize> {
-    (0..rows.count).find(|&index| {
-        let squared = products::<f64>(rows, index, rows, index)[0];
-        squared == 0.0 || !squared.is_finite()
-    })
+/// A sum of squares; NaN where it may have lost digits to the range of `T`, or a row has no direction.
+#[inline(always)]
+fn in_range<T: Real>(square: f64) -> f64 {
+    let least = if T::KIND == ElementKind::F32 { 1e-30 } else { 0.0 };
+    if square > least && square.is_finite() {
+        square
+    } else {
+        f64::NAN
+    }
 }
 
 /// (1 + cos) / 2 from a.b and |a|^2 |b|^2; rounding can leave [0, 1] by a hair.

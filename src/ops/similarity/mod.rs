@@ -1,13 +1,16 @@
 //! Similarities of embeddings: what the Knowledge Preservation Score is made of.
 
 mod cpu;
+mod cuda;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use self::cpu::Rows;
-use super::{compute_kind, threads};
+pub use self::cuda::variant;
+use self::cuda::Similarities;
+use super::{compute_kind, queue_of, threads};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_float, strided_elements};
+use crate::tensor::{check_float, contiguous, device_of, elements, strided_elements};
 
 const OP: &str = "similarity";
 
@@ -33,11 +36,16 @@ impl Reduce {
 
 /// s(a_i, b_i) = (1 + cos(a_i, b_i)) / 2 in [0, 1]; a, b: [N, D]; returns [N].
 ///
-/// Sums accumulate in f32 lanes and f64 totals; the result is float32, or float64 where an input is.
-pub fn similarity(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let (a_shape, _) = (check_rows("a", a)?, check_rows("b", b)?);
+/// Sums accumulate in f32 lanes and f64 totals; the result is float32, or float64 where an input is. On a GPU, of which
+/// `stream` is a raw stream, the call waits for the values, to see whether a row has no direction.
+pub fn similarity(a: &Tensor, b: &Tensor, stream: u64) -> Result<Tensor> {
+    let on = device_of(OP, "a", a)?;
+    let (a_shape, _) = (check_rows("a", a, on)?, check_rows("b", b, on)?);
     if b.size() != a_shape {
         return Err(CatError::shape(OP, "b", format!("{a_shape:?}"), &b.size()));
+    }
+    if on != Device::Cpu {
+        return on_gpu(a, b, stream, |kernels, a, b| kernels.paired(a, b));
     }
     with_rows(a, b, |kind, a, b| match kind {
         Kind::Double => cpu::paired::<f64>(OP, threads(), a, b),
@@ -45,11 +53,16 @@ pub fn similarity(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The mean or maximum over j of s(a_i, b_j); a: [N, D], b: [M, D]; returns [N]. No N x M matrix is formed.
-pub fn cross_similarity(a: &Tensor, b: &Tensor, reduce: Reduce) -> Result<Tensor> {
-    let (a_shape, b_shape) = (check_rows("a", a)?, check_rows("b", b)?);
+/// The mean or maximum over j of s(a_i, b_j); a: [N, D], b: [M, D]; returns [N], as [`similarity`]. No N x M matrix is
+/// formed.
+pub fn cross_similarity(a: &Tensor, b: &Tensor, reduce: Reduce, stream: u64) -> Result<Tensor> {
+    let on = device_of(OP, "a", a)?;
+    let (a_shape, b_shape) = (check_rows("a", a, on)?, check_rows("b", b, on)?);
     if a_shape[1] != b_shape[1] {
         return Err(CatError::shape(OP, "b", format!("[M, {}]", a_shape[1]), &b_shape));
+    }
+    if on != Device::Cpu {
+        return on_gpu(a, b, stream, |kernels, a, b| kernels.cross(a, b, reduce));
     }
     with_rows(a, b, |kind, a, b| match (kind, reduce) {
         (Kind::Double, Reduce::Mean) => cpu::cross_mean::<f64>(OP, threads(), a, b),
@@ -59,8 +72,8 @@ pub fn cross_similarity(a: &Tensor, b: &Tensor, reduce: Reduce) -> Result<Tensor
     })
 }
 
-fn check_rows(argument: &'static str, tensor: &Tensor) -> Result<Vec<i64>> {
-    check_float(OP, argument, tensor)?;
+fn check_rows(argument: &'static str, tensor: &Tensor, on: Device) -> Result<Vec<i64>> {
+    check_float(OP, argument, tensor, on)?;
     let shape = tensor.size();
     if shape.len() != 2 || shape.contains(&0) {
         return Err(CatError::shape(OP, argument, "[N, D] with N, D >= 1", &shape));
@@ -85,13 +98,46 @@ fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result
     let mut values = kernel(kind, a_rows, b_rows)?;
     if values.iter().any(|value| value.is_nan()) {
         for (argument, rows) in [("a", a_rows), ("b", b_rows)] {
-            if let Some(row) = cpu::first_degenerate_row(rows) {
-                let got = format!("row {row}, which is zero, infinite or NaN");
-                return Err(CatError::value(OP, argument, "finite with no zero row", got));
-            }
+            check_directions(argument, &cpu::norms::<f64>(OP, threads(), rows)?)?;
         }
         // Sound rows whose squares leave the range of f32.
         values = kernel(Kind::Double, a_rows, b_rows)?;
     }
     Tensor::f_from_slice(&values).during(OP)?.f_to_kind(kind).during(OP)
+}
+
+/// As `with_rows`, on a GPU.
+fn on_gpu(
+    a: &Tensor,
+    b: &Tensor,
+    stream: u64,
+    kernel: impl Fn(&Similarities, &Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let (queue, on) = queue_of(OP, "a", a, stream)?;
+    let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
+    let (a, b) = (contiguous(OP, a)?, contiguous(OP, b)?);
+    let mut values = kernel(&Similarities { queue: &queue, on, kind }, &a, &b)?;
+    let any_nan = values.f_isnan().and_then(|nan| nan.f_any()).and_then(|any| any.f_int64_value(&[])).during(OP)?;
+    if any_nan != 0 {
+        let kernels = Similarities { queue: &queue, on, kind: Kind::Double };
+        for (argument, rows) in [("a", &a), ("b", &b)] {
+            let norms = kernels.norms(rows)?.f_to_device(Device::Cpu).during(OP)?;
+            let mut values = vec![0.0f64; norms.numel()];
+            elements(OP, &norms)?.copy_into(&mut values);
+            check_directions(argument, &values)?;
+        }
+        values = kernel(&kernels, &a, &b)?;
+    }
+    values.f_to_kind(kind).during(OP)
+}
+
+/// Refuses rows whose norm says that they have no direction.
+fn check_directions(argument: &'static str, norms: &[f64]) -> Result<()> {
+    match norms.iter().position(|norm| !(*norm > 0.0 && norm.is_finite())) {
+        Some(row) => {
+            let got = format!("row {row}, which is zero, infinite or NaN");
+            Err(CatError::value(OP, argument, "finite with no zero row", got))
+        }
+        None => Ok(()),
+    }
 }
