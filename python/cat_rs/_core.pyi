@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "adamw_step",
+    "adamw_step_cuda",
     "adapter_layers",
     "adapter_tensors",
     "bootstrap_difference",
@@ -31,6 +32,8 @@ __all__ = [
     "paired_similarity",
     "read_safetensors",
     "student_loss",
+    "student_loss_cuda",
+    "sum_of_squares_cuda",
     "write_safetensors",
 ]
 
@@ -55,6 +58,16 @@ def student_loss(
     cat_factor: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def student_loss_cuda(
+    student: Tensor,
+    target: Tensor,
+    base: Tensor | None,
+    sample_weight: Tensor | None,
+    mask: Tensor | None,
+    factors: Tensor,
+    *,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def noising(
     latents: Tensor,
     noise: Tensor,
@@ -62,6 +75,7 @@ def noising(
     noise_rate: Tensor,
     prediction_type: str,
     copies: int,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]: ...
 def lora_linear_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
@@ -113,6 +127,20 @@ def adamw_step(
     weight_decay: float,
     grad_scale: float,
     step: Tensor,
+) -> None: ...
+def sum_of_squares_cuda(grad: Tensor, sums: Tensor, index: int, *, stream: int) -> None: ...
+def adamw_step_cuda(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_precision: Tensor | None,
+    *,
+    settings: Tensor,
+    sums: Tensor,
+    step: Tensor,
+    skipped: Tensor | None,
+    stream: int,
 ) -> None: ...
 def paired_similarity(a: Tensor, b: Tensor) -> Tensor: ...
 def cross_similarity(a: Tensor, b: Tensor, reduce: str) -> Tensor: ...
