@@ -390,6 +390,8 @@ class FlatAdamW(torch.optim.Optimizer):
     def after_launch(self, norm: torch.Tensor) -> None:
         """Takes note, on the host, of a :meth:`launch` or its replay that returned this norm."""
         self.last_norm = norm
+        # What the wrapper that a learning-rate scheduler puts around step() notes.
+        self._opt_called = True
         for _, flat in self._flats:
             # The kernel writes behind autograd's back: a graph that saved the old weights must notice.
             torch.autograd.graph.increment_version(flat.params)
