@@ -378,7 +378,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 flat.grad,
                 flat.exp_avg,
                 flat.exp_avg_sq,
-                flat.low_precision,
+                flat.low_precision if flat.copy is None else flat.copy,
                 settings=gpu.settings[index].tensor,
                 sums=gpu.sums,
                 step=flat.step,
@@ -393,9 +393,7 @@ class FlatAdamW(torch.optim.Optimizer):
         # What the wrapper that a learning-rate scheduler puts around step() notes.
         self._opt_called = True
         for _, flat in self._flats:
-            # The kernel writes behind autograd's back: a graph that saved the old weights must notice.
-            torch.autograd.graph.increment_version(flat.params)
-            flat.note_versions()
+            flat.note_kernel_writes()
             flat.zeroed_version = flat.grad._version
 
     def after_gradients(self) -> None:

@@ -431,7 +431,7 @@ class CatStep:
             )
         else:
             loss, parts, grad = _core.student_loss_cuda(
-                student.detach(), target, base, weight, inputs.mask, self._factors.tensor, stream=stream_of(student)
+                student, target, base, weight, inputs.mask, self._factors.tensor, stream=stream_of(student)
             )
         del base
         if self.grad_scaler is not None:

@@ -105,6 +105,8 @@ fn student_loss(
 
 /// See `cat_rs.functional.noising`.
 #[pyfunction]
+#[pyo3(signature = (latents, noise, signal_rate, noise_rate, prediction_type, copies, stream = 0))]
+#[allow(clippy::too_many_arguments, unused_variables)]
 fn noising(
     py: Python<'_>,
     latents: PyTensor,
@@ -113,6 +115,7 @@ fn noising(
     noise_rate: PyTensor,
     prediction_type: &str,
     copies: usize,
+    stream: usize,
 ) -> PyResult<(PyObject, PyObject)> {
     let prediction_type = PredictionType::parse(prediction_type).map_err(|error| raise(py, &error))?;
     let (noisy, target) = released(py, move || {

@@ -17,7 +17,6 @@ def student_loss_cuda(
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, [diffusion, cat] and dL/dstudent of the doubled batch; ``factors`` are cat_factor and the gradient's."""
-    assert not student.requires_grad
     assert isinstance(stream, int)
     cat_factor, scale = factors.unbind()
     batch = target.shape[0]
