@@ -79,24 +79,22 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
         reason: Exception | None = None
-        try:
-            # As torch.compile's own graphs: other threads, of data loaders for example, may go on meanwhile.
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-            ):
-                try:
-                    outputs = function()
-                except Exception as error:
-                    reason = error
-                    raise
-        except Exception as error:
-            # A recording that the driver gave up is not ended by PyTorch: neither stream nor allocator go back.
-            torch.cuda.set_stream(current)
-            _ABANDONED.append(graph)
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-            raise NotCapturable(_first_line(reason or error)) from error
+        with torch.cuda.device(self._device):
+            try:
+                # As torch.compile's own graphs: other threads, of data loaders for example, may go on meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    try:
+                        outputs = function()
+                    except Exception as error:
+                        reason = error
+                        raise
+            except Exception as error:
+                # A recording that the driver gave up is not ended by PyTorch: neither stream nor allocator go back.
+                torch.cuda.set_stream(current)
+                _ABANDONED.append(graph)
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                raise NotCapturable(_first_line(reason or error)) from error
 
         def replay() -> Outputs:
             graph.replay()
