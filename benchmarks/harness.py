@@ -345,10 +345,9 @@ class Report:
         self.ratios.append(Ratio(what, value, low, high, bar, met))
         return value
 
-    def write(self, folder: Path) -> None:
-        """Writes <name>.json and <name>.md, each whole or not at all, and prints the table."""
-        machine = describe_machine()
-        content = {
+    def content(self) -> dict[str, Any]:
+        """All of it, but for the machine."""
+        return {
             "name": self.name,
             "title": self.title,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -356,16 +355,19 @@ class Report:
             "smoke": self.smoke,
             "repeats": self.repeats,
             "load_before": self.load_before,
-            "machine": machine,
             "ratios": [asdict(ratio) for ratio in self.ratios],
             "rows": [asdict(row) for row in self.rows],
             "notes": self.notes,
         }
+
+    def write(self, folder: Path) -> None:
+        """Writes <name>.json and <name>.md, each whole or not at all, and prints the table."""
+        content = {**self.content(), "machine": describe_machine()}
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / f"{self.name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        table = _markdown(content)
-        _write(folder / f"{self.name}.md", table)
-        print(table, flush=True)
+        write_file(folder / f"{self.name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        text = _markdown(content)
+        write_file(folder / f"{self.name}.md", text)
+        print(text, flush=True)
         print(f"wrote {folder / self.name}.json and .md", flush=True)
 
     def missed(self) -> list[Ratio]:
@@ -373,7 +375,8 @@ class Report:
         return [ratio for ratio in self.ratios if ratio.met is False]
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """The file whole, or as it was."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -384,16 +387,50 @@ def _write(path: Path, text: str) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, without an exponent where that is readable."""
     if value == 0 or not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:.{max(2 - math.floor(math.log10(abs(value))), 0)}f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
+
+
+RATIO_HEADER = ("ratio", "measured", "bar", "met")
+ROW_HEADER = ("provider", "mode", "dtype", "shape", "metric", "median")
+
+
+def ratio_lines(ratios: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The lines of a table of ratios."""
+    words = {True: "yes", False: "**no**", None: ""}
+    return [
+        [
+            ratio["what"],
+            f"{number(ratio['value'])} ({number(ratio['p20'])} to {number(ratio['p80'])})",
+            ratio["bar"] or "",
+            words[ratio["met"]],
+        ]
+        for ratio in ratios
+    ]
+
+
+def row_lines(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The lines of a table of rows."""
+    return [
+        [
+            row["provider"],
+            row["mode"],
+            row["dtype"],
+            row["shape"],
+            row["metric"],
+            f"{number(row['p50'])} {row['unit']} ({number(row['p20'])} to {number(row['p80'])})",
+        ]
+        for row in rows
+    ]
 
 
 def _markdown(content: Mapping[str, Any]) -> str:
@@ -407,33 +444,12 @@ def _markdown(content: Mapping[str, Any]) -> str:
     ]
     if content["load_before"] > 0.5:
         lines += [f"The machine was not idle: the load before the run was {content['load_before']:.2f}.", ""]
-    words = {True: "yes", False: "**no**", None: ""}
-    ratios = [
-        [
-            ratio["what"],
-            f"{_number(ratio['value'])} ({_number(ratio['p20'])} to {_number(ratio['p80'])})",
-            ratio["bar"] or "",
-            words[ratio["met"]],
-        ]
-        for ratio in content["ratios"]
-    ]
-    if ratios:
-        lines += [*_table(("ratio", "measured", "bar", "met"), ratios), ""]
-    rows = [
-        [
-            row["provider"],
-            row["mode"],
-            row["dtype"],
-            row["shape"],
-            row["metric"],
-            f"{_number(row['p50'])} {row['unit']} ({_number(row['p20'])} to {_number(row['p80'])})",
-        ]
-        for row in content["rows"]
-    ]
-    lines += [*_table(("provider", "mode", "dtype", "shape", "metric", "median"), rows), ""]
+    if content["ratios"]:
+        lines += [*table(RATIO_HEADER, ratio_lines(content["ratios"])), ""]
+    lines += [*table(ROW_HEADER, row_lines(content["rows"])), ""]
     if content["notes"]:
         lines += [*(f"- {note}" for note in content["notes"]), ""]
-    lines += _table(("machine", ""), [[key, value] for key, value in content["machine"].items()])
+    lines += table(("machine", ""), [[key, value] for key, value in content["machine"].items()])
     return "\n".join(lines) + "\n"
 
 
@@ -486,7 +502,7 @@ def _print_comparison(report: Report, path: Path) -> None:
         old = before.get(tuple(row[name] for name in key))
         if old is not None and row["provider"] == OURS:
             names = " ".join(row[name] for name in key[1:5])
-            print(f"{names}: {_number(old['p50'])} -> {_number(row['p50'])} {row['unit']}")
+            print(f"{names}: {number(old['p50'])} -> {number(row['p50'])} {row['unit']}")
 
 
 def copy_contender(moved: int) -> Contender:

@@ -1,4 +1,4 @@
-"""The models whose sizes are measured: Stable Diffusion 1.5's U-Net from its public configuration, and a tiny one."""
+"""The models whose sizes are measured: Stable Diffusion's U-Nets from their public configurations, and tiny ones."""
 
 from __future__ import annotations
 
@@ -25,6 +25,23 @@ SD15: dict[str, Any] = {
     "attention_head_dim": 8,
 }
 
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
 TINY: dict[str, Any] = {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -34,6 +51,17 @@ TINY: dict[str, Any] = {
     "cross_attention_dim": 12,
     "attention_head_dim": 2,
     "norm_num_groups": 4,
+}
+
+
+# As SDXL's: the sizes of picture and crop beside the prompt's embedding.
+TINY_SDXL: dict[str, Any] = {
+    **TINY,
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 8,
 }
 
 
@@ -68,7 +96,8 @@ def add_lora(model: torch.nn.Module, seed: int = 0, targets: Sequence[str] = TAR
     for param in adapter(model):
         if param.device.type != "meta":
             with torch.no_grad():
-                param.normal_(0.0, 0.02, generator=generator)
+                # Drawn on the CPU: the same values on every device.
+                param.copy_(0.02 * torch.randn(param.shape, generator=generator))
     return model
 
 
@@ -82,6 +111,20 @@ def scheduler() -> Any:
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+
+
+def conditions(settings: dict[str, Any], batch: int, **options: Any) -> dict[str, Any]:
+    """Random keyword arguments of the U-Net for a batch of prompts; ``options`` are of torch.randn."""
+    cond: dict[str, Any] = {
+        "encoder_hidden_states": torch.randn(batch, TOKENS, settings["cross_attention_dim"], **options)
+    }
+    if settings.get("addition_embed_type") == "text_time":
+        width = settings["projection_class_embeddings_input_dim"] - 6 * settings["addition_time_embed_dim"]
+        cond["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(batch, width, **options),
+            "time_ids": torch.randn(batch, 6, **options),
+        }
+    return cond
 
 
 def latent_shapes(smoke: bool) -> list[tuple[int, ...]]:
@@ -134,8 +177,7 @@ def linear_shapes(settings: dict[str, Any]) -> Counter[LinearShape]:
             layer.register_forward_pre_hook(record)
     size = settings["sample_size"]
     latents = torch.empty(1, 4, size, size, device="meta")
-    text = torch.empty(1, TOKENS, settings["cross_attention_dim"], device="meta")
-    model(latents, torch.zeros(1, dtype=torch.long, device="meta"), text)
+    model(latents, torch.zeros(1, dtype=torch.long, device="meta"), **conditions(settings, 1, device="meta"))
     return shapes
 
 

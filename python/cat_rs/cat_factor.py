@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from cat_rs.errors import InvalidValueError
 
 __all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor"]
@@ -81,25 +83,32 @@ class CatFactorRatio:
         self.ratio = ratio
         self.maximum = maximum
         self.decay = decay
-        self._diffusion = 0.0
-        self._cat = 0.0
+        # Of L_diff and L_cat, where the terms are: nothing waits for a GPU to tell them.
+        self._means = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, step: int) -> float:
         """The factor of the coming step."""
-        # Both means start at zero, so their common bias cancels.
-        wanted = self.ratio * self._diffusion
-        return wanted / self._cat if wanted < self.maximum * self._cat else self.maximum
+        return float(self.factor())
 
-    def update(self, diffusion: float, cat: float) -> None:
+    def factor(self) -> torch.Tensor:
+        """The factor of the coming step, a 0-dim float64 tensor on the device of the terms."""
+        diffusion, cat = self._means.unbind()
+        # Both means start at zero, so their common bias cancels.
+        wanted = self.ratio * diffusion
+        return torch.where(wanted < self.maximum * cat, wanted / cat, self.maximum)
+
+    def update(self, diffusion: float | torch.Tensor, cat: float | torch.Tensor) -> None:
         """Takes a step's terms into the means; terms that are not finite are left out."""
-        if math.isfinite(diffusion) and math.isfinite(cat):
-            self._diffusion = self.decay * self._diffusion + (1 - self.decay) * diffusion
-            self._cat = self.decay * self._cat + (1 - self.decay) * cat
+        terms = torch.stack([torch.as_tensor(term, dtype=torch.float64) for term in (diffusion, cat)])
+        means = self._means.to(terms.device)
+        self._means = torch.where(terms.isfinite().all(), self.decay * means + (1 - self.decay) * terms, means)
 
     def state_dict(self) -> dict[str, Any]:
         """The means."""
-        return {"diffusion": self._diffusion, "cat": self._cat}
+        diffusion, cat = self._means.tolist()
+        return {"diffusion": diffusion, "cat": cat}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where :meth:`state_dict` was called."""
-        self._diffusion, self._cat = state_dict["diffusion"], state_dict["cat"]
+        means = [state_dict["diffusion"], state_dict["cat"]]
+        self._means = torch.tensor(means, dtype=torch.float64, device=self._means.device)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cat_rs import device
 from cat_rs.errors import InvalidValueError, ShapeError
 
 __all__ = ["Cond", "Predict", "as_kwargs", "convention_of", "denoiser_predict", "join_conditions"]
@@ -157,14 +158,30 @@ def _shared(name: str, first: Any, second: Any, batch: int) -> Any:
     """What belongs to no sample."""
     tensors = isinstance(first, torch.Tensor), isinstance(second, torch.Tensor)
     if all(tensors):
-        if first is not second and not torch.equal(first, second):
+        if first is not second and not _equal(first, second):
+            must = "be cond's tensor itself on a GPU" if device.is_gpu(first.device) else "equal cond's tensor"
             raise ShapeError(
-                f"CatStep: `cond_no_trigger{name}` must have a batch dimension of {batch} or, without one, equal "
-                f"cond's tensor, got another tensor of shape {list(second.shape)}"
+                f"CatStep: `cond_no_trigger{name}` must have a batch dimension of {batch} or, without one, {must}, "
+                f"got another tensor of shape {list(second.shape)}"
             )
     elif any(tensors) or first != second:
         raise InvalidValueError(f"CatStep: `cond_no_trigger{name}` must equal cond's {first!r}, got {second!r}")
     return first
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are equal; on a GPU, where values would have to be waited for, whether they are the same."""
+    if device.is_gpu(first.device):
+        return all(
+            one == other
+            for one, other in (
+                (first.data_ptr(), second.data_ptr()),
+                (first.shape, second.shape),
+                (first.stride(), second.stride()),
+                (first.dtype, second.dtype),
+            )
+        )
+    return torch.equal(first, second)
 
 
 def _samples(name: str, first: Any, second: Any, batch: int) -> Any:

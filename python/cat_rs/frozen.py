@@ -122,13 +122,14 @@ class FrozenConv2d(torch.nn.Conv2d):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._runs_as_product(x):
+        if not self.runs_as_product(x):
             return super().forward(x)
         if torch.compiler.is_compiling():
             return operators.frozen_conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
         return FrozenConv2dFunction.apply(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
 
-    def _runs_as_product(self, x: torch.Tensor) -> bool:
+    def runs_as_product(self, x: torch.Tensor) -> bool:
+        """Whether a call with this input does."""
         if x.dim() != 4 or not x.dtype == self.weight.dtype == torch.float32 or x.device.type != "cpu":
             return False
         positions = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from cat_rs import distributed
-from cat_rs._native import _core
+from cat_rs import device, distributed
+from cat_rs._native import _core, stream_of
+from cat_rs.device import DeviceValues
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.functional import LOW_PRECISION
 
@@ -95,18 +96,33 @@ class _Flat:
                 param.grad = grad
 
 
+@dataclass
+class _GpuState:
+    """What a step on a GPU leaves on the device, so that the host need not wait for it.
+
+    Attributes:
+        settings: Of each flat buffer: lr, beta1, beta2, eps, weight_decay, max_grad_norm.
+        sums: Of each flat buffer: the sum of its squared gradients, float64.
+        skipped: Steps skipped, 0-dim int64.
+    """
+
+    settings: list[DeviceValues]
+    sums: torch.Tensor
+    skipped: torch.Tensor
+
+
 def _views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     pieces = flat.split([param.numel() for param in params])
     return [piece.view(param.shape) for piece, param in zip(pieces, params, strict=True)]
 
 
 def _flatten(params: list[torch.nn.Parameter]) -> _Flat:
-    dtype, size = params[0].dtype, sum(param.numel() for param in params)
-    master = torch.empty(size, dtype=dtype if dtype == torch.float64 else torch.float32)
+    dtype, size, place = params[0].dtype, sum(param.numel() for param in params), params[0].device
+    master = torch.empty(size, dtype=dtype if dtype == torch.float64 else torch.float32, device=place)
     for view, param in zip(_views(master, params), params, strict=True):
         view.copy_(param.detach())
     low_precision = None if dtype == master.dtype else master.to(dtype)
-    grad = torch.zeros(size, dtype=dtype)
+    grad = torch.zeros(size, dtype=dtype, device=place)
     for param, view in zip(params, _views(master if low_precision is None else low_precision, params), strict=True):
         param.data = view
     flat = _Flat(
@@ -117,7 +133,7 @@ def _flatten(params: list[torch.nn.Parameter]) -> _Flat:
         exp_avg=torch.zeros_like(master),
         exp_avg_sq=torch.zeros_like(master),
         low_precision=low_precision,
-        step=torch.zeros((), dtype=torch.float32),
+        step=torch.zeros((), dtype=torch.float32, device=place),
         addresses=[param.data_ptr() for param in params],
         versions=[param._version for param in params],
     )
@@ -138,8 +154,8 @@ def _check_param(param: torch.nn.Parameter) -> None:
     sharding = distributed.sharding_of(param)
     if sharding is not None:
         raise InvalidValueError(f"FlatAdamW: `params` must be whole on every rank, got {sharding}")
-    if param.device.type != "cpu":
-        raise DeviceError(f"FlatAdamW: `params` must be on the CPU, got a parameter on {param.device}")
+    if param.device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"FlatAdamW: `params` must be on the CPU or on CUDA, got a parameter on {param.device}")
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -160,7 +176,7 @@ class FlatAdamW(torch.optim.Optimizer):
     ``step()`` are then collective: every rank calls them.
 
     Args:
-        params: Parameters or parameter groups, dense, on the CPU, of a float dtype.
+        params: Parameters or parameter groups, dense, of a float dtype, all on the CPU or all on one CUDA device.
         lr: Learning rate.
         betas: Decay rates of the moments.
         eps: Added to the denominator.
@@ -174,6 +190,9 @@ class FlatAdamW(torch.optim.Optimizer):
     Attributes:
         grad_norm: The norm before clipping, and after averaging, at the last step, a float; NaN before the first.
         skipped_steps: Steps skipped because their gradient norm was not finite.
+        last_norm: ``grad_norm`` as the device has it: a 0-dim float32 tensor on CUDA, else the float.
+
+    On CUDA ``step()`` does not wait for the device; who reads ``grad_norm`` or ``skipped_steps`` does.
 
     Raises:
         DtypeError, DeviceError, InvalidValueError: Naming what was expected and what came.
@@ -206,12 +225,23 @@ class FlatAdamW(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self._process_group = process_group
         self._averaged = False
-        self.grad_norm = math.nan
-        self.skipped_steps = 0
+        self.last_norm: float | torch.Tensor = math.nan
+        self._skipped_steps = 0
+        self._gpu: _GpuState | None = None
         self._flats: list[tuple[dict[str, Any], _Flat]] = []
         self._low_precision = low_precision
         self._copied: dict[torch.Tensor, tuple[_Flat, int]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm before clipping at the last step."""
+        return float(self.last_norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing."""
+        return self._skipped_steps if self._gpu is None else int(self._gpu.skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and moves its parameters into flat buffers."""
@@ -220,6 +250,11 @@ class FlatAdamW(torch.optim.Optimizer):
         try:
             for param in group["params"]:
                 _check_param(param)
+            places = list(dict.fromkeys(param.device for each in self.param_groups for param in each["params"]))
+            if len(places) > 1:
+                raise DeviceError(
+                    f"FlatAdamW: `params` must be on one device, got parameters on {' and '.join(map(str, places))}"
+                )
             if self._process_group is not None:
                 distributed.check_alike("FlatAdamW", self._process_group, group["params"])
         except Exception:
@@ -239,6 +274,24 @@ class FlatAdamW(torch.optim.Optimizer):
                 self._copied.update({param: (flat, index) for index, param in enumerate(params)})
             self._flats.append((group, flat))
             self._bind_state(flat)
+        if any(device.is_gpu(place) for place in places):
+            self._extend_gpu_state(places[0])
+
+    def _extend_gpu_state(self, place: torch.device) -> None:
+        """Makes room for the flat buffers that came."""
+        if self._gpu is None:
+            self._gpu = _GpuState([], torch.empty(0), torch.zeros((), dtype=torch.int64, device=place))
+        for group, _ in self._flats[len(self._gpu.settings) :]:
+            self._gpu.settings.append(DeviceValues(self._settings_of(group), place))
+        self._gpu.sums = torch.zeros(len(self._flats), dtype=torch.float64, device=place)
+
+    def _settings_of(self, group: dict[str, Any]) -> list[Any]:
+        for name in ("lr", "eps", "weight_decay"):
+            # A tensor on the device is not waited for.
+            if isinstance(group[name], float | int) and not 0 <= group[name] < math.inf:
+                raise InvalidValueError(f"FlatAdamW: `{name}` must be a finite number >= 0, got {group[name]}")
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], limit]
 
     def low_precision_copy(self, param: torch.Tensor) -> torch.Tensor | None:
         """The parameter in the dtype ``low_precision``, a view that later steps write to; it has no gradient.
@@ -291,21 +344,79 @@ class FlatAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.before_launch()
+        self.average_gradients()
+        self._averaged = False
+        if self._gpu is None:
+            self._step_on_the_cpu()
+        else:
+            self.after_launch(self.launch())
+        return loss
+
+    @torch.no_grad()
+    def before_launch(self) -> None:
+        """The host's part of a step: takes over what others did to parameters, gradients and settings since the last.
+
+        ``step()`` calls it. It has to be called before a graph of :meth:`launch`, with what filled the gradients or
+        without, is recorded or replayed.
+        """
         for _, flat in self._flats:
             flat.check_in_place()
             flat.refresh_master()
             flat.attach_grads()
-        self.average_gradients()
-        self._averaged = False
-        self.grad_norm = math.hypot(*(_core.grad_norm(flat.grad) for _, flat in self._flats))
-        if not math.isfinite(self.grad_norm):
-            self.skipped_steps += 1
+        if self._gpu is not None:
+            for (group, _), settings in zip(self._flats, self._gpu.settings, strict=True):
+                settings.write(self._settings_of(group))
+
+    @torch.no_grad()
+    def launch(self) -> torch.Tensor:
+        """The GPU's part of a step: norm, clipping, update and zeroing, in place; returns the norm, 0-dim float32.
+
+        It only queues work, whose every input is on the device, at an address that stays: a graph may record it.
+        """
+        assert self._gpu is not None
+        gpu, stream = self._gpu, stream_of(self._gpu.sums)
+        for index, (_, flat) in enumerate(self._flats):
+            _core.sum_of_squares_cuda(flat.grad, gpu.sums, index, stream=stream)
+        for index, (_, flat) in enumerate(self._flats):
+            _core.adamw_step_cuda(
+                flat.master,
+                flat.grad,
+                flat.exp_avg,
+                flat.exp_avg_sq,
+                flat.low_precision if flat.copy is None else flat.copy,
+                settings=gpu.settings[index].tensor,
+                sums=gpu.sums,
+                step=flat.step,
+                skipped=gpu.skipped if index == 0 else None,
+                stream=stream,
+            )
+        return gpu.sums.sum().sqrt().to(torch.float32)
+
+    def after_launch(self, norm: torch.Tensor) -> None:
+        """Takes note, on the host, of a :meth:`launch` or its replay that returned this norm."""
+        self.last_norm = norm
+        # What the wrapper that a learning-rate scheduler puts around step() notes.
+        self._opt_called = True
+        for _, flat in self._flats:
+            flat.note_kernel_writes()
+            flat.zeroed_version = flat.grad._version
+
+    def after_gradients(self) -> None:
+        """Takes note that a replayed graph added to the gradients, behind autograd's back."""
+        for _, flat in self._flats:
+            torch.autograd.graph.increment_version(flat.grad)
+
+    def _step_on_the_cpu(self) -> None:
+        norm = self.last_norm = math.hypot(*(_core.grad_norm(flat.grad) for _, flat in self._flats))
+        if not math.isfinite(norm):
+            self._skipped_steps += 1
             for _, flat in self._flats:
                 flat.grad.zero_()
-            return loss
+            return
         # As clip_grad_norm_: the 1e-6 keeps a zero norm from dividing.
         limit = self.max_grad_norm
-        grad_scale = 1.0 if limit is None else min(1.0, limit / (self.grad_norm + 1e-6))
+        grad_scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         for group, flat in self._flats:
             beta1, beta2 = group["betas"]
             # Before the kernel, which drives all of these small objects out of the caches.
@@ -325,7 +436,6 @@ class FlatAdamW(torch.optim.Optimizer):
                 step=flat.step,
             )
             flat.zeroed_version = flat.grad._version
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeroes the gradients; free after ``step()``. They stay views, so ``set_to_none`` has no effect."""

@@ -174,7 +174,7 @@ class _SwitchedLayer:
 
     def _compute_dtype(self, x: torch.Tensor, adapters: list[str]) -> torch.dtype | None:
         """The dtype in which the layer computes; None where PEFT converts on the way, or another device does."""
-        if x.device.type != "cpu" or not (type(x) in _PLAIN_TENSORS or torch.compiler.is_compiling()):
+        if x.device.type not in ("cpu", "cuda") or not (type(x) in _PLAIN_TENSORS or torch.compiler.is_compiling()):
             return None
         return self._common_dtype(x.dtype, adapters)
 
@@ -274,7 +274,7 @@ class FusedConv2d(lora.Conv2d, _SwitchedLayer):
             y = base._conv_forward(x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype))
         else:
             y = base(x)
-            if isinstance(base, FrozenConv2d):
+            if isinstance(base, FrozenConv2d) and base.runs_as_product(x):
                 # Its output is a view of a matrix, which autograd lets nobody write to.
                 y = y.clone()
         for name in adapters:
@@ -407,7 +407,8 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     float16 computes in the base layer's dtype, where PEFT converts the input to float32; its gradients are float32
     (see :func:`cat_rs.lora_linear`). PEFT's own forward runs, call by call, where a layer is asked for something else:
     merged weights, DoRA and other variants, an adapter for each sample, an adapter in another dtype than these, a
-    layer with hooks, grouped convolutions, devices other than the CPU. Calling it again picks up layers added since.
+    layer with hooks, grouped convolutions, devices other than the CPU and CUDA. Calling it again picks up layers added
+    since.
 
     The model's frozen linear layers, with an adapter or without, run this package's float32 products on processors
     where PyTorch's are slower, and its large frozen convolutions run as one matrix product where their input is small:

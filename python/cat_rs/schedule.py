@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs import device as devices
+from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
 from cat_rs.functional import snr_weights
 
 __all__ = ["NoiseSchedule"]
@@ -19,22 +20,24 @@ class NoiseSchedule:
         scheduler: One with a table ``alphas_cumprod`` (DDPM, DDIM and their kin) or a flow-matching one
             (FlowMatchEulerDiscreteScheduler and its kin).
         prediction_type: "epsilon", "v_prediction" or "flow"; by default the scheduler's own.
+        device: Where the tables are, and where timesteps are drawn.
 
     Raises:
         InvalidValueError: The scheduler has no such table, or the prediction type does not fit it.
     """
 
-    def __init__(self, scheduler: Any, prediction_type: str | None = None) -> None:
+    def __init__(self, scheduler: Any, prediction_type: str | None = None, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
         config = getattr(scheduler, "config", {})
         self.alphas_cumprod: torch.Tensor | None = getattr(scheduler, "alphas_cumprod", None)
         if self.alphas_cumprod is not None:
-            self.alphas_cumprod = self.alphas_cumprod.to("cpu", torch.float32)
+            self.alphas_cumprod = self.alphas_cumprod.to(self.device, torch.float32)
             self.signal_rates = self.alphas_cumprod.sqrt()
             self.noise_rates = (1 - self.alphas_cumprod).sqrt()
             self.prediction_type = prediction_type or config.get("prediction_type", "epsilon")
             expected: tuple[str, ...] = ("epsilon", "v_prediction")
         elif type(scheduler).__name__.startswith("FlowMatch") and hasattr(scheduler, "timesteps"):
-            self.timesteps: torch.Tensor = scheduler.timesteps.to("cpu", torch.float32)
+            self.timesteps: torch.Tensor = scheduler.timesteps.to(self.device, torch.float32)
             self.num_train_timesteps: int = config["num_train_timesteps"]
             self.prediction_type = prediction_type or "flow"
             expected = ("flow",)
@@ -52,13 +55,19 @@ class NoiseSchedule:
     def draw(self, batch: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Timesteps drawn uniformly from the schedule, [batch]."""
         if self.alphas_cumprod is not None:
-            return torch.randint(len(self.alphas_cumprod), (batch,), generator=generator)
-        return self.timesteps[torch.randint(len(self.timesteps), (batch,), generator=generator)]
+            return torch.randint(len(self.alphas_cumprod), (batch,), generator=generator, device=self.device)
+        drawn = torch.randint(len(self.timesteps), (batch,), generator=generator, device=self.device)
+        return self.timesteps[drawn]
 
     def rates(self, timesteps: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of latent and noise in z_t at each timestep, [batch] each."""
+        """The factors of latent and noise in z_t at each timestep, [batch] each.
+
+        On a GPU the range of the timesteps is not checked: that would wait for them.
+        """
         if timesteps.shape != (batch,):
             raise ShapeError(f"CatStep: `timesteps` must have shape [{batch}], got {list(timesteps.shape)}")
+        if timesteps.device != self.device:
+            raise DeviceError(f"CatStep: `timesteps` must be on {self.device}, got {timesteps.device}")
         if self.alphas_cumprod is None:
             noise_rate = timesteps.to(torch.float32) / self.num_train_timesteps
             self._check_range(timesteps, self.num_train_timesteps)
@@ -70,6 +79,8 @@ class NoiseSchedule:
 
     @staticmethod
     def _check_range(timesteps: torch.Tensor, last: int) -> None:
+        if devices.is_gpu(timesteps.device):
+            return
         low, high = timesteps.min().item(), timesteps.max().item()
         if not 0 <= low <= high <= last:
             raise InvalidValueError(f"CatStep: `timesteps` must be in 0..{last}, got {low}..{high}")

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cat_rs import distributed
-from cat_rs._native import _core
+from cat_rs import device, distributed, nested
+from cat_rs._native import _core, stream_of
+from cat_rs.capture import CapturedFunctions
 from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
 from cat_rs.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
-from cat_rs.errors import AdapterError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.device import DeviceValues
+from cat_rs.errors import AdapterError, DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.optim import FlatAdamW
 from cat_rs.schedule import NoiseSchedule
 
@@ -42,13 +44,39 @@ class StepMetrics(NamedTuple):
     cat_factor: torch.Tensor
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a nested condition."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+class _Preservation(NamedTuple):
+    """Inputs of the preservation term.
+
+    Attributes:
+        cond: c0, keyword arguments of the model.
+        cond_base: The same as the base text encoders make it.
+        base: f_base(z_t, t, c0) where it is known already.
+    """
+
+    cond: Mapping[str, Any]
+    cond_base: Mapping[str, Any]
+    base: torch.Tensor | None
+
+
+class _Inputs(NamedTuple):
+    """What a step computes with, once everything is drawn.
+
+    Attributes:
+        latents, noise, timesteps: [B, ...], [B, ...] and [B].
+        sample_weight, mask: As given.
+        cond: c, keyword arguments of the model.
+        preservation: None for plain LoRA.
+        cat_factor: On the CPU; a GPU has it already.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    sample_weight: torch.Tensor | None
+    mask: torch.Tensor | None
+    cond: Mapping[str, Any]
+    preservation: _Preservation | None
+    cat_factor: float = 0.0
 
 
 def _adapter_parameters(argument: str, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -88,8 +116,8 @@ class CatStep:
     of its weights that the optimizer writes; a weight that somebody else writes to is rounded anew in every call.
 
     Args:
-        model: A diffusers denoiser with a PEFT adapter (``model.add_adapter(LoraConfig(...))``), on the CPU. What
-            requires a gradient is trained.
+        model: A diffusers denoiser with a PEFT adapter (``model.add_adapter(LoraConfig(...))``), on the CPU or on one
+            CUDA device. What requires a gradient is trained.
         scheduler: The model's diffusers scheduler: one with ``alphas_cumprod`` or a flow-matching one.
         lr, betas, eps, weight_decay, max_grad_norm: Of :class:`FlatAdamW`.
         cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
@@ -109,12 +137,21 @@ class CatStep:
             such a tensor may equal B by chance: see ``cond``.
         grad_scaler: Scales the gradient for float16 autocast (``torch.amp.GradScaler("cpu")``); the step unscales it,
             skips where it is not finite, and calls ``update()``. Saved with the state.
-        generator: Draws noise and timesteps; by default torch's global one. Saved with the state.
+        generator: Draws noise and timesteps, on the model's device; by default torch's global one. Saved with the
+            state.
         teacher_bank: Stored draws of noise, timestep and base prediction, instead of fresh ones: the step then takes
-            indices of the bank's pictures, and skips the base model's forward. Not with ``text_encoders`` or
-            ``noise_offset``.
+            indices of the bank's pictures, and skips the base model's forward. On the CPU; not with ``text_encoders``
+            or ``noise_offset``.
         process_group: The ranks that train this adapter together; by default all, if torch.distributed is
             initialized. A group of this rank alone trains alone.
+        capture: On CUDA: records the step as a CUDA graph, which one launch replays. The first three steps with inputs
+            of a form (shapes, dtypes, and the values of what is no tensor) run eagerly, the fourth is recorded. Not
+            with ``text_encoders``. Where the model cannot be recorded, a RuntimeWarning says why and every step runs
+            eagerly. See docs/gpu.md.
+        max_captures: Forms of inputs that may be recorded; one more is an error.
+
+    On CUDA nothing in a step waits for the device, metrics included, until somebody reads them. So what would have to
+    be waited for is not checked: the range of timesteps, the signs of weights.
 
     Under torch.distributed every rank makes a step of its own model and calls it with its own data. When the step is
     made, all get rank 0's adapter; the gradients are averaged once in ``accumulate`` calls, by one all_reduce of the
@@ -160,6 +197,8 @@ class CatStep:
         generator: torch.Generator | None = None,
         teacher_bank: TeacherBank | None = None,
         process_group: Any = None,
+        capture: bool = False,
+        max_captures: int = 4,
     ) -> None:
         # PEFT is imported only where a model with its layers is trained.
         from cat_rs import peft
@@ -189,10 +228,15 @@ class CatStep:
         self.accumulate = accumulate
         self.grad_scaler = grad_scaler
         self.generator = generator
-        self._schedule = NoiseSchedule(scheduler, prediction_type)
-        self._schedule.weights(torch.zeros(1, dtype=torch.long), snr_gamma)
+        place = next(iter(self.trainable.values())).device
+        if generator is not None and generator.device.type != place.type:
+            raise DeviceError(f"CatStep: `generator` must be on {place}, got one on {generator.device}")
+        self._schedule = NoiseSchedule(scheduler, prediction_type, place)
+        self._schedule.weights(torch.zeros(1, dtype=torch.long, device=place), snr_gamma)
         self._teacher_bank = teacher_bank
         if teacher_bank is not None:
+            if place.type != "cpu":
+                raise DeviceError(f"CatStep: `teacher_bank` must be None for a model on {place}: banks are on the CPU")
             if text_encoders or noise_offset:
                 raise InvalidValueError(
                     "CatStep: `text_encoders` and `noise_offset` must not be given with a teacher bank, whose base "
@@ -217,8 +261,26 @@ class CatStep:
         )
         for each in adapted:
             peft.use_copies_of(self.optimizer, each)
+        self._process_group = process_group
+        # On a GPU: cat_factor and the gradient's factor.
+        self._factors = DeviceValues([0.0, 1.0], place) if device.is_gpu(place) else None
+        self._captured: CapturedFunctions | None = None
+        if capture:
+            self._check_capture(place, max_captures)
+            self._captured = CapturedFunctions("CatStep", place, max_captures)
         self.steps_done = 0
         self._accumulated = 0
+
+    def _check_capture(self, place: torch.device, max_captures: int) -> None:
+        if not device.is_gpu(place):
+            raise InvalidValueError(f"CatStep: `capture` must be False for a model on {place}, got True")
+        if max_captures < 1:
+            raise InvalidValueError(f"CatStep: `max_captures` must be at least 1, got {max_captures}")
+        if self.text_encoders:
+            raise InvalidValueError(
+                "CatStep: `capture` must be False with text_encoders, got True: a graph would replay the prompts that "
+                "it was recorded with"
+            )
 
     @property
     def cat_factor(self) -> CatFactor:
@@ -248,12 +310,12 @@ class CatStep:
             cond: The prompts with the trigger: ``encoder_hidden_states`` [B, L, D], or a nested mapping of the model's
                 keyword arguments, or a function without arguments that returns either. A tensor whose first dimension
                 is B is taken to have a batch dimension; every other value, tensors such as FLUX's ``img_ids`` [L, 3]
-                included, must be the same in both conditions and is passed as it is.
+                included, must be the same in both conditions (on CUDA the same tensor) and is passed as it is.
             cond_no_trigger: The same prompts without the trigger, in the same form; or any other prompts whose
                 pictures are to stay. With ``text_encoders``, the function is called twice: for the student, and under
                 no_grad with all adapters off for the base.
             noise: [B, ...]; drawn from the standard normal by default.
-            timesteps: [B]; drawn uniformly from the schedule by default.
+            timesteps: [B], on the latents' device; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
             mask: m, of the latents' shape up to dimensions of size 1.
 
@@ -261,17 +323,49 @@ class CatStep:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
         made = self._cat_factor
-        cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
-        preserve = cat_factor > 0
+        cat_factor: float | torch.Tensor
+        if self._factors is not None and isinstance(made, CatFactorRatio):
+            cat_factor = made.factor()
+        else:
+            cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
+        preserve = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
+        inputs = self._draw(latents, cond, cond_no_trigger, noise, timesteps, sample_weight, mask, preserve)
+        if self._factors is None:
+            inputs, used = inputs._replace(cat_factor=float(cat_factor)), torch.tensor(cat_factor)
+        else:
+            self._factors.write([cat_factor, 1.0 / self.accumulate])
+            used = self._factors.tensor[0].to(torch.float32)
+        if self._captured is None:
+            loss, parts = self._forward_backward(inputs)
+            grad_norm = self._update()
+        else:
+            loss, parts, grad_norm = self._call_captured(self._captured, inputs)
+        diffusion, cat = parts.unbind()
+        if isinstance(made, CatFactorRatio):
+            made.update(diffusion, cat)
+        return StepMetrics(loss, diffusion, cat, grad_norm, used)
+
+    def _draw(
+        self,
+        latents: torch.Tensor,
+        cond: Cond | Callable[[], Cond],
+        cond_no_trigger: Cond | Callable[[], Cond],
+        noise: torch.Tensor | None,
+        timesteps: torch.Tensor | None,
+        sample_weight: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        preserve: bool,
+    ) -> _Inputs:
+        """Checks, conditions and random draws: what a recorded step must not do."""
         with_trigger = self._evaluate("cond", cond)
-        without_trigger = self._evaluate("cond_no_trigger", cond_no_trigger) if preserve else {}
+        without_trigger = self._evaluate("cond_no_trigger", cond_no_trigger) if preserve else None
         base = None
         if self._teacher_bank is not None:
             if noise is not None or timesteps is not None:
                 raise InvalidValueError(
                     "CatStep: `noise` and `timesteps` must not be given with a teacher bank, which holds them"
                 )
-            if preserve:
+            if without_trigger is not None:
                 self._teacher_bank.check_cond(latents, without_trigger)
             latents, noise, timesteps, base = self._teacher_bank.draw(latents, self.generator)
         elif latents.dtype == torch.int64:
@@ -281,52 +375,75 @@ class CatStep:
             )
         if latents.dim() < 2 or latents.shape[0] == 0:
             raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
-        batch = latents.shape[0]
+        if self._factors is not None and latents.device != self._schedule.device:
+            raise DeviceError(f"CatStep: `latents` must be on {self._schedule.device}, got {latents.device}")
         if noise is None:
             noise = self._draw_noise(latents)
         if timesteps is None:
-            timesteps = self._schedule.draw(batch, self.generator)
+            timesteps = self._schedule.draw(latents.shape[0], self.generator)
+        preservation = None
+        if without_trigger is not None:
+            cond_base = without_trigger
+            if self.text_encoders:
+                with torch.no_grad(), self._adapters_disabled():
+                    cond_base = self._evaluate("cond_no_trigger", cond_no_trigger)
+            preservation = _Preservation(without_trigger, cond_base, base)
+        return _Inputs(latents, noise, timesteps, sample_weight, mask, with_trigger, preservation)
+
+    def _forward_backward(self, inputs: _Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and [diffusion, cat]; the gradients are added to those of the parameters."""
+        timesteps, batch = inputs.timesteps, inputs.latents.shape[0]
         signal_rate, noise_rate = self._schedule.rates(timesteps, batch)
         weight = self._schedule.weights(timesteps, self.snr_gamma)
         if weight is None:
-            weight = sample_weight
-        elif sample_weight is not None:
-            if sample_weight.shape != (batch,):
-                got = list(sample_weight.shape)
+            weight = inputs.sample_weight
+        elif inputs.sample_weight is not None:
+            if inputs.sample_weight.shape != (batch,):
+                got = list(inputs.sample_weight.shape)
                 raise ShapeError(f"CatStep: `sample_weight` must have shape [{batch}], got {got}")
-            weight = weight * sample_weight
+            weight = weight * inputs.sample_weight
 
+        preservation = inputs.preservation
         noisy, target = _core.noising(
-            latents, noise, signal_rate, noise_rate, self._schedule.prediction_type, 2 if preserve else 1
+            inputs.latents,
+            inputs.noise,
+            signal_rate,
+            noise_rate,
+            self._schedule.prediction_type,
+            1 if preservation is None else 2,
+            stream=stream_of(inputs.latents),
         )
-        if preserve:
+        base = None
+        if preservation is None:
+            student = self._prediction(noisy, timesteps, inputs.cond)
+        else:
+            base = preservation.base
             if base is None:
                 with torch.no_grad(), self._adapters_disabled():
-                    base_cond = (
-                        self._evaluate("cond_no_trigger", cond_no_trigger) if self.text_encoders else without_trigger
-                    )
-                    base = self._prediction(noisy[:batch], timesteps, base_cond)
+                    base = self._prediction(noisy[:batch], timesteps, preservation.cond_base)
             both = join_conditions(
-                with_trigger, without_trigger, batch, unbatched=self._unbatched, convention=self._convention
+                inputs.cond, preservation.cond, batch, unbatched=self._unbatched, convention=self._convention
             )
             student = self._prediction(noisy, torch.cat([timesteps, timesteps]), both)
+        if self._factors is None:
+            loss, parts, grad = _core.student_loss(
+                student, target, base, weight, inputs.mask, inputs.cat_factor, 1.0 / self.accumulate
+            )
         else:
-            student = self._prediction(noisy, timesteps, with_trigger)
-            base = None
-        loss, parts, grad = _core.student_loss(student, target, base, weight, mask, cat_factor, 1.0 / self.accumulate)
+            loss, parts, grad = _core.student_loss_cuda(
+                student, target, base, weight, inputs.mask, self._factors.tensor, stream=stream_of(student)
+            )
         del base
         if self.grad_scaler is not None:
             grad = self.grad_scaler.scale(grad)
         # Autocast is for forward passes: the backward of each operation runs in the dtype of its forward.
         with torch.autocast(grad.device.type, enabled=False):
             torch.autograd.backward(student, grad)
-        diffusion, cat = parts.unbind()
-        if isinstance(made, CatFactorRatio):
-            made.update(diffusion.item(), cat.item())
-        return StepMetrics(loss, diffusion, cat, torch.tensor(self._update()), torch.tensor(cat_factor))
+        return loss, parts
 
     def _draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
-        noise = torch.randn(latents.shape, dtype=latents.dtype, generator=self.generator)
+        options: dict[str, Any] = {"dtype": latents.dtype, "device": latents.device, "generator": self.generator}
+        noise = torch.randn(latents.shape, **options)
         if self.noise_offset:
             if latents.dim() < 4:
                 raise ShapeError(
@@ -334,7 +451,7 @@ class CatStep:
                     f"got {list(latents.shape)}"
                 )
             shape = (*latents.shape[:2], *(1 for _ in latents.shape[2:]))
-            noise += self.noise_offset * torch.randn(shape, dtype=latents.dtype, generator=self.generator)
+            noise += self.noise_offset * torch.randn(shape, **options)
         return noise
 
     def _prediction(self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]) -> torch.Tensor:
@@ -362,7 +479,7 @@ class CatStep:
         if (
             self.text_encoders
             and torch.is_grad_enabled()
-            and not any(tensor.requires_grad for tensor in _tensors(kwargs))
+            and not any(tensor.requires_grad for tensor in nested.tensors(kwargs))
         ):
             raise InvalidValueError(
                 f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "
@@ -370,11 +487,44 @@ class CatStep:
             )
         return kwargs
 
-    def _update(self) -> float:
+    def _call_captured(
+        self, captured: CapturedFunctions, inputs: _Inputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Loss, [diffusion, cat] and gradient norm, through a graph of the whole step where one can hold it."""
+        # What has to happen between gradient and update here cannot be recorded, or not in every call.
+        whole = self.accumulate == 1 and self.grad_scaler is None and self._process_group is None
+        kind = inputs.latents.device.type
+        variant = (
+            whole,
+            self.snr_gamma,
+            self.model.training,
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        )
+        self.optimizer.before_launch()
+        loss, parts, *norm = captured(self._whole if whole else self._gradients, inputs, variant)
+        if not whole:
+            self.optimizer.after_gradients()
+            return loss, parts, self._update()
+        self.optimizer.after_launch(norm[0])
+        self._accumulated = 0
+        self.steps_done += 1
+        return loss, parts, norm[0]
+
+    def _gradients(self, inputs: _Inputs) -> tuple[torch.Tensor, ...]:
+        # The copies that autocast keeps of the weights belong to a recording, or to what is outside of it.
+        torch.clear_autocast_cache()
+        loss, parts = self._forward_backward(inputs)
+        torch.clear_autocast_cache()
+        return loss, parts
+
+    def _whole(self, inputs: _Inputs) -> tuple[torch.Tensor, ...]:
+        return *self._gradients(inputs), self.optimizer.launch()
+
+    def _update(self) -> torch.Tensor:
         """The optimizer step where it is due; returns the gradient norm, or NaN."""
         self._accumulated = (self._accumulated + 1) % self.accumulate
         if self._accumulated:
-            return math.nan
+            return torch.full((), math.nan, device=self._schedule.device)
         if self.grad_scaler is not None:
             # Averaged first, an overflow on one rank lowers the scale on all.
             self.optimizer.average_gradients()
@@ -385,7 +535,7 @@ class CatStep:
         # Around several steps, autocast would keep the copies of the old weights.
         torch.clear_autocast_cache()
         self.steps_done += 1
-        return self.optimizer.grad_norm
+        return torch.as_tensor(self.optimizer.last_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients, generator.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import layer as lora
 
 import cat_rs
 from cat_rs._native import _core, stream_of
@@ -198,8 +201,8 @@ def test_noising(
     inputs = [tensor.cpu() for tensor in (latents, noise, signal, sigma)]
     expected, expected_target = references.noising(*inputs, prediction_type)
     scale = max_abs(latents) + max_abs(noise)
-    for copy in noisy.cpu().chunk(2):
-        assert_close(copy, expected, scale=scale)
+    for half in noisy.cpu().chunk(2):
+        assert_close(half, expected, scale=scale)
     assert_close(target.cpu(), expected_target, scale=scale)
 
 
@@ -374,6 +377,49 @@ def test_lora_up(channels_second: bool) -> None:
     assert_close(ours.cpu(), expected, factor=8, scale=max_abs(expected))
 
 
+LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: torch.nn.Linear(48, 40), (2, 17, 48)),
+    "conv": (lambda: torch.nn.Conv2d(6, 8, 3, padding=1), (2, 6, 5, 7)),
+    "conv-strided": (lambda: torch.nn.Conv2d(4, 9, 3, stride=2, bias=False), (1, 4, 9, 6)),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"), [(F32, F32), (F64, F64), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)], ids=str
+)
+@pytest.mark.parametrize(("layer", "shape"), [pytest.param(*row, id=name) for name, row in LAYERS.items()])
+def test_layers_of_peft_are_fused(
+    layer: Callable[[], torch.nn.Module],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(torch.nn.Sequential(layer()), config).to(dtype)
+    for name, param in model.named_parameters():
+        if "lora_" in name:
+            param.data = param.data.to(adapter_dtype)
+    x = random(*shape, dtype=dtype)
+    upstream = torch.randn_like(model(x))
+
+    def run(model: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> dict[str, torch.Tensor]:
+        leaf = x.detach().clone().requires_grad_()
+        y = model(leaf)
+        params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        grads = torch.autograd.grad(y, [leaf, *params.values()], upstream)
+        return dict(zip(["y", "x", *params], [y, *grads], strict=True))
+
+    exact = run(copy.deepcopy(model).double(), x.double(), upstream.double())
+    model = model.to("cuda")
+    assert len(cat_rs.patch_peft(model).fused) == 1
+    for own in (lora.Linear, lora.Conv2d):
+        monkeypatch.setattr(own, "forward", lambda *given: pytest.fail("PEFT's own forward ran"))
+    for name, ours in run(model, x.to("cuda"), upstream.to("cuda")).items():
+        assert_close(ours.cpu(), exact[name], dtype=dtype, factor=8, scale=max_abs(exact[name]), label=name)
+
+
 # Sizes that 32 bits do not count
 
 
@@ -430,12 +476,12 @@ def test_adamw_past_2_31_elements() -> None:
     numbers: dict[str, Any] = {"settings": settings, "sums": sums, "step": count, "skipped": None, "stream": stream}
     _core.adamw_step_cuda(param, grad, exp_avg, exp_avg_sq, low, **numbers)
     square = 0.0
-    for old, new, m, v, p, copy in pieces(kept, grad, exp_avg, exp_avg_sq, param, low):
+    for old, new, m, v, p, rounded in pieces(kept, grad, exp_avg, exp_avg_sq, param, low):
         square += float((old.double() ** 2).sum())
         assert not new.any()
         assert torch.allclose(m, 0.1 * old.float(), rtol=1e-5)
         assert torch.allclose(v, 0.001 * old.float() ** 2, rtol=1e-5)
         # The first step is lr in the direction of the gradient.
         assert torch.allclose(p, -0.01 * old.float().sign(), rtol=1e-3, atol=1e-5)
-        assert torch.equal(copy, p.to(BF16))
+        assert torch.equal(rounded, p.to(BF16))
     assert float(sums) == pytest.approx(square, rel=1e-6)

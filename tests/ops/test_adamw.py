@@ -561,7 +561,9 @@ def test_a_bad_setting_of_a_group_is_named(name: str) -> None:
         pytest.param(
             torch.zeros(3, dtype=torch.complex64), DtypeError, "a float dtype, got torch.complex64", id="complex"
         ),
-        pytest.param(torch.zeros(3, device="meta"), DeviceError, "on the CPU, got a parameter on meta", id="meta"),
+        pytest.param(
+            torch.zeros(3, device="meta"), DeviceError, "on the CPU or on CUDA, got a parameter on meta", id="meta"
+        ),
     ],
 )
 def test_bad_parameters_are_named(param: torch.Tensor, error: type[Exception], text: str) -> None:

@@ -28,6 +28,7 @@ from cat_rs.training import (
     train,
 )
 from cat_rs.training.run import TrainingRun
+from tests.cuda.simulation import SimulatedGraphs, simulate_gpu
 
 pytest.importorskip("diffusers")
 
@@ -419,6 +420,25 @@ def test_unusable_setting_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         quiet(configure(**settings))
+
+
+def test_recorded_steps_train_as_steps_do(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulate_gpu(monkeypatch)
+    quiet(configure(steps=7, lr_scheduler="linear", output_dir=str(tmp_path / "eager")))
+    before = SimulatedGraphs.made
+    quiet(configure(steps=7, lr_scheduler="linear", capture=True))
+    assert SimulatedGraphs.made == before + 1
+    assert_same_weights(tmp_path / "adapter", tmp_path / "eager")
+
+
+def test_what_needs_another_device_is_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="^capture: expected a GPU to record on, got device cpu"):
+        quiet(configure(capture=True))
+    simulate_gpu(monkeypatch)
+    with pytest.raises(ConfigError, match="^teacher_draws: expected 0 on a GPU, got 2"):
+        quiet(configure(teacher_draws=2))
 
 
 def test_broken_model_file_is_named(configure: Configure, tiny_pipeline_dir: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ _MACHINE = "machine"
 # Settings that may change between a run and its continuation without changing what is learned up to there.
 _FREE_ON_RESUME = frozenset(
     {"data", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
-    | {"resume", "overwrite"}
+    | {"resume", "overwrite", "capture"}
     | {"evaluate_every", "evaluate_prompts", "evaluate_concept", "evaluate_encoder", "evaluate_seeds"}
     | {"evaluate_inference_steps", "evaluate_guidance", "evaluate_batch", "evaluate_keep"}
 )
@@ -164,6 +164,7 @@ class TrainConfig:
         "float32", group=_MACHINE, help="of the frozen weights; the adapter is trained in float32"
     )
     gradient_checkpointing: bool = option(False, group=_MACHINE, help="recompute activations: less memory, more time")
+    capture: bool = option(False, group=_MACHINE, help="on a GPU: record the step as a CUDA graph and replay it")
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_size", "accumulate", "crops", "keep_checkpoints", "log_every"):
@@ -198,6 +199,9 @@ class TrainConfig:
             raise ConfigError(f"evaluate_keep: expected a number in [0, 1], got {self.evaluate_keep}")
         if self.evaluate_every and self.evaluate_prompts is None:
             raise ConfigError("evaluate_prompts: expected a file of prompts with evaluate_every, got none")
+        if self.capture and self.gradient_checkpointing:
+            # Recomputing saves and restores the state of the random numbers, which waits for the GPU.
+            raise ConfigError("capture, gradient_checkpointing: expected one of them, got both")
         if self.resume and self.overwrite:
             raise ConfigError("resume, overwrite: expected one of them, got both")
 

@@ -82,6 +82,7 @@ class TrainingRun:
             accumulate=config.accumulate,
             generator=self._generator,
             teacher_bank=bank,
+            capture=config.capture,
         )
         self._lr_scheduler = get_scheduler(
             config.lr_scheduler,

@@ -1,0 +1,240 @@
+"""Functions on a GPU recorded as CUDA graphs: one launch replays all of their kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cat_rs.errors import InvalidValueError
+from cat_rs.nested import map_tensors, tensors
+
+__all__ = ["CapturedFunctions"]
+
+# Calls before a recording: libraries choose their algorithms, and kernels are compiled, in the first ones.
+WARM_UP = 3
+
+Outputs = tuple[torch.Tensor, ...]
+# Recordings that failed on the way: PyTorch's allocator may still ask them whether they are recording.
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
+class NotCapturable(Exception):
+    """Why a function cannot be recorded, in a line."""
+
+
+class CudaGraphs:
+    """What PyTorch offers to record work on one device. All that is recorded shares one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Work within runs on the stream that recordings are made on, in order with the current stream."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    @contextmanager
+    def waits(self) -> Iterator[list[str]]:
+        """Lists the lines of Python within that wait for the device, which nothing recorded may do."""
+        found: list[str] = []
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            # Whoever turns the mode on is told that it is a prototype.
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("warn")
+            warnings.simplefilter("always")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for one in caught:
+            if "synchronizing CUDA operation" in str(one.message):
+                found.append(f"{one.filename}:{one.lineno}")
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+    def record(self, function: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        """Records the function's kernels without running them.
+
+        Returns:
+            What runs them, on the current stream, and returns their outputs: the same tensors every time.
+
+        Raises:
+            NotCapturable: The function does something that cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        reason: Exception | None = None
+        with torch.cuda.device(self._device):
+            try:
+                # As torch.compile's own graphs: other threads, of data loaders for example, may go on meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    try:
+                        outputs = function()
+                    except Exception as error:
+                        reason = error
+                        raise
+            except Exception as error:
+                # A recording that the driver gave up is not ended by PyTorch: neither stream nor allocator go back.
+                torch.cuda.set_stream(current)
+                _ABANDONED.append(graph)
+                with contextlib.suppress(RuntimeError):
+                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                raise NotCapturable(_first_line(reason or error)) from error
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class _TensorForm:
+    """What of an input tensor a recording depends on."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    # Which of the inputs' tensors it is: one that is given twice is one buffer.
+    number: int
+
+
+@dataclass
+class _Recording:
+    """Inputs of one form, and their graph once there is one."""
+
+    form: Any
+    calls: int = 0
+    inputs: Any = None
+    replay: Callable[[], Outputs] | None = None
+
+    def load(self, inputs: Any) -> None:
+        """Copies the inputs to where the graph reads them."""
+        for static, given in zip(tensors(self.inputs), tensors(inputs), strict=True):
+            static.copy_(given)
+
+
+class CapturedFunctions:
+    """Calls functions of nested tensors through graphs, one for each form of their inputs.
+
+    The first calls with inputs of a form (structure, shapes, dtypes, and the values of what is no tensor) run the
+    function as it is, on a side stream; the next one records it; later ones copy the inputs into the buffers that the
+    graph reads, and replay. What a function reads beside its inputs is recorded by address if it is a tensor, else as
+    the value that it has then.
+
+    Where a function cannot be recorded, a warning says why, once, and all functions run as they are from then on.
+
+    Args:
+        owner: Who warns and refuses.
+        device: Of the inputs.
+        limit: Forms that may be recorded.
+    """
+
+    def __init__(self, owner: str, device: torch.device, limit: int) -> None:
+        self._owner, self._limit = owner, limit
+        self._graphs = CudaGraphs(device)
+        self._recordings: list[_Recording] = []
+        self._given_up = False
+
+    def __call__(self, function: Callable[[Any], Outputs], inputs: Any, variant: Any) -> Outputs:
+        """The function's outputs, in tensors of their own.
+
+        Args:
+            function: Takes the inputs; queues work on the device and waits for none of it.
+            inputs: Nested mappings and sequences of tensors and other values.
+            variant: Tells functions apart, and all else that their work depends on.
+
+        Raises:
+            InvalidValueError: An input requires a gradient, or the inputs have one form too many.
+        """
+        if self._given_up:
+            return function(inputs)
+        recording = self._recording_of(inputs, variant)
+        if recording.replay is None:
+            recording.calls += 1
+            if recording.calls <= WARM_UP:
+                return self._warm_up(function, inputs, watched=recording.calls == WARM_UP)
+            self._record(recording, function, inputs)
+            if recording.replay is None:
+                return function(inputs)
+        recording.load(inputs)
+        return tuple(output.clone() for output in recording.replay())
+
+    def _recording_of(self, inputs: Any, variant: Any) -> _Recording:
+        numbers: dict[int, int] = {}
+
+        def form_of(tensor: torch.Tensor) -> _TensorForm:
+            if tensor.requires_grad:
+                raise InvalidValueError(
+                    f"{self._owner}: with capture=True no input must require a gradient, which a replay does not "
+                    f"give, got a tensor of shape {list(tensor.shape)} that does"
+                )
+            number = numbers.setdefault(id(tensor), len(numbers))
+            return _TensorForm(tensor.shape, tensor.dtype, tensor.device, number)
+
+        form = (variant, map_tensors(form_of, inputs))
+        for recording in self._recordings:
+            if recording.form == form:
+                return recording
+        if len(self._recordings) == self._limit:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors(inputs))
+            raise InvalidValueError(
+                f"{self._owner}: `max_captures` must be at least the number of forms of the inputs, got "
+                f"{self._limit} and inputs of another form: tensors of shapes {shapes}"
+            )
+        self._recordings.append(_Recording(form))
+        return self._recordings[-1]
+
+    def _warm_up(self, function: Callable[[Any], Outputs], inputs: Any, *, watched: bool) -> Outputs:
+        with self._graphs.side_stream():
+            if not watched:
+                return function(inputs)
+            # A recording that waits is lost, and may leave PyTorch in disorder: better not to begin one.
+            with self._graphs.waits() as found:
+                outputs = function(inputs)
+        if found:
+            more = f" and at {len(found) - 1} more places" if len(found) > 1 else ""
+            self._give_up(f"waits for the device at {found[0]}{more}")
+        return outputs
+
+    def _record(self, recording: _Recording, function: Callable[[Any], Outputs], inputs: Any) -> None:
+        buffers: dict[int, torch.Tensor] = {}
+
+        def buffer_of(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in buffers:
+                buffers[id(tensor)] = tensor.clone()
+            return buffers[id(tensor)]
+
+        recording.inputs = map_tensors(buffer_of, inputs)
+        try:
+            recording.replay = self._graphs.record(lambda: function(recording.inputs))
+        except NotCapturable as error:
+            self._give_up(f"does what a graph cannot hold: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up = True
+        self._recordings.clear()
+        warnings.warn(
+            f"{self._owner}: capture=True has no effect, every step runs eagerly: it {reason}",
+            RuntimeWarning,
+            stacklevel=6,
+        )
