@@ -19,7 +19,7 @@ from cat_rs.evaluation import (
     PromptScores,
     Scores,
 )
-from cat_rs.evaluation.scores import paired_interval, paired_kps_interval
+from cat_rs.evaluation.scores import Paired, paired_interval, paired_kps_interval
 from cat_rs.report import format_table, print_table
 from cat_rs.report.table import format_comparisons
 
@@ -111,39 +111,58 @@ def test_adapter_does_not_differ_from_itself(result: EvaluationResult) -> None:
         assert getattr(comparison, name) == Interval(0, 0, 0)
 
 
+def like_within_prompts(generator: np.random.Generator, prompts: int, seeds: int) -> Paired:
+    """Pairs whose differences are mostly those of their prompts."""
+    numbers = np.repeat(np.arange(prompts), seeds)
+    a = 0.5 + 0.4 * generator.random(prompts)[numbers]
+    change = 0.03 * generator.standard_normal(prompts)[numbers] + 0.005 * generator.standard_normal(len(numbers))
+    return Paired(a, np.clip(a + change, 0.01, 1), numbers)
+
+
 @pytest.mark.parametrize("statistic", ["mean", "harmonic_mean"])
-def test_interval_is_that_of_resampling_pairs(statistic: str) -> None:
+def test_interval_is_that_of_resampling_prompts(statistic: str) -> None:
     generator = np.random.default_rng(7)
-    a = 0.5 + 0.5 * generator.random(40)
-    b = np.clip(a - 0.05 + 0.02 * generator.standard_normal(40), 0.01, 1)
+    pairs = like_within_prompts(generator, 20, 4)
     of = np.mean if statistic == "mean" else harmonic
     differences = []
     for _ in range(20_000):
-        drawn = generator.integers(40, size=40)
-        differences.append(of(b[drawn]) - of(a[drawn]))
-    interval = paired_interval(a, b, statistic)  # type: ignore[arg-type]
+        drawn = (4 * generator.integers(20, size=20)[:, None] + np.arange(4)).ravel()
+        differences.append(of(pairs.b[drawn]) - of(pairs.a[drawn]))
+    interval = paired_interval(pairs, statistic)  # type: ignore[arg-type]
     spread = float(np.std(differences))
     assert (interval.low, interval.high) == pytest.approx(np.quantile(differences, (0.025, 0.975)), abs=0.1 * spread)
-    # Unpaired, the interval would be several times as wide.
-    assert interval.high - interval.low < 0.3 * 4 * float(np.std(a)) / 40**0.5
+    # As if pictures of one prompt were independent, it would be half as wide; unpaired, several times.
+    alone = paired_interval(pairs._replace(prompts=np.arange(80)), statistic)  # type: ignore[arg-type]
+    assert alone.high - alone.low < 0.6 * (interval.high - interval.low)
+    assert interval.high - interval.low < 0.5 * 4 * float(np.std(pairs.a)) / 20**0.5
 
 
-def test_groups_are_resampled_each_by_itself() -> None:
+def test_kinds_are_resampled_each_by_itself() -> None:
     generator = np.random.default_rng(8)
-    a, b = ((0.5 + 0.5 * generator.random(30), 0.5 + 0.5 * generator.random(7)) for _ in range(2))
+    kinds = [like_within_prompts(generator, 30, 2), like_within_prompts(generator, 7, 2)]
     differences = []
     for _ in range(20_000):
-        drawn = [generator.integers(len(group), size=len(group)) for group in a]
-        sides = [[group[one] for group, one in zip(groups, drawn, strict=True)] for groups in (a, b)]
+        drawn = []
+        for kind in kinds:
+            prompts = len(kind.a) // 2
+            drawn.append((2 * generator.integers(prompts, size=prompts)[:, None] + np.arange(2)).ravel())
+        sides = [[getattr(kind, side)[one] for kind, one in zip(kinds, drawn, strict=True)] for side in "ab"]
         differences.append(harmonic(*sides[1]) - harmonic(*sides[0]))
-    interval = paired_kps_interval(a, b)
-    assert interval.value == pytest.approx(harmonic(*b) - harmonic(*a))
+    interval = paired_kps_interval(*kinds)
+    assert interval.value == pytest.approx(harmonic(*(k.b for k in kinds)) - harmonic(*(k.a for k in kinds)))
     spread = float(np.std(differences))
     assert (interval.low, interval.high) == pytest.approx(np.quantile(differences, (0.025, 0.975)), abs=0.1 * spread)
+
+
+def test_pictures_of_a_single_prompt_are_resampled() -> None:
+    pairs = like_within_prompts(np.random.default_rng(9), 1, 50)
+    interval = paired_interval(pairs, "mean")
+    width = 2 * 1.96 * float(np.std(pairs.b - pairs.a)) / 50**0.5
+    assert interval.high - interval.low == pytest.approx(width, rel=0.1)
 
 
 def test_similarity_of_zero_is_no_division_by_zero() -> None:
-    interval = paired_interval(np.array([0.0, 0.5]), np.array([0.5, 0.5]), "harmonic_mean")
+    interval = paired_interval(Paired(np.array([0.0, 0.5]), np.array([0.5, 0.5]), np.arange(2)), "harmonic_mean")
     assert interval == Interval(0.5, 0.0, 0.5)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cat_rs import kps
 from cat_rs.evaluation import EvaluationFileError, EvaluationInputError, KpsEvaluator
 
 from .conftest import noise_picture
@@ -79,6 +80,11 @@ def test_score_follows_the_definition() -> None:
     assert result.kps == pytest.approx(2 / (1 / ups + 1 / tps), abs=1e-6)
     low, high = result.ups_interval
     assert low <= result.ups <= high
+    of_prompts = np.array([0, 0, 1, 1])
+    result = KpsEvaluator(mean_colour).score(*parts, clusters=(of_prompts, None))
+    expected = kps(*vectors, clusters=(of_prompts, None))
+    assert result.ups_interval == pytest.approx(expected.ups_interval, abs=1e-6)
+    assert result.tps_interval == pytest.approx(expected.tps_interval, abs=1e-6)
 
 
 def test_equal_pictures_score_one(tiny_clip_dir: Path) -> None:

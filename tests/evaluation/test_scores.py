@@ -84,6 +84,17 @@ def value(interval: Interval | None) -> float:
     return interval.value
 
 
+def repeated(model: EmbeddedModel, seeds: int) -> EmbeddedModel:
+    """A model that draws the same picture for every seed."""
+
+    def grid(pictures: Embedded) -> Embedded:
+        numbers = np.repeat(np.arange(len(pictures.prompts)), seeds)
+        images = tuple(pictures.images[number] for number in numbers)
+        return Embedded(pictures.prompts, seeds, pictures.embeddings[numbers], images, pictures.latents[numbers])
+
+    return EmbeddedModel(grid(model.trigger), grid(model.no_trigger))
+
+
 def test_preservation_is_as_defined() -> None:
     base, adapted = random_model(0), random_model(1)
     scores = score_adapter(base, adapted, random_references())
@@ -94,6 +105,18 @@ def test_preservation_is_as_defined() -> None:
     assert value(scores.tps) == pytest.approx(tps, abs=TOLERANCE)
     assert value(scores.kps) == pytest.approx(harmonic(np.array([ups, tps])), abs=TOLERANCE)
     assert value(scores.drift) == pytest.approx((1 - cos_plain.mean()) / 2, abs=TOLERANCE)
+
+
+def test_intervals_resample_prompts() -> None:
+    """All pictures of a prompt are one: more of them are no more evidence."""
+    base, adapted = random_model(0, seeds=1), random_model(1, seeds=1)
+    references = random_references()
+    once = score_adapter(base, adapted, references)
+    often = score_adapter(*(repeated(model, 4) for model in (base, adapted)), references)
+    for name in ("kps", "ups", "tps", "drift", "identity", "prompt_similarity", "pixel_rmse", "latent_rmse"):
+        few, many = getattr(once, name), getattr(often, name)
+        assert many.value == pytest.approx(few.value, abs=TOLERANCE), name
+        assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.1), name
 
 
 def test_distances_are_as_defined() -> None:

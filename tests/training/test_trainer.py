@@ -434,10 +434,10 @@ def test_recorded_steps_train_as_steps_do(
 
 
 def test_what_needs_another_device_is_refused(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="^capture: expected a GPU to record on, got device cpu"):
+    with pytest.raises(ConfigError, match=r"^capture: expected a GPU to record on, got device cpu"):
         quiet(configure(capture=True))
     simulate_gpu(monkeypatch)
-    with pytest.raises(ConfigError, match="^teacher_draws: expected 0 on a GPU, got 2"):
+    with pytest.raises(ConfigError, match=r"^teacher_draws: expected 0 on a GPU, got 2"):
         quiet(configure(teacher_draws=2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -93,6 +94,8 @@ class KpsEvaluator:
         adapted_no_trigger: PictureSource,
         base_trigger: PictureSource,
         adapted_trigger: PictureSource,
+        *,
+        clusters: tuple[Any, Any] = (None, None),
     ) -> KpsResult:
         """Score pictures in pairs: picture i of the base model with picture i of the adapted model.
 
@@ -101,6 +104,8 @@ class KpsEvaluator:
             adapted_no_trigger: The adapted model's, for the same prompts and seeds.
             base_trigger: The base model's pictures for prompts with the trigger.
             adapted_trigger: The adapted model's.
+            clusters: Of the pairs without and with the trigger: see :func:`cat_rs.kps`. The number of each picture's
+                prompt, where prompts have several pictures.
 
         Returns:
             KPS, UPS and TPS, each with an interval.
@@ -110,7 +115,7 @@ class KpsEvaluator:
         """
         no_trigger = self._embed_pair("no_trigger", base_no_trigger, adapted_no_trigger)
         trigger = self._embed_pair("trigger", base_trigger, adapted_trigger)
-        return kps(*no_trigger, *trigger)
+        return kps(*no_trigger, *trigger, clusters=clusters)
 
     def _embed_pair(self, name: str, base: PictureSource, adapted: PictureSource) -> tuple[torch.Tensor, torch.Tensor]:
         base_pictures, adapted_pictures = load_pictures(base), load_pictures(adapted)

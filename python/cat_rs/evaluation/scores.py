@@ -3,7 +3,8 @@
 Letters: P prompts, S seeds, N = P * S pictures of one model in the order of `PictureGrid`, C concept pictures,
 D embedding width. A cosine is 2 s - 1, with s from `cat_rs.similarity`.
 
-Intervals resample the values as if they were independent; values that share a prompt are not quite.
+Intervals resample prompts, each with all of its pictures: those of one prompt are alike, and more of them are not as
+much evidence as more prompts. With a single prompt they resample its pictures.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from cat_rs.kps import (
 )
 
 Values = NDArray[np.float64]
+Numbers = NDArray[np.int64]
 Statistic = Literal["mean", "harmonic_mean"]
 
 # Rounding of float32 embeddings: a mean 1 - cosine below it is that of equal pictures.
@@ -83,9 +85,11 @@ class References:
 def score_base(base: EmbeddedModel, references: References) -> Scores:
     """Score the base model: what needs no comparison with another model."""
     return Scores(
-        identity=_interval(concept_cosines(base.trigger, references)),
-        prompt_similarity=_interval(text_cosines(base.trigger, references.trigger_texts)),
-        prompt_similarity_no_trigger=_interval(text_cosines(base.no_trigger, references.no_trigger_texts)),
+        identity=_interval(concept_cosines(base.trigger, references), base.trigger.seed_count),
+        prompt_similarity=_interval(text_cosines(base.trigger, references.trigger_texts), base.trigger.seed_count),
+        prompt_similarity_no_trigger=_interval(
+            text_cosines(base.no_trigger, references.no_trigger_texts), base.no_trigger.seed_count
+        ),
         diversity=_interval(diversity(base.no_trigger)),
     )
 
@@ -138,9 +142,11 @@ def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequ
     if [(row.prompt, row.trigger) for row in rows_a] != [(row.prompt, row.trigger) for row in rows_b]:
         raise EvaluationInputError(f"compare: expected the same prompts of {a!r} and {b!r}, got others")
 
-    def paired(measure: str, trigger: bool) -> tuple[Values, Values]:
+    def paired(measure: str, trigger: bool) -> Paired:
+        """The values of both, and of which prompt each pair is."""
         sides: tuple[list[float], list[float]] = [], []
-        for row_a, row_b in zip(rows_a, rows_b, strict=True):
+        of_prompts: list[int] = []
+        for number, (row_a, row_b) in enumerate(zip(rows_a, rows_b, strict=True)):
             if row_a.trigger is not trigger:
                 continue
             values = [_values_of(row, measure) for row in (row_a, row_b)]
@@ -151,19 +157,19 @@ def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequ
                 )
             for side, own in zip(sides, values, strict=True):
                 side.extend(own)
-        return np.array(sides[0]), np.array(sides[1])
+            of_prompts.extend([number] * len(values[0]))
+        return Paired(np.array(sides[0]), np.array(sides[1]), np.array(of_prompts, dtype=np.int64))
 
     def difference(measure: str, trigger: bool, statistic: Statistic = "mean") -> Interval | None:
-        values_a, values_b = paired(measure, trigger)
-        return paired_interval(values_a, values_b, statistic) if len(values_a) else None
+        pairs = paired(measure, trigger)
+        return paired_interval(pairs, statistic) if len(pairs.a) else None
 
-    kinds = paired("similarity", False), paired("similarity", True)
-    of_a, of_b = ((kinds[0][side], kinds[1][side]) for side in (0, 1))
+    no_trigger, with_trigger = paired("similarity", False), paired("similarity", True)
     similarity_change = difference("similarity", False)
     return Comparison(
         a,
         b,
-        kps=paired_kps_interval(of_a, of_b) if min(map(len, of_a)) else None,
+        kps=paired_kps_interval(no_trigger, with_trigger) if len(no_trigger.a) and len(with_trigger.a) else None,
         ups=difference("similarity", False, "harmonic_mean"),
         tps=difference("similarity", True, "harmonic_mean"),
         # Drift is 1 - mean s.
@@ -177,21 +183,37 @@ def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequ
     )
 
 
-def paired_interval(a: Values, b: Values, statistic: Statistic) -> Interval:
-    """Return statistic(b) - statistic(a) with its 95 % interval of a paired bootstrap; a and b: [N]."""
-    value_a, value_b = (harmonic_mean(side) if statistic == "harmonic_mean" else float(side.mean()) for side in (a, b))
-    return Interval(value_b - value_a, *(bootstrap_difference(a, b, statistic) if len(a) > 1 else _UNKNOWN))
+class Paired(NamedTuple):
+    """Values of two adapters for the same pictures.
 
-
-def paired_kps_interval(a: tuple[Values, Values], b: tuple[Values, Values]) -> Interval:
-    """Return KPS(b) - KPS(a) with its 95 % interval of a paired bootstrap.
-
-    Args:
-        a: One adapter's s without the trigger, [N], and with it, [M]; each kind is resampled by itself.
-        b: The other's, for the same prompts and seeds.
+    Attributes:
+        a: Those of one, [N].
+        b: Those of the other, [N].
+        prompts: Numbers of the prompts, [N].
     """
-    value_a, value_b = (harmonic_mean([harmonic_mean(values) for values in kinds]) for kinds in (a, b))
-    return Interval(value_b - value_a, *(kps_difference(a, b) if min(map(len, a)) > 1 else _UNKNOWN))
+
+    a: Values
+    b: Values
+    prompts: Numbers
+
+
+def paired_interval(pairs: Paired, statistic: Statistic) -> Interval:
+    """Return statistic(b) - statistic(a) with its 95 % interval of a paired bootstrap over the prompts."""
+    a, b = (harmonic_mean(side) if statistic == "harmonic_mean" else float(side.mean()) for side in pairs[:2])
+    if len(pairs.a) == 1:
+        return Interval(b - a, *_UNKNOWN)
+    return Interval(b - a, *bootstrap_difference(pairs.a, pairs.b, statistic, clusters=_clusters(pairs.prompts)))
+
+
+def paired_kps_interval(no_trigger: Paired, trigger: Paired) -> Interval:
+    """Return KPS(b) - KPS(a) with its 95 % interval of a paired bootstrap over the prompts of each kind."""
+    kinds = no_trigger, trigger
+    of_a, of_b = (no_trigger.a, trigger.a), (no_trigger.b, trigger.b)
+    a, b = (harmonic_mean([harmonic_mean(values) for values in side]) for side in (of_a, of_b))
+    if min(len(kind.a) for kind in kinds) == 1:
+        return Interval(b - a, *_UNKNOWN)
+    clusters = _clusters(no_trigger.prompts), _clusters(trigger.prompts)
+    return Interval(b - a, *kps_difference(of_a, of_b, clusters=clusters))
 
 
 def paired_similarity(base: Embedded, other: Embedded) -> Values:
@@ -237,20 +259,27 @@ def _preservation(base: EmbeddedModel, other: EmbeddedModel) -> Scores:
         paired_similarity(left, right)
         for left, right in ((base.no_trigger, other.no_trigger), (base.trigger, other.trigger))
     )
-    ups, tps = _resampled(no_trigger, "harmonic_mean"), _resampled(trigger, "harmonic_mean")
+    seeds = base.no_trigger.seed_count, base.trigger.seed_count
+    ups, tps = (
+        _resampled(values, "harmonic_mean", count) for values, count in zip((no_trigger, trigger), seeds, strict=True)
+    )
     bounds = _UNKNOWN
     if min(len(no_trigger), len(trigger)) > 1:
         bounds = kps(
-            base.no_trigger.embeddings, other.no_trigger.embeddings, base.trigger.embeddings, other.trigger.embeddings
+            base.no_trigger.embeddings,
+            other.no_trigger.embeddings,
+            base.trigger.embeddings,
+            other.trigger.embeddings,
+            clusters=(_prompt_numbers(no_trigger, seeds[0]), _prompt_numbers(trigger, seeds[1])),
         ).kps_interval
     return Scores(
         kps=Interval(harmonic_mean([ups.value, tps.value]), *bounds),
         ups=ups,
         tps=tps,
         # (1 - mean cosine) / 2 is 1 - mean s.
-        drift=_resampled(no_trigger, "mean").mapped(-1.0, 1.0),
-        pixel_rmse=_interval(pixel_rmse(base.no_trigger, other.no_trigger)),
-        latent_rmse=_interval(latent_rmse(base.no_trigger, other.no_trigger)),
+        drift=_resampled(no_trigger, "mean", seeds[0]).mapped(-1.0, 1.0),
+        pixel_rmse=_interval(pixel_rmse(base.no_trigger, other.no_trigger), seeds[0]),
+        latent_rmse=_interval(latent_rmse(base.no_trigger, other.no_trigger), seeds[0]),
     )
 
 
@@ -298,15 +327,27 @@ def _values_of(row: PromptScores, measure: str) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _interval(values: Values) -> Interval | None:
+def _interval(values: Values, seed_count: int = 1) -> Interval | None:
     """Return the mean and its interval; None where there is no value."""
-    return _resampled(values, "mean") if len(values) else None
+    return _resampled(values, "mean", seed_count) if len(values) else None
 
 
-def _resampled(values: Values, statistic: Literal["mean", "harmonic_mean"]) -> Interval:
+def _resampled(values: Values, statistic: Statistic, seed_count: int) -> Interval:
     """Return the statistic and its interval, whose bounds are unknown where there is a single value to resample."""
     value = harmonic_mean(values) if statistic == "harmonic_mean" else float(values.mean())
-    return Interval(value, *(bootstrap_interval(values, statistic) if len(values) > 1 else _UNKNOWN))
+    if len(values) == 1:
+        return Interval(value, *_UNKNOWN)
+    return Interval(value, *bootstrap_interval(values, statistic, clusters=_prompt_numbers(values, seed_count)))
+
+
+def _prompt_numbers(values: Values, seed_count: int) -> Numbers | None:
+    """Return the clusters of values that run over the seeds of one prompt after the other."""
+    return _clusters(np.arange(len(values)) // seed_count) if seed_count > 1 else None
+
+
+def _clusters(prompts: Numbers) -> Numbers | None:
+    """Return what to resample together: the pictures of a prompt, which are alike; of a single prompt, each alone."""
+    return prompts if (prompts != prompts[0]).any() else None
 
 
 def _ratio(numerator: Values, denominator: Values) -> Interval | None:

@@ -280,7 +280,7 @@ def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
         "Diversity, retained": "How much pictures of one prompt differ from seed to seed, and what share of the base "
         "model's diversity that is. A low share means that the model draws one thing again and again.",
         "Pixel and latent RMSE": "Distances to the base model's pictures that need no encoder.",
-        "Intervals": "95 % bootstrap intervals over the pictures of one trained adapter. Training again with another "
+        "Intervals": "95 % bootstrap intervals over the prompts, for one trained adapter. Training again with another "
         "seed may move a figure by more.",
         "Encoder": f"All figures but the RMSE depend on the encoder, here {encoders}. Figures of different encoders "
         "cannot be compared.",
