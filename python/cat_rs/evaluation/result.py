@@ -87,8 +87,8 @@ class Scores:
 class Comparison:
     """Two adapters on the same prompts and seeds: figures of `b` minus those of `a`, as in `Scores`.
 
-    Each has the interval of the difference, from resampling the prompts of both adapters together: prompts that are hard
-    for both do not widen it. None where a measure does not apply.
+    Each has the interval of the difference, from resampling the prompts of both adapters together: prompts that are
+    hard for both do not widen it. None where a measure does not apply.
     """
 
     a: str

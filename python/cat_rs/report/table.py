@@ -103,7 +103,7 @@ def _comparison(comparison: Comparison) -> str:
         return ""
     width = max(len(label) for label, _ in rows)
     lines = [f"{label.ljust(width)}{_GAP}{_format_difference(interval)}" for label, interval in rows]
-    return "\n".join([f"{comparison.b} minus {comparison.a}, picture by picture; 95 % intervals over the prompts", *lines])
+    return "\n".join([f"{comparison.b} minus {comparison.a}, picture by picture; 95 % intervals over prompts", *lines])
 
 
 def _format_difference(interval: Interval) -> str:
