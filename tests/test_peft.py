@@ -140,7 +140,7 @@ def test_unpatch_gives_pefts_layers_back() -> None:
 
 
 def test_large_frozen_convolutions_are_patched_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "MIN_WEIGHTS", 1)
+    monkeypatch.setattr(frozen, "most_positions", lambda weights: 128)
     model = _convolutions(base_model())
     expected = result(model)
     report = cat_rs.patch_peft(model)

@@ -10,18 +10,32 @@ from torch.autograd.function import once_differentiable
 from cat_rs import operators
 from cat_rs._native import _core
 
-__all__ = ["FrozenConv2d", "FrozenLayers", "FrozenLinear", "frozen_linear", "patch_frozen", "unpatch_frozen"]
-
-# What a convolution library spends on the layout of the weight grows with the weight; what the product spends more
-# than it grows with the positions. Measured on Stable Diffusion 1.5's layers: see benchmarks/frozen_conv2d.py.
-MIN_WEIGHTS = 10_000_000
-MAX_POSITIONS = 128
+__all__ = [
+    "FrozenConv2d",
+    "FrozenLayers",
+    "FrozenLinear",
+    "frozen_linear",
+    "most_positions",
+    "patch_frozen",
+    "unpatch_frozen",
+]
 
 # Products of fewer multiplications are over before the call is.
 MIN_MULTIPLICATIONS = 1_000_000
 
 OWN_PRODUCTS = _core.build_info()["matmul"] == "cat-rs"
 """Whether float32 products run faster than those of PyTorch's library on this processor."""
+
+
+def most_positions(weights: int) -> int:
+    """On how many positions of its output a convolution of so many weights still runs faster as a matrix product.
+
+    What a convolution library spends on the layout of the weight grows with the weight; what the product spends more
+    than it grows with the positions. Measured on Stable Diffusion 1.5's layers: see benchmarks/frozen_conv2d.py.
+    """
+    if OWN_PRODUCTS:
+        return min(weights // 50_000, 256) if weights >= 3_500_000 else 0
+    return 128 if weights >= 10_000_000 else 0
 
 
 class FrozenLayers(NamedTuple):
@@ -117,7 +131,7 @@ class FrozenConv2dFunction(torch.autograd.Function):
 class FrozenConv2d(torch.nn.Conv2d):
     """A frozen convolution; a layer becomes one by assignment of ``__class__``, so its state is unchanged.
 
-    Call by call, it runs the matrix product where the output has at most ``MAX_POSITIONS`` positions and the weight is
+    Call by call, it runs the matrix product where the output has few positions (:func:`most_positions`) and the weight is
     contiguous, in float32 on the CPU, and ``torch.nn.Conv2d``'s own forward everywhere else.
     """
 
@@ -135,7 +149,7 @@ class FrozenConv2d(torch.nn.Conv2d):
         positions = x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[1])
         trains = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         return (
-            0 < positions <= MAX_POSITIONS
+            0 < positions <= most_positions(self.weight.numel())
             and not trains
             # In another layout (channels_last) the product would copy the weight in every call.
             and self.weight.is_contiguous()
@@ -167,7 +181,7 @@ def patch_frozen(model: torch.nn.Module) -> FrozenLayers:
             and layer.groups == 1
             and layer.padding_mode == "zeros"
             and not isinstance(layer.padding, str)
-            and layer.weight.numel() >= MIN_WEIGHTS
+            and most_positions(layer.weight.numel()) > 0
             and not layer.weight.requires_grad
         ):
             layer.__class__ = FrozenConv2d

@@ -112,7 +112,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
 
 @pytest.fixture
 def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(frozen, "most_positions", lambda weights: 128)
 
 
 @pytest.mark.usefixtures("small_layers_count")
