@@ -131,8 +131,8 @@ class FrozenConv2dFunction(torch.autograd.Function):
 class FrozenConv2d(torch.nn.Conv2d):
     """A frozen convolution; a layer becomes one by assignment of ``__class__``, so its state is unchanged.
 
-    Call by call, it runs the matrix product where the output has few positions (:func:`most_positions`) and the weight is
-    contiguous, in float32 on the CPU, and ``torch.nn.Conv2d``'s own forward everywhere else.
+    Call by call, it runs the matrix product where the output has few positions (:func:`most_positions`) and the weight
+    is contiguous, in float32 on the CPU, and ``torch.nn.Conv2d``'s own forward everywhere else.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
