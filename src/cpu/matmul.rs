@@ -107,7 +107,18 @@ pub fn beats_library() -> bool {
     is_amd && is_x86_feature_detected!("avx512f")
 }
 
-/// C = scale * sum of A B over `terms` + bias, C [m, n] with rows one after another, bias [n].
+/// What the sum is added onto.
+#[derive(Clone, Copy, Debug)]
+pub enum Onto<'a> {
+    /// C becomes the sum.
+    Nothing,
+    /// [n], in every row.
+    Bias(&'a [f32]),
+    /// What is in C.
+    Itself,
+}
+
+/// C = scale * sum of A B over `terms`, plus what it is added onto; C [m, n] with rows one after another.
 ///
 /// The order of the sums depends on the shapes alone, not on the number of threads.
 ///
@@ -120,19 +131,25 @@ pub fn matmul(
     out: &mut [f32],
     terms: &[(Matrix<'_>, Matrix<'_>)],
     scale: f32,
-    bias: Option<&[f32]>,
+    onto: Onto<'_>,
 ) -> Result<()> {
     assert!(is_x86_feature_detected!("avx512f"), "matmul needs AVX-512");
     assert!(!terms.is_empty(), "matmul needs a term");
     let (first, last) = terms[0];
     let (rows, columns) = (first.rows, last.columns);
     assert_eq!(out.len(), rows * columns, "the output of {rows} x {columns}");
-    assert!(bias.is_none_or(|bias| bias.len() == columns), "a bias of {columns}");
+    let bias = match onto {
+        Onto::Bias(bias) => {
+            assert_eq!(bias.len(), columns, "a bias of {columns}");
+            Some(Address(bias.as_ptr()))
+        }
+        Onto::Nothing | Onto::Itself => None,
+    };
+    let keep = matches!(onto, Onto::Itself);
     for (a, b) in terms {
         assert!(a.columns == b.rows && a.rows == rows && b.columns == columns, "{a:?} times {b:?}");
     }
     let output = Output { data: out.as_mut_ptr(), row_stride: columns, column_stride: 1 };
-    let bias = bias.map(<[f32]>::as_ptr);
     // The vectors run along the columns: along the longer side of a narrow result, and along the side that is cheap
     // to bring into panels.
     let narrow = columns < WIDE && columns < rows && first.row_stride == 1;
@@ -142,11 +159,12 @@ pub fn matmul(
             terms: terms.iter().map(|(a, b)| (b.transposed(), a.transposed())).collect(),
             output: Output { row_stride: output.column_stride, column_stride: output.row_stride, ..output },
             scale,
-            row_bias: bias.map(Address),
+            keep,
+            row_bias: bias,
             column_bias: None,
         }
     } else {
-        Sum { terms: terms.to_vec(), output, scale, row_bias: None, column_bias: bias.map(Address) }
+        Sum { terms: terms.to_vec(), output, scale, keep, row_bias: None, column_bias: bias }
     };
     sum.run(op, threads)
 }
@@ -167,6 +185,8 @@ struct Sum<'a> {
     terms: Vec<Stretch<'a>>,
     output: Output,
     scale: f32,
+    /// Whether the sum is added to what is in the output.
+    keep: bool,
     row_bias: Option<Address>,
     column_bias: Option<Address>,
 }
@@ -225,7 +245,7 @@ impl Sum<'_> {
                     let (first, last) = share(rows.1 - rows.0, 1, tiles, tile);
                     for panel in &group {
                         // SAFETY: the caller's.
-                        unsafe { self.tile(block, panel, rows.0 + first, last - first, index > 0) };
+                        unsafe { self.tile(block, panel, rows.0 + first, last - first, self.keep || index > 0) };
                     }
                 }
                 from = to;
@@ -528,7 +548,7 @@ mod tests {
         let mut results = Vec::new();
         for threads in [1, 2, 3] {
             let mut out = vec![f32::NAN; rows * columns];
-            matmul("test", threads, &mut out, terms, scale, bias).unwrap();
+            matmul("test", threads, &mut out, terms, scale, bias.map_or(Onto::Nothing, Onto::Bias)).unwrap();
             for row in 0..rows {
                 for column in 0..columns {
                     let mut sum = bias.map_or(0.0, |bias| f64::from(bias[column]));
@@ -551,6 +571,18 @@ mod tests {
         }
         for other in &results[1..] {
             assert_eq!(&results[0], other, "{rows} x {columns}: depends on the threads");
+        }
+        let before = numbers(rows * columns, 9);
+        let mut sums = before.clone();
+        matmul("test", 2, &mut sums, terms, scale, Onto::Itself).unwrap();
+        let length: usize = terms.iter().map(|(a, _)| a.columns).sum();
+        for (index, (after, before)) in sums.iter().zip(&before).enumerate() {
+            let product = results[0][index] - bias.map_or(0.0, |bias| bias[index % columns]);
+            let error = (after - before - product).abs();
+            assert!(
+                error < 1e-5 * (length as f32).max(1.0),
+                "{rows} x {columns}: onto itself, {index} is off by {error}"
+            );
         }
     }
 

@@ -46,6 +46,24 @@ pub fn sum_of_products(
     by_library(terms, scale, bias).during(op)
 }
 
+/// C += scale A B, in place; C [m, n] is contiguous.
+pub fn add_product(op: &'static str, sum: &mut Tensor, a: Factor<'_>, b: Factor<'_>, scale: f64) -> Result<()> {
+    if by_kernel::add(op, sum, (a, b), scale)? {
+        return Ok(());
+    }
+    let mut add = || {
+        let (a, b) = (a.as_tensor()?, b.as_tensor()?);
+        let a = if scale == 1.0 { a } else { a.f_mul_scalar(scale)? };
+        sum.f_addmm_(&a, &b)
+    };
+    add().map(drop).during(op)
+}
+
+/// Whether products of this tensor may run by the kernel of `cpu::matmul`.
+pub fn may_run_by_kernel(tensor: &Tensor) -> bool {
+    by_kernel::takes(tensor)
+}
+
 fn by_library(terms: &[(Factor<'_>, Factor<'_>)], scale: f64, bias: Option<&Tensor>) -> tch::Result<Tensor> {
     let mut sum: Option<Tensor> = None;
     for (a, b) in terms {
@@ -82,7 +100,7 @@ mod by_kernel {
     use tch::{Device, Kind, Tensor};
 
     use super::Factor;
-    use crate::cpu::matmul::{beats_library, matmul, Matrix};
+    use crate::cpu::matmul::{beats_library, matmul, Matrix, Onto};
     use crate::cpu::Elements;
     use crate::error::{CatError, Result, TorchContext};
     use crate::ops::threads;
@@ -93,38 +111,61 @@ mod by_kernel {
     /// With fewer rows or columns, reading the other matrix is what takes the time.
     const NARROWEST: i64 = 4;
 
-    pub fn sum(
-        op: &'static str,
-        terms: &[(Factor<'_>, Factor<'_>)],
-        scale: f64,
-        bias: Option<&Tensor>,
-    ) -> Result<Option<Tensor>> {
-        let Some((first, last)) = terms.first().map(|(a, b)| (shape(*a), shape(*b))) else { return Ok(None) };
-        let (Some([rows, inner]), Some([_, columns])) = (first, last) else { return Ok(None) };
-        if rows.min(columns) < NARROWEST || rows * inner * columns < FEWEST || !beats_library() {
-            return Ok(None);
-        }
-        let is_float = |tensor: &Tensor| is_on_cpu(tensor) && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float);
-        if !bias.is_none_or(|bias| is_float(bias) && bias.is_contiguous())
-            || !terms.iter().all(|(a, b)| is_float(a.tensor) && is_float(b.tensor))
-        {
-            return Ok(None);
-        }
-        let terms: Option<Vec<_>> = terms.iter().map(|(a, b)| Some((dense(*a)?, dense(*b)?))).collect();
-        let Some(terms) = terms else { return Ok(None) };
-        let terms: Result<Vec<_>> = terms.iter().map(|(a, b)| Ok((matrix(op, a)?, matrix(op, b)?))).collect();
-        let bias = bias.map(|bias| values(op, bias)).transpose()?;
+    type Term<'t> = (Factor<'t>, Factor<'t>);
+
+    pub fn takes(tensor: &Tensor) -> bool {
+        is_on_cpu(tensor) && tensor.f_kind().is_ok_and(|kind| kind == Kind::Float) && beats_library()
+    }
+
+    pub fn sum(op: &'static str, terms: &[Term<'_>], scale: f64, bias: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let Some([rows, columns]) = worth_it(terms) else { return Ok(None) };
+        let fits = bias.is_none_or(|bias| takes(bias) && bias.is_contiguous());
+        let Some(terms) = fits.then(|| all_dense(terms)).flatten() else { return Ok(None) };
+        let onto = bias.map(|bias| values(op, bias)).transpose()?.map_or(Onto::Nothing, Onto::Bias);
         let mut out = Tensor::f_empty([rows, columns], (Kind::Float, Device::Cpu)).during(op)?;
-        let sums = elements_mut(op, &mut out)?.typed::<f32>();
-        let sums = sums.ok_or_else(|| CatError::torch_message(op, "the output changed its dtype"))?;
-        // SAFETY: the only use of the output.
-        let sums = unsafe { sums.range(0, sums.len()) };
-        matmul(op, threads(), sums, &terms?, scale as f32, bias)?;
+        multiply(op, &mut out, &terms, scale, onto)?;
         Ok(Some(out))
     }
 
+    /// Whether it was done.
+    pub fn add(op: &'static str, sum: &mut Tensor, term: Term<'_>, scale: f64) -> Result<bool> {
+        let fits = worth_it(&[term]).is_some() && takes(sum) && sum.is_contiguous();
+        let Some(terms) = fits.then(|| all_dense(&[term])).flatten() else { return Ok(false) };
+        multiply(op, sum, &terms, scale, Onto::Itself)?;
+        Ok(true)
+    }
+
+    /// Rows and columns of the sum, where the kernel is faster.
+    fn worth_it(terms: &[Term<'_>]) -> Option<[i64; 2]> {
+        let (first, last) = terms.first()?;
+        let ([rows, inner], [_, columns]) = (shape(*first)?, shape(*last)?);
+        let worth_it = rows.min(columns) >= NARROWEST && rows * inner * columns >= FEWEST;
+        (worth_it && terms.iter().all(|(a, b)| takes(a.tensor) && takes(b.tensor))).then_some([rows, columns])
+    }
+
+    type Dense = (Tensor, bool);
+
+    fn all_dense(terms: &[Term<'_>]) -> Option<Vec<(Dense, Dense)>> {
+        terms.iter().map(|(a, b)| Some((dense(*a)?, dense(*b)?))).collect()
+    }
+
+    fn multiply(
+        op: &'static str,
+        out: &mut Tensor,
+        terms: &[(Dense, Dense)],
+        scale: f64,
+        onto: Onto<'_>,
+    ) -> Result<()> {
+        let terms: Result<Vec<_>> = terms.iter().map(|(a, b)| Ok((matrix(op, a)?, matrix(op, b)?))).collect();
+        let sums = elements_mut(op, out)?.typed::<f32>();
+        let sums = sums.ok_or_else(|| CatError::torch_message(op, "the output changed its dtype"))?;
+        // SAFETY: the only use of the output.
+        let sums = unsafe { sums.range(0, sums.len()) };
+        matmul(op, threads(), sums, &terms?, scale as f32, onto)
+    }
+
     /// The factor over a contiguous tensor, itself or its transpose; `None` for other strides.
-    fn dense(factor: Factor<'_>) -> Option<(Tensor, bool)> {
+    fn dense(factor: Factor<'_>) -> Option<Dense> {
         if factor.tensor.is_contiguous() {
             return Some((factor.tensor.shallow_clone(), factor.transposed));
         }
@@ -132,7 +173,7 @@ mod by_kernel {
         transposed.is_contiguous().then_some((transposed, !factor.transposed))
     }
 
-    fn matrix<'t>(op: &'static str, (tensor, transposed): &'t (Tensor, bool)) -> Result<Matrix<'t>> {
+    fn matrix<'t>(op: &'static str, (tensor, transposed): &'t Dense) -> Result<Matrix<'t>> {
         let &[rows, columns] = tensor.size().as_slice() else {
             return Err(CatError::shape(op, "a factor", "[rows, columns]", &tensor.size()));
         };
@@ -160,8 +201,18 @@ mod by_kernel {
     use super::Factor;
     use crate::error::Result;
 
-    pub fn sum(_: &'static str, _: &[(Factor<'_>, Factor<'_>)], _: f64, _: Option<&Tensor>) -> Result<Option<Tensor>> {
+    type Term<'t> = (Factor<'t>, Factor<'t>);
+
+    pub fn takes(_: &Tensor) -> bool {
+        false
+    }
+
+    pub fn sum(_: &'static str, _: &[Term<'_>], _: f64, _: Option<&Tensor>) -> Result<Option<Tensor>> {
         Ok(None)
+    }
+
+    pub fn add(_: &'static str, _: &mut Tensor, _: Term<'_>, _: f64) -> Result<bool> {
+        Ok(false)
     }
 }
 

@@ -27,6 +27,13 @@ SHAPES = {
     "volume": ((2, OUT, 2, 3, 4), True),
     "matrix": ((4, OUT), True),
 }
+# Large enough for the products of this package: the outer size is that of y's channels, the rank follows.
+LARGE = {
+    "rows": ((3, 50, 40), False, 9),
+    "picture": ((1, 40, 16, 15), True, 16),
+    "pictures": ((3, 33, 17, 16), True, 8),
+    "narrow": ((2, 300, 9, 11), True, 4),
+}
 EMPTY = {"rows": ((0, OUT), False), "batch": ((0, OUT, 4, 4), True), "positions": ((2, OUT, 0, 4), True)}
 
 Case = dict[str, Any]
@@ -41,6 +48,7 @@ def make_case(
     channels_second: bool = False,
     dtype: torch.dtype = torch.float32,
     adapter: torch.dtype | None = None,
+    rank: int = RANK,
 ) -> Case:
     generator = torch.Generator().manual_seed(0)
 
@@ -48,11 +56,12 @@ def make_case(
         return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
 
     hidden = list(shape)
-    hidden[1 if channels_second else -1] = RANK
+    channel = 1 if channels_second else -1
+    hidden[channel] = rank
     return {
         "y": draw(*shape).requires_grad_(),
         "hidden": draw(*hidden).requires_grad_(),
-        "lora_B": draw(OUT, RANK, dtype=adapter or dtype).requires_grad_(),
+        "lora_B": draw(shape[channel], rank, dtype=adapter or dtype).requires_grad_(),
         "scaling": 0.75,
         "channels_second": channels_second,
     }
@@ -75,10 +84,11 @@ def check_against_reference(case: Case, upstream: torch.Tensor | None = None) ->
     twins = {name: case[name].detach().double().requires_grad_(case[name].requires_grad) for name in tensors}
     expected = references.lora_up(**twins, scaling=case["scaling"], channels_second=case["channels_second"])
     expected.backward(upstream.double())
-    positions = result.numel() // OUT
+    out, rank = case["lora_B"].shape
+    positions = result.numel() // out
     for name, ours, theirs, length in [
-        ("result", result, expected, RANK),
-        *((name, case[name].grad, twins[name].grad, positions + OUT) for name in tensors),
+        ("result", result, expected, rank),
+        *((name, case[name].grad, twins[name].grad, positions + out) for name in tensors),
     ]:
         assert (ours is None) == (theirs is None), f"{name}: a gradient where none was wanted, or none where one was"
         if theirs is not None:
@@ -92,6 +102,20 @@ def check_against_reference(case: Case, upstream: torch.Tensor | None = None) ->
 @pytest.mark.parametrize(("shape", "channels_second"), [pytest.param(*row, id=name) for name, row in SHAPES.items()])
 def test_shapes_match_reference(shape: tuple[int, ...], channels_second: bool, dtype: torch.dtype) -> None:
     check_against_reference(make_case(shape, channels_second, dtype))
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.75], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["plain", "last"])
+@pytest.mark.parametrize(
+    ("shape", "channels_second", "rank"), [pytest.param(*row, id=name) for name, row in LARGE.items()]
+)
+def test_large_shapes_match_reference(
+    shape: tuple[int, ...], channels_second: bool, rank: int, layout: torch.memory_format, scaling: float
+) -> None:
+    case = {**make_case(shape, channels_second, rank=rank), "scaling": scaling}
+    if channels_second:
+        case["y"], case["hidden"] = (in_layout(case[name], layout) for name in ("y", "hidden"))
+    check_against_reference(case)
 
 
 @pytest.mark.parametrize("dtype", by_id({"bf16": torch.bfloat16, "f16": torch.float16}))

@@ -7,6 +7,7 @@
 use tch::Tensor;
 
 use crate::error::{CatError, Result, TorchContext};
+use crate::ops::product::{add_product, may_run_by_kernel, plain, sum_of_products, transposed};
 use crate::tensor::{check_float, check_shape, device_of, dtype_name};
 
 const OP: &str = "lora_up";
@@ -26,23 +27,21 @@ impl UpProjection {
     /// Adds scaling B h onto y.
     pub fn add_to(&self, y: &mut Tensor, hidden: &Tensor) -> Result<()> {
         self.check(y, hidden)?;
-        let hidden =
-            if self.scaling == 1.0 { hidden.shallow_clone() } else { hidden.f_mul_scalar(self.scaling).during(OP)? };
         if let Some(mut rows) = self.rows(y)? {
-            let _ = rows.f_addmm_(&self.as_rows(&hidden)?, &self.lora_b.f_tr().during(OP)?).during(OP)?;
+            return add_product(OP, &mut rows, plain(&self.as_rows(hidden)?), transposed(&self.lora_b), self.scaling);
+        }
+        let planes = self.as_planes(hidden)?;
+        let mut y = y.f_view(self.plane_shape(y).as_slice()).during(OP)?;
+        if one_by_one(&planes) {
+            for index in 0..planes.size()[0] {
+                let (mut y, plane) = (y.f_select(0, index).during(OP)?, planes.f_select(0, index).during(OP)?);
+                add_product(OP, &mut y, plain(&self.lora_b), plain(&plane), self.scaling)?;
+            }
             return Ok(());
         }
-        let planes = self.as_planes(&hidden)?;
-        let mut y = y.f_view(self.plane_shape(y).as_slice()).during(OP)?;
-        if let &[1, ..] = planes.size().as_slice() {
-            // One matrix product: the library's product of batches is slower for a batch of one.
-            let plane = planes.f_squeeze_dim(0).during(OP)?;
-            let _ = y.f_squeeze_dim(0).during(OP)?.f_addmm_(&self.lora_b, &plane).during(OP)?;
-        } else {
-            let lora_b = self.lora_b.f_unsqueeze(0).during(OP)?.f_expand([planes.size()[0], -1, -1], false);
-            let _ = y.f_baddbmm_(&lora_b.during(OP)?, &planes).during(OP)?;
-        }
-        Ok(())
+        let lora_b = self.lora_b.f_unsqueeze(0).during(OP)?.f_expand([planes.size()[0], -1, -1], false);
+        let planes = if self.scaling == 1.0 { planes } else { planes.f_mul_scalar(self.scaling).during(OP)? };
+        y.f_baddbmm_(&lora_b.during(OP)?, &planes).map(drop).during(OP)
     }
 
     /// dL/dh and dL/dB, each where wanted, from dL/dy and h.
@@ -52,24 +51,17 @@ impl UpProjection {
             let rows = self.as_rows(grad)?;
             let dh = wanted[0].then(|| self.rows_gradient(&rows, hidden)).transpose()?;
             let hidden = self.as_rows(hidden)?;
-            let db = wanted[1].then(|| rows.f_tr()?.f_mm(&hidden)).transpose().during(OP)?;
-            return Ok([dh, db.map(|db| self.scaled(db)).transpose()?]);
+            let db = || sum_of_products(OP, &[(transposed(&rows), plain(&hidden))], self.scaling, None);
+            return Ok([dh, wanted[1].then(db).transpose()?]);
         }
         let planes = self.as_planes(grad)?;
         let dh = wanted[0].then(|| self.planes_gradient(&planes, hidden)).transpose()?;
-        let hidden = self.as_planes(hidden)?;
-        if let &[1, ..] = planes.size().as_slice() {
-            let product = || planes.f_squeeze_dim(0)?.f_mm(&hidden.f_squeeze_dim(0)?.f_tr()?);
-            let db = wanted[1].then(product).transpose().during(OP)?;
-            return Ok([dh, db.map(|db| self.scaled(db)).transpose()?]);
-        }
-        let product = || planes.f_bmm(&hidden.f_transpose(1, 2)?)?.f_sum_dim_intlist([0i64].as_slice(), false, None);
-        let db = wanted[1].then(product).transpose().during(OP)?;
-        Ok([dh, db.map(|db| self.scaled(db)).transpose()?])
+        let db = wanted[1].then(|| self.matrix_gradient(&planes, &self.as_planes(hidden)?)).transpose()?;
+        Ok([dh, db])
     }
 
     fn rows_gradient(&self, rows: &Tensor, hidden: &Tensor) -> Result<Tensor> {
-        let dh = self.scaled(rows.f_mm(&self.lora_b).during(OP)?)?;
+        let dh = sum_of_products(OP, &[(plain(rows), plain(&self.lora_b))], self.scaling, None)?;
         let shape = hidden.size();
         if !self.channels_second {
             return dh.f_view(shape.as_slice()).during(OP);
@@ -82,13 +74,27 @@ impl UpProjection {
     }
 
     fn planes_gradient(&self, planes: &Tensor, hidden: &Tensor) -> Result<Tensor> {
-        let lora_b = self.lora_b.f_tr().during(OP)?;
-        let dh = match planes.size().as_slice() {
-            &[1, ..] => planes.f_squeeze_dim(0).and_then(|plane| lora_b.f_mm(&plane)),
-            _ => lora_b.f_matmul(planes),
+        let of_plane =
+            |plane: Tensor| sum_of_products(OP, &[(transposed(&self.lora_b), plain(&plane))], self.scaling, None);
+        let dh = match planes.size()[0] {
+            1 => of_plane(planes.f_squeeze_dim(0).during(OP)?)?,
+            _ if one_by_one(planes) => {
+                let all: Result<Vec<_>> = each(planes)?.into_iter().map(of_plane).collect();
+                Tensor::f_stack(&all?, 0).during(OP)?
+            }
+            _ => self.scaled(self.lora_b.f_tr().and_then(|lora_b| lora_b.f_matmul(planes)).during(OP)?)?,
         };
-        let dh = self.scaled(dh.during(OP)?)?;
         dh.f_view(hidden.size().as_slice()).during(OP)
+    }
+
+    fn matrix_gradient(&self, planes: &Tensor, hidden: &Tensor) -> Result<Tensor> {
+        if one_by_one(planes) {
+            let (planes, hidden) = (each(planes)?, each(hidden)?);
+            let terms: Vec<_> = planes.iter().zip(&hidden).map(|(grad, h)| (plain(grad), transposed(h))).collect();
+            return sum_of_products(OP, &terms, self.scaling, None);
+        }
+        let product = || planes.f_bmm(&hidden.f_transpose(1, 2)?)?.f_sum_dim_intlist([0i64].as_slice(), false, None);
+        self.scaled(product().during(OP)?)
     }
 
     fn scaled(&self, mut tensor: Tensor) -> Result<Tensor> {
@@ -163,6 +169,21 @@ impl UpProjection {
         let shape = tensor.size();
         [shape[0], shape[1], shape[2..].iter().product()]
     }
+}
+
+/// Whether the products of a batch [B, c, n] are taken one by one: a batch of one, and where the kernel takes them. The
+/// library's product of batches is slower for a batch of one.
+fn one_by_one(planes: &Tensor) -> bool {
+    match planes.size()[0] {
+        0 => false,
+        1 => true,
+        _ => may_run_by_kernel(planes),
+    }
+}
+
+/// The matrices of a batch.
+fn each(planes: &Tensor) -> Result<Vec<Tensor>> {
+    (0..planes.size()[0]).map(|index| planes.f_select(0, index)).collect::<tch::Result<_>>().during(OP)
 }
 
 /// Whether a [B, C, ...] tensor has its channels innermost in dense memory, and not also the usual order.
