@@ -138,14 +138,17 @@ class _SwitchedLayer:
     # assignment asks for.
     __slots__ = ()
     _cat_rs_switch: AdapterSwitch
-    base_layer: Any
+    _modules: dict[str, Any]
     active_adapters: list[str]
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
     scaling: dict[str, Any]
     merged: bool
     _disable_adapters: bool
+
+    # Without these torch.nn.Module finds its parts in an exception handler, and a call would take a third longer.
+    base_layer = property(lambda self: self._modules["base_layer"])
+    lora_A = property(lambda self: self._modules["lora_A"])
+    lora_B = property(lambda self: self._modules["lora_B"])
+    lora_dropout = property(lambda self: self._modules["lora_dropout"])
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self._cat_rs_switch.enabled:
@@ -180,8 +183,9 @@ class _SwitchedLayer:
 
     def _common_dtype(self, dtype: torch.dtype, adapters: list[str]) -> torch.dtype | None:
         """The dtype in which the layer computes on an input of this dtype."""
-        base, own = self.base_layer.weight.dtype, {self.lora_A[name].weight.dtype for name in adapters}
-        device = self.base_layer.weight.device.type
+        weight, lora_A = self.base_layer.weight, self.lora_A
+        base, own = weight.dtype, {lora_A[name].weight.dtype for name in adapters}
+        device = weight.device.type
         if torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
             return autocast if {dtype, base, *own} <= {torch.float32, autocast} else None
@@ -230,7 +234,7 @@ class _SwitchedLayer:
             if own is not None:
                 own = self.scaling[name] * own
                 bias = own if bias is None else bias + own
-        return None if bias is None else bias.to(dtype)
+        return None if bias is None else _as(bias, dtype)
 
 
 class FusedLinear(lora.Linear, _SwitchedLayer):
@@ -244,7 +248,7 @@ class FusedLinear(lora.Linear, _SwitchedLayer):
         dtype = self._compute_dtype(x, adapters)
         if dtype is None or _why_not_fused(self, adapters) or base.weight.requires_grad:
             return None
-        x, weight, bias = x.to(dtype), base.weight.to(dtype), self._bias(adapters, dtype)
+        x, weight, bias = _as(x, dtype), _as(base.weight, dtype), self._bias(adapters, dtype)
         if len(adapters) == 1 and not _drops(self.lora_dropout[adapters[0]]):
             (name,) = adapters
             lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
@@ -314,6 +318,11 @@ _PEFT_CLASSES: dict[type[Any], type[Any]] = {patched: own for own, patched in _P
 # What PEFT's forward takes for itself, beside the base layer's arguments.
 _LAYER_ARGUMENTS = ("adapter_names", *lora.VARIANT_KWARG_KEYS)
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``tensor.to(dtype)``, which takes longer to find that there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _drops(dropout: torch.nn.Module) -> bool:
