@@ -107,37 +107,66 @@ def test_only_native_imports_the_extension() -> None:
             assert not wanted, file
 
 
+def used_of_package(name: str) -> set[str]:
+    """What of the package a file of it imports: its first level, and for the step's package the second."""
+    used = set()
+    for module in imports(PACKAGE / name):
+        parts = module.split(".")
+        if parts[0] == "cat_rs" and len(parts) > 1:
+            used.add(".".join(parts[1:3]) if parts[1] == "step" else parts[1])
+    return used
+
+
 def test_python_imports_go_one_way() -> None:
-    below = {"errors", "_native", "_core", "functional", "device"}
+    below = {"errors", "_native", "_core", "functional"}
     may_use = {
         "errors.py": set(),
-        "device.py": set(),
-        "nested.py": set(),
-        "capture.py": {"errors", "nested"},
         "_native.py": {"_core"},
         "operators.py": {"_native"},
         "functional.py": {"errors", "_native", "operators"},
-        "schedule.py": below,
-        "distributed.py": {"errors"},
         "processes.py": {"errors", "options"},
-        "optim.py": below | {"distributed"},
         "kps.py": below,
         "peft.py": below | {"frozen"},
         "prompts.py": below,
         "frozen.py": {"_native", "operators"},
-        "cat_factor.py": {"errors"},
-        "denoiser.py": {"errors", "device"},
         "files.py": below | {"atomic"},
-        "step.py": below | {"capture", "cat_factor", "denoiser", "distributed", "nested", "schedule", "optim", "peft"},
-        "teacher_bank.py": below | {"atomic", "denoiser", "schedule", "peft"},
     }
     for name, allowed in may_use.items():
-        used = set()
-        for module in imports(PACKAGE / name):
-            parts = module.split(".")
-            if parts[0] == "cat_rs" and len(parts) > 1:
-                used.add(parts[1])
+        used = used_of_package(name)
         assert used <= allowed, f"{name} uses {used - allowed}"
+
+
+def test_the_steps_parts_use_what_is_below_them() -> None:
+    # The floors from below, each with what it may use beside the ground.
+    ground = {"errors", "_native", "_core", "functional"}
+    may_use = {
+        "cat_factor": set(),
+        "collectives": set(),
+        "device_values": set(),
+        "pytree": set(),
+        "cuda_graphs": {"pytree"},
+        "denoiser": {"device_values"},
+        "noise_schedule": {"device_values"},
+        "optimizer": {"collectives", "device_values"},
+        "teacher_bank": {"denoiser", "noise_schedule", "atomic", "peft"},
+        "cat_step": {
+            "cat_factor",
+            "collectives",
+            "cuda_graphs",
+            "denoiser",
+            "device_values",
+            "noise_schedule",
+            "optimizer",
+            "peft",
+            "pytree",
+        },
+        "__init__": {"cat_step"},
+    }
+    assert {file.stem for file in (PACKAGE / "step").glob("*.py")} == may_use.keys()
+    for name, allowed in may_use.items():
+        used = {module.removeprefix("step.") for module in used_of_package(f"step/{name}.py")} - {"step"}
+        names = {module for module in used if module not in ground}
+        assert names <= allowed, f"step/{name}.py uses {names - allowed}"
 
 
 def test_evaluations_need_no_training_and_no_report() -> None:

@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
-from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.files import LoraFile, load_lora, save_lora
 from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
 from cat_rs.kps import (
@@ -20,10 +19,11 @@ from cat_rs.kps import (
     kps_difference,
     similarity,
 )
-from cat_rs.optim import FlatAdamW
 from cat_rs.prompts import remove_trigger
 from cat_rs.step import CatStep, StepMetrics
-from cat_rs.teacher_bank import TeacherBank, TeacherDraws
+from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
+from cat_rs.step.optimizer import FlatAdamW
+from cat_rs.step.teacher_bank import TeacherBank, TeacherDraws
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import KpsEvaluator

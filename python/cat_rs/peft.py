@@ -26,7 +26,7 @@ from cat_rs.functional import (
 )
 
 if TYPE_CHECKING:
-    from cat_rs.optim import FlatAdamW
+    from cat_rs.step.optimizer import FlatAdamW
 
 __all__ = [
     "PatchReport",

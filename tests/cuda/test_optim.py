@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cat_rs import FlatAdamW, device
+from cat_rs import FlatAdamW
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, InvalidValueError
+from cat_rs.step import device_values
 from tests.cuda.simulation import NoWaiting
 from tests.ops.test_adamw import BF16, F32, SETTINGS, TorchAdamW, add_gradients, assert_params_close, by_id, gradients
 from tests.ops.test_adamw import make_params as params_of
@@ -169,12 +170,12 @@ def test_the_stream_goes_to_every_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for name in ("sum_of_squares_cuda", "adamw_step_cuda"):
         monkeypatch.setattr(_core, name, functools.partial(kernel, getattr(_core, name)))
-    monkeypatch.setattr("cat_rs.optim.stream_of", lambda tensor: 77)
+    monkeypatch.setattr("cat_rs.step.optimizer.stream_of", lambda tensor: 77)
     FlatAdamW(params_of()).step()
     assert streams == [77, 77]
 
 
 def test_a_cpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert not device.is_gpu(torch.device("cpu"))
-    assert device.is_gpu(torch.device("cuda", 1))
+    assert not device_values.is_gpu(torch.device("cpu"))
+    assert device_values.is_gpu(torch.device("cuda", 1))

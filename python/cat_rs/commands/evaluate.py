@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_rs.commands.sampling import SamplingSettings
-from cat_rs.distributed import is_main, leave
 from cat_rs.options import ConfigError, option
+from cat_rs.step.collectives import is_main, leave
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import EvaluationResult

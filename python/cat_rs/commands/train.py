@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cat_rs.distributed import is_main, leave
+from cat_rs.step.collectives import is_main, leave
 from cat_rs.training import TrainConfig, train
 
 Settings = TrainConfig

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cat_rs import device
 from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
+from cat_rs.step import device_values
 from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import CaptionPairs, fill_template, pair_captions
 from cat_rs.training.checkpoint import CheckpointFolder, load_state
@@ -112,9 +112,9 @@ class _Training:
     def __init__(self, config: TrainConfig, progress: bool, report: Callable[[str], object]) -> None:
         self._config = config
         self._device = choose_device(config.device)
-        if config.capture and not device.is_gpu(self._device):
+        if config.capture and not device_values.is_gpu(self._device):
             raise ConfigError(f"capture: expected a GPU to record on, got device {config.device}")
-        if config.teacher_draws and device.is_gpu(self._device):
+        if config.teacher_draws and device_values.is_gpu(self._device):
             raise ConfigError(f"teacher_draws: expected 0 on a GPU, got {config.teacher_draws}")
         self._processes = Processes.joined(self._device)
         if self._device == torch.device("cuda") and self._processes.count > 1:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from cat_rs import device, distributed
 from cat_rs._native import _core, stream_of
-from cat_rs.device import DeviceValues
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.functional import LOW_PRECISION
+from cat_rs.step import collectives as distributed
+from cat_rs.step import device_values as device
+from cat_rs.step.device_values import DeviceValues
 
 __all__ = ["FlatAdamW"]
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cat_rs import device, distributed, nested
 from cat_rs._native import _core, stream_of
-from cat_rs.capture import CapturedFunctions
-from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
-from cat_rs.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
-from cat_rs.device import DeviceValues
 from cat_rs.errors import AdapterError, DeviceError, DtypeError, InvalidValueError, ShapeError
-from cat_rs.optim import FlatAdamW
-from cat_rs.schedule import NoiseSchedule
+from cat_rs.step import collectives, device_values, pytree
+from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
+from cat_rs.step.cuda_graphs import CapturedFunctions
+from cat_rs.step.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
+from cat_rs.step.device_values import DeviceValues
+from cat_rs.step.noise_schedule import NoiseSchedule
+from cat_rs.step.optimizer import FlatAdamW
 
 if TYPE_CHECKING:
-    from cat_rs.teacher_bank import TeacherBank
+    from cat_rs.step.teacher_bank import TeacherBank
 
 __all__ = ["CatStep", "StepMetrics"]
 
@@ -91,7 +91,7 @@ def _adapter_parameters(argument: str, model: torch.nn.Module) -> dict[str, torc
     if not trainable:
         raise AdapterError(f"CatStep: `{argument}` must have trainable adapter parameters, got all of them frozen")
     for name, param in trainable.items():
-        sharding = distributed.sharding_of(param)
+        sharding = collectives.sharding_of(param)
         if sharding is not None:
             raise AdapterError(
                 f"CatStep: `{argument}` must have its trainable parameters whole on every rank, got {name}: "
@@ -209,12 +209,12 @@ class CatStep:
             raise InvalidValueError(f"CatStep: `snr_gamma` must be > 0 or None, got {snr_gamma}")
         if not math.isfinite(noise_offset):
             raise InvalidValueError(f"CatStep: `noise_offset` must be a finite number, got {noise_offset}")
-        process_group = distributed.data_parallel_group(process_group)
+        process_group = collectives.data_parallel_group(process_group)
         if process_group is not None:
-            distributed.check_group("CatStep", process_group)
-        model = distributed.without_ddp(model)
+            collectives.check_group("CatStep", process_group)
+        model = collectives.without_ddp(model)
         self.model = model
-        self.text_encoders = tuple(distributed.without_ddp(encoder) for encoder in text_encoders)
+        self.text_encoders = tuple(collectives.without_ddp(encoder) for encoder in text_encoders)
         self.trainable = _adapter_parameters("model", model)
         for index, encoder in enumerate(self.text_encoders):
             argument = f"text_encoders[{index}]"
@@ -263,7 +263,7 @@ class CatStep:
             peft.use_copies_of(self.optimizer, each)
         self._process_group = process_group
         # On a GPU: cat_factor and the gradient's factor.
-        self._factors = DeviceValues([0.0, 1.0], place) if device.is_gpu(place) else None
+        self._factors = DeviceValues([0.0, 1.0], place) if device_values.is_gpu(place) else None
         self._captured: CapturedFunctions | None = None
         if capture:
             self._check_capture(place, max_captures)
@@ -272,7 +272,7 @@ class CatStep:
         self._accumulated = 0
 
     def _check_capture(self, place: torch.device, max_captures: int) -> None:
-        if not device.is_gpu(place):
+        if not device_values.is_gpu(place):
             raise InvalidValueError(f"CatStep: `capture` must be False for a model on {place}, got True")
         if max_captures < 1:
             raise InvalidValueError(f"CatStep: `max_captures` must be at least 1, got {max_captures}")
@@ -479,7 +479,7 @@ class CatStep:
         if (
             self.text_encoders
             and torch.is_grad_enabled()
-            and not any(tensor.requires_grad for tensor in nested.tensors(kwargs))
+            and not any(tensor.requires_grad for tensor in pytree.tensors(kwargs))
         ):
             raise InvalidValueError(
                 f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cat_rs import device
 from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.step import device_values
 
 __all__ = ["Cond", "Predict", "as_kwargs", "convention_of", "denoiser_predict", "join_conditions"]
 
@@ -159,7 +159,7 @@ def _shared(name: str, first: Any, second: Any, batch: int) -> Any:
     tensors = isinstance(first, torch.Tensor), isinstance(second, torch.Tensor)
     if all(tensors):
         if first is not second and not _equal(first, second):
-            must = "be cond's tensor itself on a GPU" if device.is_gpu(first.device) else "equal cond's tensor"
+            must = "be cond's tensor itself on a GPU" if device_values.is_gpu(first.device) else "equal cond's tensor"
             raise ShapeError(
                 f"CatStep: `cond_no_trigger{name}` must have a batch dimension of {batch} or, without one, {must}, "
                 f"got another tensor of shape {list(second.shape)}"
@@ -171,7 +171,7 @@ def _shared(name: str, first: Any, second: Any, batch: int) -> Any:
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors are equal; on a GPU, where values would have to be waited for, whether they are the same."""
-    if device.is_gpu(first.device):
+    if device_values.is_gpu(first.device):
         return all(
             one == other
             for one, other in (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cat_rs.errors import InvalidValueError
-from cat_rs.nested import map_tensors, tensors
+from cat_rs.step.pytree import map_tensors, tensors
 
 __all__ = ["CapturedFunctions"]
 

@@ -16,9 +16,9 @@ import torch
 
 from cat_rs._native import _core
 from cat_rs.atomic import new_file
-from cat_rs.denoiser import Cond, Predict, as_kwargs, denoiser_predict
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
-from cat_rs.schedule import NoiseSchedule
+from cat_rs.step.denoiser import Cond, Predict, as_kwargs, denoiser_predict
+from cat_rs.step.noise_schedule import NoiseSchedule
 
 if TYPE_CHECKING:
     from typing import BinaryIO

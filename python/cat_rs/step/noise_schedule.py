@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from cat_rs import device as devices
 from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
 from cat_rs.functional import snr_weights
+from cat_rs.step import device_values
 
 __all__ = ["NoiseSchedule"]
 
@@ -79,7 +79,7 @@ class NoiseSchedule:
 
     @staticmethod
     def _check_range(timesteps: torch.Tensor, last: int) -> None:
-        if devices.is_gpu(timesteps.device):
+        if device_values.is_gpu(timesteps.device):
             return
         low, high = timesteps.min().item(), timesteps.max().item()
         if not 0 <= low <= high <= last:
