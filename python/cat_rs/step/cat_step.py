@@ -19,6 +19,7 @@ from cat_rs.step.denoiser import Cond, Predict, as_kwargs, convention_of, denois
 from cat_rs.step.device_values import DeviceValues
 from cat_rs.step.noise_schedule import NoiseSchedule
 from cat_rs.step.optimizer import FlatAdamW
+from cat_rs.unwrap import unwrap_model
 
 if TYPE_CHECKING:
     from cat_rs.step.teacher_bank import TeacherBank
@@ -212,9 +213,9 @@ class CatStep:
         process_group = collectives.data_parallel_group(process_group)
         if process_group is not None:
             collectives.check_group("CatStep", process_group)
-        model = collectives.without_ddp(model)
+        model = unwrap_model(model, ddp_only=True)
         self.model = model
-        self.text_encoders = tuple(collectives.without_ddp(encoder) for encoder in text_encoders)
+        self.text_encoders = tuple(unwrap_model(encoder, ddp_only=True) for encoder in text_encoders)
         self.trainable = _adapter_parameters("model", model)
         for index, encoder in enumerate(self.text_encoders):
             argument = f"text_encoders[{index}]"

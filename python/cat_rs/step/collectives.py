@@ -20,7 +20,6 @@ __all__ = [
     "is_main",
     "leave",
     "sharding_of",
-    "without_ddp",
 ]
 
 Group = Any
@@ -100,13 +99,6 @@ def leave() -> None:
 def is_main() -> bool:
     """Whether this process is rank 0 of torch.distributed's default group, or alone."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def without_ddp(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside DistributedDataParallel, whose own reduction runs only where its wrapper is called."""
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
 
 
 def sharding_of(param: torch.Tensor) -> str | None:

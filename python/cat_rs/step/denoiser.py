@@ -10,6 +10,7 @@ import torch
 
 from cat_rs.errors import InvalidValueError, ShapeError
 from cat_rs.step import device_values
+from cat_rs.unwrap import unwrap_model
 
 __all__ = ["Cond", "Predict", "as_kwargs", "convention_of", "denoiser_predict", "join_conditions"]
 
@@ -69,16 +70,9 @@ _CONVENTIONS = {
 }
 
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The diffusers model inside a PeftModel, a compiled module or FSDP."""
-    model = getattr(model, "_orig_mod", model)
-    unwrap: Callable[[], torch.nn.Module] | None = getattr(model, "get_base_model", None)
-    return unwrap() if unwrap else getattr(model, "_fsdp_wrapped_module", model)
-
-
 def convention_of(model: torch.nn.Module) -> Convention:
     """The convention of the model's class or of the nearest class it derives from; the plain one for others."""
-    names = (cls.__name__ for cls in type(_unwrapped(model)).__mro__)
+    names = (cls.__name__ for cls in type(unwrap_model(model, peft=True)).__mro__)
     return next((_CONVENTIONS[name] for name in names if name in _CONVENTIONS), Convention())
 
 
@@ -202,7 +196,7 @@ def denoiser_predict(model: torch.nn.Module) -> Predict:
     Raises:
         InvalidValueError: The model is called in another way.
     """
-    inner = _unwrapped(model)
+    inner = unwrap_model(model, peft=True)
     convention = convention_of(model)
     parameters = list(inspect.signature(inner.forward).parameters)
     if not parameters or convention.timestep not in parameters:
