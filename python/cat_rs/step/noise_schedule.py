@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
-from cat_rs.functional import snr_weights
+from cat_rs.ops.noising import snr_weights
 from cat_rs.step import device_values
 
 __all__ = ["NoiseSchedule"]
