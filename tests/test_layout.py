@@ -135,28 +135,33 @@ def test_python_imports_go_one_way() -> None:
 
 
 def test_the_steps_parts_use_what_is_below_them() -> None:
-    # The floors from below, each with what it may use beside the ground.
+    # From below, each with what it may use beside the ground.
     ground = {"errors", "ops", "unwrap"}
     may_use = {
-        "cat_factor": set(),
-        "collectives": set(),
-        "device_values": set(),
         "pytree": set(),
-        "cuda_graphs": {"pytree"},
-        "denoiser": {"device_values"},
+        "device_values": set(),
+        "collectives": set(),
+        "cat_factor": set(),
+        "denoiser": set(),
         "noise_schedule": {"device_values"},
+        "cuda_graphs": {"pytree"},
         "optimizer": {"collectives", "device_values"},
-        "teacher_bank": {"denoiser", "noise_schedule", "atomic", "peft"},
+        "adapters": {"collectives", "optimizer", "peft"},
+        "conditions": {"adapters", "denoiser", "device_values", "pytree"},
+        "teacher_bank_file": {"atomic"},
+        "teacher_bank": {"conditions", "denoiser", "noise_schedule", "peft", "pytree", "teacher_bank_file"},
+        "inputs": {"conditions", "noise_schedule"},
+        "captured_step": {"cuda_graphs", "device_values", "inputs", "optimizer"},
         "cat_step": {
+            "adapters",
+            "captured_step",
             "cat_factor",
             "collectives",
-            "cuda_graphs",
+            "conditions",
             "denoiser",
             "device_values",
+            "inputs",
             "noise_schedule",
-            "optimizer",
-            "peft",
-            "pytree",
         },
         "__init__": {"cat_step"},
     }

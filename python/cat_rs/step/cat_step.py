@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cat_rs.errors import AdapterError, DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.cat_loss import student_loss
 from cat_rs.ops.noising import noising
-from cat_rs.step import collectives, device_values, pytree
-from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
-from cat_rs.step.cuda_graphs import CapturedFunctions
-from cat_rs.step.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
+from cat_rs.step import collectives, inputs
+from cat_rs.step.adapters import Adapters
+from cat_rs.step.captured_step import CapturedStep
+from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor, factor_after
+from cat_rs.step.conditions import GivenCond, evaluate_conditions, join_conditions
+from cat_rs.step.denoiser import Predict, convention_of, denoiser_predict
 from cat_rs.step.device_values import DeviceValues
+from cat_rs.step.inputs import StepInputs
 from cat_rs.step.noise_schedule import NoiseSchedule
-from cat_rs.step.optimizer import FlatAdamW
-from cat_rs.unwrap import unwrap_model
 
 if TYPE_CHECKING:
     from cat_rs.step.teacher_bank import TeacherBank
@@ -36,7 +36,7 @@ class StepMetrics(NamedTuple):
         diffusion: The diffusion term.
         cat: The preservation term, without its factor; 0 with cat_factor 0.
         grad_norm: The gradient's L2 norm before clipping; NaN on a step that only accumulates.
-        cat_factor: The weight that the preservation term had.
+        cat_factor: The weight of the preservation term.
     """
 
     loss: torch.Tensor
@@ -44,63 +44,6 @@ class StepMetrics(NamedTuple):
     cat: torch.Tensor
     grad_norm: torch.Tensor
     cat_factor: torch.Tensor
-
-
-class _Preservation(NamedTuple):
-    """Inputs of the preservation term.
-
-    Attributes:
-        cond: c0, keyword arguments of the model.
-        cond_base: The same as the base text encoders make it.
-        base: f_base(z_t, t, c0) where it is known already.
-    """
-
-    cond: Mapping[str, Any]
-    cond_base: Mapping[str, Any]
-    base: torch.Tensor | None
-
-
-class _Inputs(NamedTuple):
-    """What a step computes with, once everything is drawn.
-
-    Attributes:
-        latents, noise, timesteps: [B, ...], [B, ...] and [B].
-        sample_weight, mask: As given.
-        cond: c, keyword arguments of the model.
-        preservation: None for plain LoRA.
-        cat_factor: On the CPU; a GPU has it already.
-    """
-
-    latents: torch.Tensor
-    noise: torch.Tensor
-    timesteps: torch.Tensor
-    sample_weight: torch.Tensor | None
-    mask: torch.Tensor | None
-    cond: Mapping[str, Any]
-    preservation: _Preservation | None
-    cat_factor: float = 0.0
-
-
-def _adapter_parameters(argument: str, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """What of the model trains, by name."""
-    from cat_rs import peft
-
-    if not peft.has_adapter(model):
-        raise AdapterError(
-            f"CatStep: `{argument}` must have PEFT adapter layers (model.add_adapter(LoraConfig(...))), got none"
-        )
-    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    if not trainable:
-        raise AdapterError(f"CatStep: `{argument}` must have trainable adapter parameters, got all of them frozen")
-    for name, param in trainable.items():
-        sharding = collectives.sharding_of(param)
-        if sharding is not None:
-            raise AdapterError(
-                f"CatStep: `{argument}` must have its trainable parameters whole on every rank, got {name}: "
-                f"{sharding}; shard only the frozen base: fully_shard(model, ignored_params=...) or "
-                f"FullyShardedDataParallel(model, ignored_states=...), with the adapter's parameters"
-            )
-    return trainable
 
 
 class CatStep:
@@ -115,13 +58,13 @@ class CatStep:
     The model's PEFT LoRA layers get the fused forward of :func:`cat_rs.patch_peft`, its large frozen convolutions run
     as matrix products where the picture is small, and its trainable parameters become views of a flat buffer; names
     and state dict stay. A float32 adapter over a model in bfloat16 or float16 computes in the model's dtype, on copies
-    of its weights that the optimizer writes; a weight that somebody else writes to is rounded anew in every call.
+    of its weights that the optimizer writes; a weight that anything else writes to is rounded again in every call.
 
     Args:
         model: A diffusers denoiser with a PEFT adapter (``model.add_adapter(LoraConfig(...))``), on the CPU or on one
-            CUDA device. What requires a gradient is trained.
+            CUDA device. Parameters that require a gradient are trained.
         scheduler: The model's diffusers scheduler: one with ``alphas_cumprod`` or a flow-matching one.
-        lr, betas, eps, weight_decay, max_grad_norm: Of :class:`FlatAdamW`.
+        lr, betas, eps, weight_decay, max_grad_norm: As in :class:`FlatAdamW`.
         cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
             number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a
             :class:`cat_rs.CatFactorRatio`. May be set between steps.
@@ -129,7 +72,7 @@ class CatStep:
         noise_offset: Adds this much of one more draw for each sample and channel to the noise that the step draws, so
             that brightness is learned too; for latents [B, C, H, W] or [B, C, F, H, W]. 0.05 to 0.1 is usual.
         prediction_type: "epsilon", "v_prediction" or "flow"; by default the scheduler's.
-        accumulate: Calls to one optimizer step; each contributes 1/accumulate of its gradient.
+        accumulate: Calls per optimizer step; each contributes 1/accumulate of its gradient.
         predict: ``predict(model, latents, timesteps, cond) -> prediction`` for models that are not called like a
             diffusers denoiser; ``cond`` is a mapping. docs/families.md lists the models that need none.
         text_encoders: Modules with PEFT adapters that train with the model's; the base prediction runs with all of
@@ -146,21 +89,21 @@ class CatStep:
             or ``noise_offset``.
         process_group: The ranks that train this adapter together; by default all, if torch.distributed is
             initialized. A group of this rank alone trains alone.
-        capture: On CUDA: records the step as a CUDA graph, which one launch replays. The first three steps with inputs
-            of a form (shapes, dtypes, and the values of what is no tensor) run eagerly, the fourth is recorded. Not
-            with ``text_encoders``. Where the model cannot be recorded, a RuntimeWarning says why and every step runs
-            eagerly. See docs/gpu.md.
-        max_captures: Forms of inputs that may be recorded; one more is an error.
+        capture: On CUDA: records the step as a CUDA graph, which one launch replays. The first three steps with an
+            input signature (shapes, dtypes, and the values of all that is not a tensor) run eagerly, the fourth is
+            recorded. Not with ``text_encoders``. Where the model cannot be recorded, a RuntimeWarning says why and
+            every step runs eagerly. See docs/gpu.md.
+        max_captures: Largest number of input signatures that are recorded; one more is an error.
 
-    On CUDA nothing in a step waits for the device, metrics included, until somebody reads them. So what would have to
-    be waited for is not checked: the range of timesteps, the signs of weights.
+    On CUDA a step never waits for the device, and neither do its metrics until they are read. So values on the device
+    are not checked: the range of timesteps, the signs of weights.
 
     Under torch.distributed every rank makes a step of its own model and calls it with its own data. When the step is
     made, all get rank 0's adapter; the gradients are averaged once in ``accumulate`` calls, by one all_reduce of the
     flat buffer before its norm is taken, so that the adapters stay the same bit for bit, and all ranks skip a step
     that is not finite on one. N ranks at batch B train as one process does at batch N B. ``loss``, ``diffusion`` and
     ``cat`` stay those of the rank's own data; ``grad_norm`` is of the average. A model in DistributedDataParallel, as
-    ``accelerator.prepare`` returns it, is taken out: its own reduction does not run. Under FSDP shard only the frozen
+    ``accelerator.prepare`` returns it, is unwrapped: its own reduction does not run. Under FSDP shard only the frozen
     base.
 
     Seed each rank differently (``torch.manual_seed(seed + rank)``, ``accelerate.utils.set_seed(seed,
@@ -202,91 +145,35 @@ class CatStep:
         capture: bool = False,
         max_captures: int = 4,
     ) -> None:
-        # PEFT is imported only where a model with its layers is trained.
-        from cat_rs import peft
-
-        if accumulate < 1:
-            raise InvalidValueError(f"CatStep: `accumulate` must be at least 1, got {accumulate}")
-        if snr_gamma is not None and not snr_gamma > 0:
-            raise InvalidValueError(f"CatStep: `snr_gamma` must be > 0 or None, got {snr_gamma}")
-        if not math.isfinite(noise_offset):
-            raise InvalidValueError(f"CatStep: `noise_offset` must be a finite number, got {noise_offset}")
-        process_group = collectives.data_parallel_group(process_group)
-        if process_group is not None:
-            collectives.check_group("CatStep", process_group)
-        model = unwrap_model(model, ddp_only=True)
-        self.model = model
-        self.text_encoders = tuple(unwrap_model(encoder, ddp_only=True) for encoder in text_encoders)
-        self.trainable = _adapter_parameters("model", model)
-        for index, encoder in enumerate(self.text_encoders):
-            argument = f"text_encoders[{index}]"
-            if any(encoder is other for other in (model, *self.text_encoders[:index])):
-                raise InvalidValueError(f"CatStep: `{argument}` must be another module, got one that was given before")
-            for name, param in _adapter_parameters(argument, encoder).items():
-                self.trainable[f"{argument}.{name}"] = param
-        self.cat_factor = cat_factor
-        self.snr_gamma = snr_gamma
-        self.noise_offset = noise_offset
-        self.accumulate = accumulate
-        self.grad_scaler = grad_scaler
-        self.generator = generator
-        place = next(iter(self.trainable.values())).device
-        if generator is not None and generator.device.type != place.type:
-            raise DeviceError(f"CatStep: `generator` must be on {place}, got one on {generator.device}")
-        self._schedule = NoiseSchedule(scheduler, prediction_type, place)
-        self._schedule.weights(torch.zeros(1, dtype=torch.long, device=place), snr_gamma)
+        self._adapters = Adapters(model, text_encoders)
+        self.model, self.text_encoders = self._adapters.model, self._adapters.text_encoders
+        self.trainable = self._adapters.parameters
+        device = next(iter(self.trainable.values())).device
+        inputs.check_options(device, accumulate, noise_offset, generator, teacher_bank, self.text_encoders)
+        self.cat_factor, self.snr_gamma, self.noise_offset = cat_factor, snr_gamma, noise_offset
+        self.accumulate, self.grad_scaler, self.generator = accumulate, grad_scaler, generator
+        self._schedule = NoiseSchedule(scheduler, prediction_type, device)
+        self._schedule.check_snr_gamma(snr_gamma)
         self._teacher_bank = teacher_bank
         if teacher_bank is not None:
-            if place.type != "cpu":
-                raise DeviceError(f"CatStep: `teacher_bank` must be None for a model on {place}: banks are on the CPU")
-            if text_encoders or noise_offset:
-                raise InvalidValueError(
-                    "CatStep: `text_encoders` and `noise_offset` must not be given with a teacher bank, whose base "
-                    "predictions and noise are made"
-                )
-            teacher_bank.check_model(model, self._schedule)
-        self._predict = predict or denoiser_predict(model)
-        self._convention, self._unbatched = convention_of(model), frozenset(unbatched)
-        self._adapter_disabled: Callable[[torch.nn.Module], AbstractContextManager[None]] = peft.adapter_disabled
-        adapted = (model, *self.text_encoders)
-        for each in adapted:
-            peft.patch_peft(each)
-        self.optimizer = FlatAdamW(
-            self.trainable.values(),
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            max_grad_norm=max_grad_norm,
-            process_group=process_group,
-            low_precision=peft.lower_dtype(adapted),
+            teacher_bank.check_model(self.model, self._schedule)
+        self._predict = predict or denoiser_predict(self.model)
+        self._join_conditions = functools.partial(
+            join_conditions, unbatched=frozenset(unbatched), convention=convention_of(self.model)
         )
-        for each in adapted:
-            peft.use_copies_of(self.optimizer, each)
-        self._process_group = process_group
-        # On a GPU: cat_factor and the gradient's factor.
-        self._factors = DeviceValues([0.0, 1.0], place) if device_values.is_gpu(place) else None
-        self._captured: CapturedFunctions | None = None
-        if capture:
-            self._check_capture(place, max_captures)
-            self._captured = CapturedFunctions("CatStep", place, max_captures)
+        self._process_group = collectives.data_parallel_group("CatStep", process_group)
+        self.optimizer = self._adapters.make_optimizer(
+            lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, process_group=self._process_group
+        )
+        # cat_factor, and the factor of the gradient.
+        self._factors = DeviceValues([0.0, 1.0], device)
+        self._captured = CapturedStep(self.optimizer, device, max_captures, self.text_encoders) if capture else None
         self.steps_done = 0
         self._accumulated = 0
 
-    def _check_capture(self, place: torch.device, max_captures: int) -> None:
-        if not device_values.is_gpu(place):
-            raise InvalidValueError(f"CatStep: `capture` must be False for a model on {place}, got True")
-        if max_captures < 1:
-            raise InvalidValueError(f"CatStep: `max_captures` must be at least 1, got {max_captures}")
-        if self.text_encoders:
-            raise InvalidValueError(
-                "CatStep: `capture` must be False with text_encoders, got True: a graph would replay the prompts that "
-                "it was recorded with"
-            )
-
     @property
     def cat_factor(self) -> CatFactor:
-        """Weight of the preservation term, or what makes it."""
+        """Weight of the preservation term, or its schedule."""
         return self._cat_factor
 
     @cat_factor.setter
@@ -296,8 +183,8 @@ class CatStep:
     def __call__(
         self,
         latents: torch.Tensor,
-        cond: Cond | Callable[[], Cond],
-        cond_no_trigger: Cond | Callable[[], Cond],
+        cond: GivenCond,
+        cond_no_trigger: GivenCond,
         *,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
@@ -324,111 +211,48 @@ class CatStep:
         Returns:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
-        made = self._cat_factor
-        cat_factor: float | torch.Tensor
-        if self._factors is not None and isinstance(made, CatFactorRatio):
-            cat_factor = made.factor()
-        else:
-            cat_factor = check_cat_factor(made(self.steps_done)) if callable(made) else made
+        cat_factor = factor_after(self._cat_factor, self.steps_done)
         preserve = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
-        inputs = self._draw(latents, cond, cond_no_trigger, noise, timesteps, sample_weight, mask, preserve)
-        if self._factors is None:
-            inputs, used = inputs._replace(cat_factor=float(cat_factor)), torch.tensor(cat_factor)
+        conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=preserve)
+        if self._teacher_bank is None:
+            drawn = inputs.draw(latents, noise, timesteps, self._schedule, self.noise_offset, self.generator)
         else:
-            self._factors.write([cat_factor, 1.0 / self.accumulate])
-            used = self._factors.tensor[0].to(torch.float32)
+            drawn = inputs.draw_stored(latents, noise, timesteps, self._teacher_bank, conditions, self.generator)
+        given = StepInputs(*drawn, sample_weight, mask, conditions)
+        self._factors.write([cat_factor, 1.0 / self.accumulate])
         if self._captured is None:
-            loss, parts = self._forward_backward(inputs)
-            grad_norm = self._update()
+            loss, parts, grad_norm = *self._forward_backward(given), None
         else:
-            loss, parts, grad_norm = self._call_captured(self._captured, inputs)
+            # Between gradient and update these three do what a graph cannot hold, or not in every call.
+            whole = self.accumulate == 1 and self.grad_scaler is None and self._process_group is None
+            settings = self.snr_gamma, self.model.training
+            loss, parts, grad_norm = self._captured(self._forward_backward, given, settings, with_update=whole)
+        grad_norm = self._update(grad_norm)
         diffusion, cat = parts.unbind()
-        if isinstance(made, CatFactorRatio):
-            made.update(diffusion, cat)
-        return StepMetrics(loss, diffusion, cat, grad_norm, used)
+        if isinstance(self._cat_factor, CatFactorRatio):
+            self._cat_factor.update(diffusion, cat)
+        return StepMetrics(loss, diffusion, cat, grad_norm, self._factors.tensor[0].to(torch.float32))
 
-    def _draw(
-        self,
-        latents: torch.Tensor,
-        cond: Cond | Callable[[], Cond],
-        cond_no_trigger: Cond | Callable[[], Cond],
-        noise: torch.Tensor | None,
-        timesteps: torch.Tensor | None,
-        sample_weight: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        preserve: bool,
-    ) -> _Inputs:
-        """Checks, conditions and random draws: what a recorded step must not do."""
-        with_trigger = self._evaluate("cond", cond)
-        without_trigger = self._evaluate("cond_no_trigger", cond_no_trigger) if preserve else None
-        base = None
-        if self._teacher_bank is not None:
-            if noise is not None or timesteps is not None:
-                raise InvalidValueError(
-                    "CatStep: `noise` and `timesteps` must not be given with a teacher bank, which holds them"
-                )
-            if without_trigger is not None:
-                self._teacher_bank.check_cond(latents, without_trigger)
-            latents, noise, timesteps, base = self._teacher_bank.draw(latents, self.generator)
-        elif latents.dtype == torch.int64:
-            raise DtypeError(
-                "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got int64; picture indices "
-                "need a teacher_bank"
-            )
-        if latents.dim() < 2 or latents.shape[0] == 0:
-            raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
-        if self._factors is not None and latents.device != self._schedule.device:
-            raise DeviceError(f"CatStep: `latents` must be on {self._schedule.device}, got {latents.device}")
-        if noise is None:
-            noise = self._draw_noise(latents)
-        if timesteps is None:
-            timesteps = self._schedule.draw(latents.shape[0], self.generator)
-        preservation = None
-        if without_trigger is not None:
-            cond_base = without_trigger
-            if self.text_encoders:
-                with torch.no_grad(), self._adapters_disabled():
-                    cond_base = self._evaluate("cond_no_trigger", cond_no_trigger)
-            preservation = _Preservation(without_trigger, cond_base, base)
-        return _Inputs(latents, noise, timesteps, sample_weight, mask, with_trigger, preservation)
-
-    def _forward_backward(self, inputs: _Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and [diffusion, cat]; the gradients are added to those of the parameters."""
-        timesteps, batch = inputs.timesteps, inputs.latents.shape[0]
-        signal_rate, noise_rate = self._schedule.rates(timesteps, batch)
-        weight = self._schedule.weights(timesteps, self.snr_gamma)
-        if weight is None:
-            weight = inputs.sample_weight
-        elif inputs.sample_weight is not None:
-            if inputs.sample_weight.shape != (batch,):
-                got = list(inputs.sample_weight.shape)
-                raise ShapeError(f"CatStep: `sample_weight` must have shape [{batch}], got {got}")
-            weight = weight * inputs.sample_weight
-
-        preservation = inputs.preservation
-        noisy, target = noising(
-            inputs.latents,
-            inputs.noise,
-            signal_rate,
-            noise_rate,
-            self._schedule.prediction_type,
-            copies=1 if preservation is None else 2,
-        )
-        base = None
-        if preservation is None:
-            student = self._prediction(noisy, timesteps, inputs.cond)
-        else:
-            base = preservation.base
-            if base is None:
-                with torch.no_grad(), self._adapters_disabled():
-                    base = self._prediction(noisy[:batch], timesteps, preservation.cond_base)
-            both = join_conditions(
-                inputs.cond, preservation.cond, batch, unbatched=self._unbatched, convention=self._convention
-            )
-            student = self._prediction(noisy, torch.cat([timesteps, timesteps]), both)
-        factors = (inputs.cat_factor, 1.0 / self.accumulate) if self._factors is None else self._factors.tensor
-        loss, parts, grad = student_loss(student, target, base, weight, inputs.mask, *factors)
-        del base
+    def _forward_backward(self, given: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds the loss's gradient to the parameters'; returns the loss and [diffusion, cat]."""
+        cond, cond_no_trigger, cond_base = given.conditions
+        timesteps, batch, schedule = given.timesteps, given.latents.shape[0], self._schedule
+        rates = schedule.rates(timesteps, batch)
+        weight = schedule.weights(timesteps, self.snr_gamma, given.sample_weight)
+        copies = 1 if cond_no_trigger is None else 2
+        noisy, target = noising(given.latents, given.noise, *rates, schedule.prediction_type, copies=copies)
+        base_pred = None
+        if cond_no_trigger is not None:
+            base_pred = given.base_pred
+            if base_pred is None:
+                with torch.no_grad(), self._adapters.disabled():
+                    base_pred = self._prediction(noisy[:batch], timesteps, cond_base or cond_no_trigger)
+            cond = self._join_conditions(cond, cond_no_trigger, batch)
+            timesteps = torch.cat([timesteps, timesteps])
+        student = self._prediction(noisy, timesteps, cond)
+        cat_factor, grad_factor = self._factors.tensor.unbind()
+        loss, parts, grad = student_loss(student, target, base_pred, weight, given.mask, cat_factor, grad_factor)
+        del base_pred  # not kept during the backward pass
         if self.grad_scaler is not None:
             grad = self.grad_scaler.scale(grad)
         # Autocast is for forward passes: the backward of each operation runs in the dtype of its forward.
@@ -436,90 +260,29 @@ class CatStep:
             torch.autograd.backward(student, grad)
         return loss, parts
 
-    def _draw_noise(self, latents: torch.Tensor) -> torch.Tensor:
-        options: dict[str, Any] = {"dtype": latents.dtype, "device": latents.device, "generator": self.generator}
-        noise = torch.randn(latents.shape, **options)
-        if self.noise_offset:
-            if latents.dim() < 4:
-                raise ShapeError(
-                    f"CatStep: `latents` must have shape [B, C, H, W] or [B, C, F, H, W] for noise_offset, "
-                    f"got {list(latents.shape)}"
-                )
-            shape = (*latents.shape[:2], *(1 for _ in latents.shape[2:]))
-            noise += self.noise_offset * torch.randn(shape, **options)
-        return noise
-
     def _prediction(self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]) -> torch.Tensor:
         prediction = self._predict(self.model, latents, timesteps, cond)
         # Under autocast the loss is taken in the latents' dtype, and the scaled gradient is rounded once.
         return prediction.to(latents.dtype) if torch.is_autocast_enabled(latents.device.type) else prediction
 
-    @contextmanager
-    def _adapters_disabled(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for model in (self.model, *self.text_encoders):
-                stack.enter_context(self._adapter_disabled(model))
-            yield
+    def _update(self, grad_norm: torch.Tensor | None) -> torch.Tensor:
+        """Counts the call, and makes the optimizer step where it is due.
 
-    def _evaluate(self, name: str, cond: Cond | Callable[[], Cond]) -> Mapping[str, Any]:
-        """The condition as keyword arguments; with text encoders, one through which their adapters get gradients."""
-        if callable(cond):
-            cond = cond()
-        elif self.text_encoders:
-            raise InvalidValueError(
-                f"CatStep: `{name}` must be a function that calls the text encoders, such as "
-                f"lambda: text_encoder(input_ids)[0], for text_encoders to train, got {type(cond).__name__}"
-            )
-        kwargs = as_kwargs(name, cond)
-        if (
-            self.text_encoders
-            and torch.is_grad_enabled()
-            and not any(tensor.requires_grad for tensor in pytree.tensors(kwargs))
-        ):
-            raise InvalidValueError(
-                f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "
-                "train, got no tensor that requires a gradient"
-            )
-        return kwargs
+        Args:
+            grad_norm: Of a graph that made the optimizer step already.
 
-    def _call_captured(
-        self, captured: CapturedFunctions, inputs: _Inputs
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Loss, [diffusion, cat] and gradient norm, through a graph of the whole step where one can hold it."""
-        # What has to happen between gradient and update here cannot be recorded, or not in every call.
-        whole = self.accumulate == 1 and self.grad_scaler is None and self._process_group is None
-        kind = inputs.latents.device.type
-        variant = (
-            whole,
-            self.snr_gamma,
-            self.model.training,
-            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        )
-        self.optimizer.before_launch()
-        loss, parts, *norm = captured(self._whole if whole else self._gradients, inputs, variant)
-        if not whole:
-            self.optimizer.after_gradients()
-            return loss, parts, self._update()
-        self.optimizer.after_launch(norm[0])
-        self._accumulated = 0
-        self.steps_done += 1
-        return loss, parts, norm[0]
-
-    def _gradients(self, inputs: _Inputs) -> tuple[torch.Tensor, ...]:
-        # The copies that autocast keeps of the weights belong to a recording, or to what is outside of it.
-        torch.clear_autocast_cache()
-        loss, parts = self._forward_backward(inputs)
-        torch.clear_autocast_cache()
-        return loss, parts
-
-    def _whole(self, inputs: _Inputs) -> tuple[torch.Tensor, ...]:
-        return *self._gradients(inputs), self.optimizer.launch()
-
-    def _update(self) -> torch.Tensor:
-        """The optimizer step where it is due; returns the gradient norm, or NaN."""
+        Returns:
+            The gradient norm; NaN where no optimizer step is due.
+        """
         self._accumulated = (self._accumulated + 1) % self.accumulate
         if self._accumulated:
             return torch.full((), math.nan, device=self._schedule.device)
+        if grad_norm is None:
+            grad_norm = self._optimizer_step()
+        self.steps_done += 1
+        return grad_norm
+
+    def _optimizer_step(self) -> torch.Tensor:
         if self.grad_scaler is not None:
             # Averaged first, an overflow on one rank lowers the scale on all.
             self.optimizer.average_gradients()
@@ -529,7 +292,6 @@ class CatStep:
             self.grad_scaler.update()
         # Around several steps, autocast would keep the copies of the old weights.
         torch.clear_autocast_cache()
-        self.steps_done += 1
         return torch.as_tensor(self.optimizer.last_norm)
 
     def state_dict(self) -> dict[str, Any]:
@@ -537,15 +299,14 @@ class CatStep:
 
         Accumulated gradients and the generator are the rank's own. Taking and loading a state is not collective.
         """
+        grads = {name: param.grad for name, param in self.trainable.items()} if self._accumulated else {}
         return {
             "parameters": {name: param.detach().clone() for name, param in self.trainable.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "steps_done": self.steps_done,
             "accumulated": self._accumulated,
             "cat_factor": self._cat_factor.state_dict() if isinstance(self._cat_factor, CatFactorRatio) else None,
-            "gradients": {name: param.grad.clone() for name, param in self.trainable.items() if param.grad is not None}
-            if self._accumulated
-            else {},
+            "gradients": {name: grad.clone() for name, grad in grads.items() if grad is not None},
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -557,27 +318,17 @@ class CatStep:
         Raises:
             AdapterError: The state is of an adapter with other parameters.
         """
-        saved = state_dict["parameters"]
-        shapes = {name: list(param.shape) for name, param in self.trainable.items()}
-        saved_shapes = {name: list(param.shape) for name, param in saved.items()}
-        if shapes != saved_shapes:
-            names = sorted(name for name in shapes | saved_shapes if shapes.get(name) != saved_shapes.get(name))
-            raise AdapterError(
-                f"CatStep: `state_dict` must be of this adapter, got other parameters: {len(names)} differ, e.g. "
-                f"{names[0]}: {shapes.get(names[0])} here, {saved_shapes.get(names[0])} there"
-            )
-        for name, param in self.trainable.items():
-            param.copy_(saved[name])
+        self._adapters.load(state_dict["parameters"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.optimizer.zero_grad()
         self.steps_done = state_dict["steps_done"]
         self._accumulated = state_dict["accumulated"]
-        if isinstance(self._cat_factor, CatFactorRatio) and state_dict["cat_factor"] is not None:
-            self._cat_factor.load_state_dict(state_dict["cat_factor"])
         for name, saved_grad in state_dict["gradients"].items():
             grad = self.trainable[name].grad
             if grad is not None:
                 grad.copy_(saved_grad)
+        if isinstance(self._cat_factor, CatFactorRatio) and state_dict["cat_factor"] is not None:
+            self._cat_factor.load_state_dict(state_dict["cat_factor"])
         if self.grad_scaler is not None and state_dict["grad_scaler"] is not None:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if self.generator is not None and state_dict["generator"] is not None:
