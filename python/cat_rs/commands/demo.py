@@ -11,6 +11,7 @@ from typing import Any
 from cat_rs.atomic import write_bytes
 from cat_rs.commands.sampling import SamplingSettings
 from cat_rs.options import ConfigError, option
+from cat_rs.run_folder import CONTACT_SHEET_FILE, CURVES_FILE, DEMO_FORMAT, PICTURES_FOLDER, RESULTS_FILE
 
 _WHAT = "model and concepts"
 _TRAINING = "training (the same for both adapters)"
@@ -171,15 +172,15 @@ def _concept(entry: dict[str, Any], trigger: str, emoji_model: Path) -> Concept:
 
 
 def _run_one(settings: Settings, concept: Concept, seed: int) -> DemoRun:
-    from cat_rs.report import PICTURES_FOLDER, contact_sheet, save_all_pictures, training_curves
+    from cat_rs.report import contact_sheet, save_all_pictures, training_curves
 
     folder = Path(settings.output_dir, "runs", f"{concept.name.replace(' ', '_')}-seed{seed}")
     factors = {PLAIN: 0.0, CAT: settings.cat_factor}
     results = {name: _train(settings, concept, seed, factor, folder / name) for name, factor in factors.items()}
     evaluation = _evaluate(settings, concept, {name: str(result.output_dir) for name, result in results.items()})
     save_all_pictures(evaluation, folder / PICTURES_FOLDER)
-    contact_sheet(evaluation, folder / "contact_sheet.png")
-    training_curves({name: result.metrics for name, result in results.items()}, folder / "curves.png")
+    contact_sheet(evaluation, folder / CONTACT_SHEET_FILE)
+    training_curves({name: result.metrics for name, result in results.items()}, folder / CURVES_FILE)
     seconds = {name: round(result.seconds, 1) for name, result in results.items()}
     return DemoRun(concept.name, seed, seconds, evaluation, folder)
 
@@ -234,7 +235,7 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
     """Write the figures of all runs, and put the first run's pictures on top."""
     output = Path(settings.output_dir)
     content = {
-        "format": "cat-rs demo 1",
+        "format": DEMO_FORMAT,
         "training": {name: getattr(settings, name) for name in _TRAINED_WITH},
         "summary": summary,
         "runs": [
@@ -248,6 +249,6 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
             for run in runs
         ],
     }
-    write_bytes(output / "results.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-    for name in ("contact_sheet.png", "curves.png"):
+    write_bytes(output / RESULTS_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    for name in (CONTACT_SHEET_FILE, CURVES_FILE):
         write_bytes(output / name, (runs[0].folder / name).read_bytes())

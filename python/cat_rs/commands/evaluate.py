@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cat_rs.commands.sampling import SamplingSettings
 from cat_rs.distributed import is_main, leave
 from cat_rs.options import ConfigError, option
+from cat_rs.run_folder import CONTACT_SHEET_FILE, PICTURES_FOLDER, RESULTS_FILE
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import EvaluationResult
@@ -61,7 +62,7 @@ class Settings(SamplingSettings):
 
 def run(settings: Settings) -> None:
     """Print the table and the comparisons; write results.json, contact_sheet.png and the pictures."""
-    from cat_rs.report import PICTURES_FOLDER, contact_sheet, print_table, save_all_pictures
+    from cat_rs.report import contact_sheet, print_table, save_all_pictures
 
     try:
         result = _evaluate(settings)
@@ -73,8 +74,8 @@ def run(settings: Settings) -> None:
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     save_all_pictures(result, output / PICTURES_FOLDER)
-    result.save(output / "results.json")
-    contact_sheet(result, output / "contact_sheet.png")
+    result.save(output / RESULTS_FILE)
+    contact_sheet(result, output / CONTACT_SHEET_FILE)
     print_table(result)
     print(f"results: {output / 'results.json'}, pictures: {output / 'contact_sheet.png'}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 
 from cat_rs.atomic import new_folder, write_bytes
+from cat_rs.run_folder import step_name, step_paths
 from cat_rs.training.errors import CheckpointError
 
 STATE_FILE = "state.pt"
-_NAME = re.compile(r"step-(\d+)")
 
 
 class CheckpointFolder:
@@ -46,7 +45,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: It cannot be written; the earlier ones are untouched.
         """
-        path = self._folder / f"step-{step:06d}"
+        path = self._folder / step_name(step)
         try:
             with new_folder(path) as unfinished:
                 write_bytes(unfinished / STATE_FILE, _pickled(state))
@@ -59,11 +58,7 @@ class CheckpointFolder:
         return path
 
     def _all(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
-        found = {path: _NAME.fullmatch(path.name) for path in self._folder.iterdir()}
-        steps = {path: int(match[1]) for path, match in found.items() if match}
-        return sorted(steps, key=steps.__getitem__)
+        return list(step_paths(self._folder).values())
 
     def _remove_old(self) -> None:
         for path in self._all()[: -self._keep]:

@@ -22,7 +22,6 @@ highest UPS among those whose identity has come far enough from the base model's
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,14 +34,10 @@ from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
 from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
+from cat_rs.run_folder import BEST_FOLDER, EVALUATION_FOLDER, FRONT_FILE, FRONT_FORMAT, step_name, step_paths
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
 
-EVALUATION_FOLDER = "evaluations"
-BEST_FOLDER = "best"
-FRONT_FILE = "front.json"
-_FORMAT = "cat-rs front 1"
-_RESULT_NAME = re.compile(r"step-(\d+)\.json")
 # What may differ between evaluations that stand on one front.
 _INDIFFERENT = ("adapters", "versions")
 _SHOWN_PROMPTS = 4
@@ -172,7 +167,7 @@ class CheckpointEvaluations:
         results = {step: EvaluationResult.load(self._result_file(step)) for step in steps}
         self._remove_adapters(set(steps))
         if not steps:
-            (self._folder / FRONT_FILE).unlink(missing_ok=True)
+            (self._output / FRONT_FILE).unlink(missing_ok=True)
             shutil.rmtree(self._output / BEST_FOLDER, ignore_errors=True)
             return None
         points = [_point(result, step) for step, result in results.items()]
@@ -191,7 +186,7 @@ class CheckpointEvaluations:
             for step, result in results.items()
         ]
         content = {
-            "format": _FORMAT,
+            "format": FRONT_FORMAT,
             "rule": "the highest UPS among the checkpoints whose identity has come "
             f"{self._config.evaluate_keep:.0%} of the way from the base model's to the run's highest",
             "base": json.loads(results[steps[0]].to_json())["base"],
@@ -201,7 +196,7 @@ class CheckpointEvaluations:
         if adapter.exists():
             (self._output / BEST_FOLDER).mkdir(exist_ok=True)
             write_bytes(self._output / BEST_FOLDER / DIFFUSERS_FILE, adapter.read_bytes())
-        write_bytes(self._folder / FRONT_FILE, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        write_bytes(self._output / FRONT_FILE, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
         self._remove_adapters(front)
         return best
 
@@ -217,14 +212,13 @@ class CheckpointEvaluations:
             )
 
     def _steps(self) -> list[int]:
-        names = (_RESULT_NAME.fullmatch(path.name) for path in self._folder.glob("step-*.json"))
-        return sorted(int(name[1]) for name in names if name)
+        return list(step_paths(self._folder, ".json"))
 
     def _result_file(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}.json"
+        return self._folder / f"{step_name(step)}.json"
 
     def _adapter_folder(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}"
+        return self._folder / step_name(step)
 
     def _adapter_path(self, step: int) -> str | None:
         file = self._adapter_folder(step) / DIFFUSERS_FILE

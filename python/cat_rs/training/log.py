@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cat_rs.atomic import write_bytes
-
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
+from cat_rs.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, MetricsError, metrics_rows
+from cat_rs.training.errors import CheckpointError
 
 
 class MetricsLog:
@@ -27,6 +26,9 @@ class MetricsLog:
             folder: The run's output folder.
             after_step: The step from which the run continues; later lines of an earlier try are dropped.
             tensorboard: Also write a TensorBoard log.
+
+        Raises:
+            CheckpointError: The log of the earlier part is broken before its last line.
         """
         path = Path(folder, METRICS_FILE)
         _drop_lines_after(path, after_step)
@@ -56,20 +58,12 @@ class MetricsLog:
             self._board.close()
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def _drop_lines_after(path: Path, step: int) -> None:
     if path.exists():
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        try:
+            rows = [row for row in metrics_rows(path) if row["step"] <= step]
+        except MetricsError as error:
+            raise CheckpointError(f"cannot continue the log: {error}; mend or remove the line") from error
         write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 

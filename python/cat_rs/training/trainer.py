@@ -14,6 +14,15 @@ from cat_rs import device
 from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
+from cat_rs.run_folder import (
+    BANK_FILE,
+    BEST_FOLDER,
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    EVALUATION_FOLDER,
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+)
 from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import CaptionPairs, fill_template, pair_captions
 from cat_rs.training.checkpoint import CheckpointFolder, load_state
@@ -21,8 +30,6 @@ from cat_rs.training.config import TrainConfig
 from cat_rs.training.dataset import Example, fingerprint, read_folder
 from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInterrupted
 from cat_rs.training.evaluation import (
-    BEST_FOLDER,
-    EVALUATION_FOLDER,
     CheckpointEvaluations,
     evaluation_is_due,
     figures_of,
@@ -30,7 +37,7 @@ from cat_rs.training.evaluation import (
     read_prompts,
 )
 from cat_rs.training.interrupt import InterruptGuard
-from cat_rs.training.log import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog
+from cat_rs.training.log import MetricsLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
 from cat_rs.training.recorder import Recorder
 from cat_rs.training.run import TrainingRun
@@ -40,9 +47,6 @@ if TYPE_CHECKING:
     from cat_rs import TeacherBank
     from cat_rs.evaluation import EvaluationPrompts
 
-BANK_FILE = "teacher_bank.safetensors"
-CHECKPOINT_FOLDER = "checkpoints"
-CONFIG_FILE = "train_config.yaml"
 _RUN_FILES = (
     CHECKPOINT_FOLDER,
     METRICS_FILE,
