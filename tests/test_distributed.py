@@ -689,8 +689,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_all(ranks: Results, training_
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    processes = Processes.joined(torch.device("cpu"))
-    assert (processes.rank, processes.count, processes.is_main) == (0, 1, True)
+    processes = Processes.init(torch.device("cpu"))
+    assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
     assert not dist.is_initialized()
 
 
@@ -699,7 +699,7 @@ def test_one_process_where_several_were_asked_for_is_an_error(monkeypatch: pytes
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(ConfigError, match=r"expected the number given to accelerate launch, got 1, .* torchrun"):
-        Processes.joined(torch.device("cpu"))
+        Processes.init(torch.device("cpu"))
 
 
 def test_torchrun_trains_the_same_adapter(ranks: Results, training_folder: Path, tiny_pipeline_dir: Path) -> None:

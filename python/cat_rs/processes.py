@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -21,18 +22,18 @@ T = TypeVar("T")
 class Processes:
     """The processes that `torchrun` or `accelerate launch` started; a single one without them.
 
-    The methods that pass something on are collective: every process calls them, in the same order.
+    The methods that pass something on are collective: every rank calls them, in the same order.
 
     Attributes:
-        rank: Number of this process.
-        count: How many there are.
-        local_rank: Number of this process on its machine.
-        is_main: Whether this is the process that writes and reports.
+        rank: The rank of this process.
+        world_size: The number of processes.
+        local_rank: The rank of this process on its machine.
+        is_main: Whether this is rank 0, which writes and reports.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
         self.rank = rank
-        self.count = count
+        self.world_size = world_size
         self.local_rank = local_rank
         self.is_main = rank == 0
 
@@ -44,7 +45,7 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
     @classmethod
-    def joined(cls, device: torch.device) -> Processes:
+    def init(cls, device: torch.device) -> Processes:
         """Join the processes that a launcher started; they stay joined until they end.
 
         Args:
@@ -68,8 +69,8 @@ class Processes:
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
     def on_main(self, act: Callable[[], T]) -> T:
-        """Call `act` in the main process; what it returns, or raises of this package, comes out in all of them."""
-        if self.count == 1:
+        """Call `act` on rank 0; every rank gets what it returns, or the error of this package that it raises."""
+        if self.world_size == 1:
             return act()
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -83,44 +84,52 @@ class Processes:
             raise failure
         return result
 
-    def gathered(self, value: Any) -> list[Any]:
-        """Every process's value, by rank; on the CPU."""
-        if self.count == 1:
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks; tensors must be on the CPU."""
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.count
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, act: Callable[[], T]) -> list[T]:
-        """Call `act` in every process; what they return, by rank.
+    def on_all(self, act: Callable[[], T]) -> list[T]:
+        """Call `act` on every rank; every rank gets all results, in the order of the ranks.
 
-        What this package raises in one of them is raised in all, once all are done.
+        An error of this package on one rank is raised on all of them, once all are done.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return [act()]
         outcome: tuple[Any, CatRsError | None]
         try:
             outcome = act(), None
         except CatRsError as error:
             outcome = None, error
-        outcomes = self.gathered(outcome)
+        outcomes = self.all_gather_object(outcome)
         for _, failure in outcomes:
             if failure is not None:
                 raise failure
         return [result for result, _ in outcomes]
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over the processes; not finite where one of the values is not."""
-        if self.count == 1:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over the ranks; not finite where one of the values is not."""
+        if self.world_size == 1:
             return values
-        values = values / self.count
+        values = values / self.world_size
         dist.all_reduce(values)
         return values
 
-    def highest(self, value: int, device: torch.device) -> int:
-        """The largest of the processes' values."""
-        if self.count == 1:
+    def all_reduce_max(self, value: int, device: torch.device) -> int:
+        """The largest of the ranks' values."""
+        if self.world_size == 1:
             return value
         values = torch.tensor(value, device=device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return int(values)
+
+
+def leave() -> None:
+    """Destroy this process's groups, at its own end: their threads must not outlive the interpreter."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        # An optimizer and its learning-rate scheduler refer to each other, and to the group, whose threads they keep.
+        gc.collect()

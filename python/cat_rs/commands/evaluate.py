@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_rs.commands.sampling import SamplingSettings
-from cat_rs.distributed import is_main, leave
 from cat_rs.options import ConfigError, option
+from cat_rs.processes import Processes, leave
 from cat_rs.run_folder import CONTACT_SHEET_FILE, PICTURES_FOLDER, RESULTS_FILE
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run(settings: Settings) -> None:
 
     try:
         result = _evaluate(settings)
-        reports = is_main()
+        reports = Processes.current().is_main
     finally:
         leave()
     if not reports:

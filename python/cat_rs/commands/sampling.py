@@ -44,7 +44,7 @@ class SamplingSettings:
         """Join the processes that a launcher started."""
         from cat_rs.training.model import choose_device
 
-        return Processes.joined(choose_device(self.device))
+        return Processes.init(choose_device(self.device))
 
     def load_pipeline(self, model: str, processes: Processes | None = None) -> Any:
         """Load a model onto the chosen device; of several processes, each takes its own GPU."""
@@ -53,6 +53,6 @@ class SamplingSettings:
         from cat_rs.training.model import choose_device, load_pipeline
 
         device = choose_device(self.device)
-        if processes is not None and processes.count > 1 and device == torch.device("cuda"):
+        if processes is not None and processes.world_size > 1 and device == torch.device("cuda"):
             device = torch.device("cuda", processes.local_rank)
         return load_pipeline(model, getattr(torch, self.dtype), device)

@@ -34,7 +34,7 @@ def completed(
         EvaluationInputError: The processes have different keys.
         EvaluationFileError: The store cannot be read or written, or is not the same for all processes.
     """
-    if len(set(processes.gathered(text_hash(list(keys))))) > 1:
+    if len(set(processes.all_gather_object(text_hash(list(keys))))) > 1:
         raise EvaluationInputError(
             "processes: expected the same model, adapters, prompts and settings in all of them, got others in some"
         )
@@ -48,7 +48,7 @@ def completed(
 
     # One process looks: another would already see what a third has just written.
     missing = processes.on_main(missing_keys)
-    mine = [numbers[key] for key in missing[processes.rank :: processes.count]]
+    mine = [numbers[key] for key in missing[processes.rank :: processes.world_size]]
 
     def make_mine() -> dict[str, T]:
         made: dict[str, T] = {}
@@ -62,10 +62,10 @@ def completed(
         items.update(made)
         return made if store is None else {}
 
-    for made in processes.together(make_mine):
+    for made in processes.on_all(make_mine):
         items.update(made)
     if store is not None:
-        processes.together(lambda: items.update((key, _read_back(store, key)) for key in numbers if key not in items))
+        processes.on_all(lambda: items.update((key, _read_back(store, key)) for key in numbers if key not in items))
     return [items[key] for key in keys]
 
 

@@ -72,7 +72,7 @@ class Recorder:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        values = self._processes.mean(torch.stack([figures for *_, figures in waiting])).tolist()
+        values = self._processes.all_reduce_mean(torch.stack([figures for *_, figures in waiting])).tolist()
         for (step, lr, seconds, _), row in zip(waiting, values, strict=True):
             self._write(step, dict(zip(FIGURES, row, strict=True)) | {"lr": lr, "seconds": round(seconds, 3)})
         self._bar.update(len(waiting))

@@ -33,7 +33,7 @@ class TrainingRun:
     Noise, timesteps and latents are drawn from a generator of the run's own, so that two runs of the same seed see the
     same draws whatever their adapters draw; dropout uses torch's global generator.
 
-    Of several processes, each takes its part of a batch that is `processes.count` times as large, and draws noise,
+    Of several processes, each takes its part of a batch that is `processes.world_size` times as large, and draws noise,
     timesteps and latents of its own.
 
     Args:
@@ -66,7 +66,7 @@ class TrainingRun:
         self._from_bank = bank is not None
         self._device: torch.device = unet.device
         self._generator = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
-        self._order = ShuffledOrder(len(cache), config.batch_size * processes.count, config.seed)
+        self._order = ShuffledOrder(len(cache), config.batch_size * processes.world_size, config.seed)
         self._part = slice(config.batch_size * processes.rank, config.batch_size * (processes.rank + 1))
         self._step = cat_rs.CatStep(
             unet,

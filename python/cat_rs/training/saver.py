@@ -42,7 +42,7 @@ class Saver:
             CheckpointError: It cannot be written; the earlier ones are untouched.
         """
         # The state of the main process is everyone's, but for what the others draw.
-        others = self._processes.gathered(run.draws_state_dict())[1:]
+        others = self._processes.all_gather_object(run.draws_state_dict())[1:]
 
         def write() -> Path:
             state = {
@@ -94,7 +94,7 @@ class Saver:
             "teacher_draws": config.teacher_draws,
             "rank": config.rank,
             "lr": config.lr,
-            "batch_size": config.batch_size * config.accumulate * self._processes.count,
+            "batch_size": config.batch_size * config.accumulate * self._processes.world_size,
             "seed": config.seed,
             "steps": run.steps_done,
         }

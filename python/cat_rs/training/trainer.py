@@ -120,8 +120,8 @@ class _Training:
             raise ConfigError(f"capture: expected a GPU to record on, got device {config.device}")
         if config.teacher_draws and device.is_gpu(self._device):
             raise ConfigError(f"teacher_draws: expected 0 on a GPU, got {config.teacher_draws}")
-        self._processes = Processes.joined(self._device)
-        if self._device == torch.device("cuda") and self._processes.count > 1:
+        self._processes = Processes.init(self._device)
+        if self._device == torch.device("cuda") and self._processes.world_size > 1:
             self._device = torch.device("cuda", self._processes.local_rank)
         self._progress = progress and self._processes.is_main
         self._report = report if self._processes.is_main else _say_nothing
@@ -172,9 +172,9 @@ class _Training:
             raise ConfigError(f"resume: expected the pictures and captions of {checkpoint}, got others")
         # A checkpoint of version 0.1 is one process's.
         processes = 1 + len(state.get("other_processes", ()))
-        if processes != self._processes.count:
+        if processes != self._processes.world_size:
             raise ConfigError(
-                f"resume: expected as many processes as wrote {checkpoint}, {processes}, got {self._processes.count}"
+                f"resume: expected as many processes as wrote {checkpoint}, {processes}, got {self._processes.world_size}"
             )
         self._report(f"continuing from {checkpoint}")
         return state
@@ -293,13 +293,13 @@ class _Training:
     def _loop(
         self, run: TrainingRun, saver: Saver, recorder: Recorder, evaluations: CheckpointEvaluations | None
     ) -> None:
-        with InterruptGuard(second_acts=self._processes.count == 1) as guard:
+        with InterruptGuard(second_acts=self._processes.world_size == 1) as guard:
             while run.steps_done < self._config.steps:
                 lr = run.lr
                 figures = run.advance()
                 recorder.add(run.steps_done, lr, figures)
                 last = run.steps_done == self._config.steps
-                signal_number = self._processes.highest(guard.received or 0, self._device)
+                signal_number = self._processes.all_reduce_max(guard.received or 0, self._device)
                 save = signal_number > 0 or self._checkpoint_is_due(run.steps_done, last)
                 if save or last or run.steps_done % self._config.log_every == 0:
                     self._flush(recorder)
