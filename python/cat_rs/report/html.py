@@ -237,9 +237,7 @@ def _column_groups(shown: Collection[str]) -> list[dict[str, Any]]:
 
 def _series(report: Report, evaluation: Evaluation, name: str) -> int | None:
     """Return the number of a model's colour; the base model has none."""
-    if name not in evaluation.result.adapters:
-        return None
-    return report.series[name if evaluation.checkpoints is None else evaluation.checkpoints.training]
+    return report.series[evaluation.method(name)] if name in evaluation.result.adapters else None
 
 
 def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:

@@ -73,6 +73,10 @@ class Evaluation:
     content: Mapping[str, Any]
     checkpoints: Checkpoints | None = None
 
+    def method(self, adapter: str) -> str:
+        """Return whose colour an adapter has: its own, or that of the training whose checkpoint it is."""
+        return adapter if self.checkpoints is None else self.checkpoints.training
+
 
 @dataclass(frozen=True)
 class Training:
