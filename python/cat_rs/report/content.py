@@ -115,7 +115,7 @@ def report_json(report: Report) -> str:
 
 
 def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
-    """Add where they were read from to labels that several evaluations share."""
+    """Add the file or folder to labels that several evaluations share."""
     labels = [evaluation.label for run in runs for evaluation in run.evaluations]
 
     def distinct(evaluation: Evaluation) -> Evaluation:
