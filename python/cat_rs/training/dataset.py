@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from cat_rs.image_files import IMAGE_SUFFIXES, ImageFileError, image_files, read_image
 from cat_rs.training.errors import DatasetError
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA_FILE = "metadata.jsonl"
 _CAPTION_KEYS = ("text", "caption", "prompt")
 
@@ -65,9 +65,9 @@ def read_folder(folder: str | os.PathLike[str], *, caption: str | None = None) -
     if not folder.is_dir():
         raise DatasetError(f"data: expected a folder of pictures, got {folder}, which is not a folder")
     captions = _read_metadata(folder)
-    pictures = {path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES} | set(captions)
+    pictures = {*image_files(folder), *captions}
     if not pictures:
-        raise DatasetError(f"data: expected pictures ({' '.join(PICTURE_SUFFIXES)}) in {folder}, got none")
+        raise DatasetError(f"data: expected pictures ({' '.join(IMAGE_SUFFIXES)}) in {folder}, got none")
     found = {path: captions.get(path) or _caption_beside(path) or _fill(caption, path) for path in sorted(pictures)}
     bare = [path.name for path, text in found.items() if text is None]
     if bare:
@@ -95,17 +95,11 @@ def load_picture(path: Path) -> Image.Image:
         DatasetError: The file is missing or is not a whole picture.
     """
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DatasetError(f"{path}: expected a picture, got a file that Pillow does not recognize") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: expected a whole picture, got: {error}") from error
+        return read_image(path)
+    except ImageFileError as error:
+        if isinstance(error.reason, UnidentifiedImageError):
+            raise DatasetError(f"{path}: expected a picture, got a file that Pillow does not recognize") from error
+        raise DatasetError(f"{path}: expected a whole picture, got: {error.reason}") from error
 
 
 def crop_square(picture: Image.Image, size: int, generator: torch.Generator | None = None) -> Crop:
