@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cat_rs import bootstrap_interval
 from cat_rs.atomic import write_bytes
 from cat_rs.commands.sampling import SamplingSettings
 from cat_rs.options import ConfigError, option
@@ -131,15 +132,13 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
 
 def summarize(runs: Sequence[DemoRun]) -> dict[str, Any]:
     """Means over the runs, and the paired difference CAT - LoRA with its interval; empty for a single run."""
-    import cat_rs
-
     if len(runs) < 2:
         return {}
     summary = {}
     for figure in ("ups", "tps", "kps", "identity", "drift"):
         plain, cat = ([getattr(run.evaluation.adapters[name], figure).value for run in runs] for name in (PLAIN, CAT))
         differences = [with_cat - without for without, with_cat in zip(plain, cat, strict=True)]
-        low, high = cat_rs.bootstrap_interval(differences, "mean")
+        low, high = bootstrap_interval(differences, "mean")
         summary[figure] = {
             PLAIN: sum(plain) / len(plain),
             CAT: sum(cat) / len(cat),
