@@ -141,7 +141,7 @@ def test_interrupt_exits_with_130_and_resumes(train_arguments: list[str], tmp_pa
     script = """
 import signal, sys
 from cat_rs.cli import main
-from cat_rs.training.run import TrainingRun
+from cat_rs.training.trainer import TrainingRun
 
 advance = TrainingRun.advance
 

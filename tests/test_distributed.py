@@ -28,9 +28,9 @@ from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
 from cat_rs.training import TrainConfig, train
-from cat_rs.training.cache import TrainingCache
-from cat_rs.training.order import ShuffledOrder
-from cat_rs.training.run import TrainingRun
+from cat_rs.training.encoded_dataset import TrainingCache
+from cat_rs.training.sampler import ShuffledOrder
+from cat_rs.training.trainer import TrainingRun
 from tests.conftest import draw_picture
 from tests.models import add_lora, batch, lora_parameters, tiny_unet
 from tests.ranks import RANKS, TIMEOUT, join_group, on_ranks

@@ -23,11 +23,11 @@ from cat_rs.run_folder import (
     METRICS_FILE,
     TENSORBOARD_FOLDER,
 )
-from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import CaptionPairs, fill_template, pair_captions
 from cat_rs.training.checkpoint import CheckpointFolder, load_state
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.dataset import Example, fingerprint, read_folder
+from cat_rs.training.encoded_dataset import TrainingCache, build_cache
 from cat_rs.training.errors import CheckpointError, TrainingError, TrainingInterrupted
 from cat_rs.training.evaluation import (
     CheckpointEvaluations,
@@ -39,9 +39,9 @@ from cat_rs.training.evaluation import (
 from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import MetricsLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
+from cat_rs.training.output_folder import Saver
 from cat_rs.training.recorder import Recorder
-from cat_rs.training.run import TrainingRun
-from cat_rs.training.saver import Saver
+from cat_rs.training.trainer import TrainingRun
 
 if TYPE_CHECKING:
     from cat_rs import TeacherBank

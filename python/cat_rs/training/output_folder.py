@@ -10,7 +10,7 @@ from cat_rs.processes import Processes
 from cat_rs.training.checkpoint import CheckpointFolder
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
-from cat_rs.training.run import TrainingRun
+from cat_rs.training.trainer import TrainingRun
 
 
 class Saver:

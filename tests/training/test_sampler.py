@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 
-from cat_rs.training.order import ShuffledOrder
+from cat_rs.training.sampler import ShuffledOrder
 
 
 @pytest.mark.parametrize(("pictures", "batch_size"), [(5, 4), (1, 4), (4, 4), (7, 1)])

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import pair_captions
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.dataset import read_folder
+from cat_rs.training.encoded_dataset import TrainingCache, build_cache
 from cat_rs.training.model import encode_caption, load_pipeline
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cat_rs.processes import Processes
-from cat_rs.training.cache import TrainingCache
 from cat_rs.training.config import TrainConfig
-from cat_rs.training.order import ShuffledOrder
+from cat_rs.training.encoded_dataset import TrainingCache
+from cat_rs.training.sampler import ShuffledOrder
 
 if TYPE_CHECKING:
     from cat_rs import TeacherBank

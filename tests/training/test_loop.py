@@ -27,7 +27,7 @@ from cat_rs.training import (
     TrainingInterrupted,
     train,
 )
-from cat_rs.training.run import TrainingRun
+from cat_rs.training.trainer import TrainingRun
 from tests.cuda.simulation import SimulatedGraphs, simulate_gpu
 
 pytest.importorskip("diffusers")
