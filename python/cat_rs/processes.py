@@ -68,6 +68,11 @@ class Processes:
         state = PartialState(cpu=device.type == "cpu")
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
+    def own_device(self, device: torch.device) -> torch.device:
+        """Return the GPU of this rank where `device` is any GPU."""
+        any_gpu = device == torch.device("cuda")
+        return torch.device("cuda", self.local_rank) if any_gpu and self.world_size > 1 else device
+
     def on_main(self, act: Callable[[], T]) -> T:
         """Call `act` on rank 0; every rank gets what it returns, or the error of this package that it raises."""
         if self.world_size == 1:

@@ -52,7 +52,5 @@ class SamplingSettings:
 
         from cat_rs.training.model import choose_device, load_pipeline
 
-        device = choose_device(self.device)
-        if processes is not None and processes.world_size > 1 and device == torch.device("cuda"):
-            device = torch.device("cuda", processes.local_rank)
+        device = (processes or Processes()).own_device(choose_device(self.device))
         return load_pipeline(model, getattr(torch, self.dtype), device)

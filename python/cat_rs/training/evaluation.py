@@ -1,4 +1,4 @@
-"""Scores of a run's adapter on the way: the front of fidelity against preservation, and the best checkpoint.
+"""Scores of the adapter during training: the front of fidelity against preservation, and the best checkpoint.
 
 The folder `evaluations` of a run holds, for each evaluated step,
 
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cat_rs.atomic import write_bytes
@@ -69,50 +70,40 @@ def choose_best(points: Sequence[tuple[float, float]], base_identity: float, kee
     return max(fit, key=lambda index: (points[index][1], -index))
 
 
-def read_prompts(config: TrainConfig) -> EvaluationPrompts:
-    """The prompts that the settings name; the run's triggers and class word win over the file's."""
-    words = config.class_words()
-    class_word = config.class_word or next((word for word in words.values() if word), None)
-    return EvaluationPrompts.load(
-        str(config.evaluate_prompts),
-        trigger_words=tuple(words),
-        class_word=class_word,
-        concept=config.evaluate_concept,
-    )
-
-
-def evaluation_is_due(config: TrainConfig, step: int) -> bool:
-    """Whether the run is evaluated after this step: every so many, and the last."""
-    return config.evaluate_every > 0 and step > 0 and (step % config.evaluate_every == 0 or step == config.steps)
-
-
 class CheckpointEvaluations:
-    """Evaluates a run in its main process, and keeps the folder described above.
-
-    Args:
-        config: The run's settings.
-        pipeline: The run's, with the adapter in its U-Net.
-        prompts: What `read_prompts` returned.
-        write_adapter: Writes the adapter as it is now into a folder.
+    """Evaluates a training's adapter on rank 0, and keeps the folder described above; does nothing if not asked to.
 
     Raises:
-        ConfigError: The folder holds evaluations of other prompts or settings.
+        EvaluationInputError, EvaluationFileError: The file of prompts cannot be used.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        pipeline: Any,
-        prompts: EvaluationPrompts,
-        write_adapter: Callable[[Path], object],
-    ) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._output = Path(config.output_dir)
         self._folder = self._output / EVALUATION_FOLDER
-        self._write_adapter = write_adapter
+        self._prompts = _read_prompts(config) if config.evaluate_every else None
+
+    def open(self, pipeline: Any, save_adapter: Callable[[Path], object]) -> None:
+        """Load the encoder and look at the evaluations that are there.
+
+        Args:
+            pipeline: The pipeline with the adapter in its U-Net.
+            save_adapter: Writes the adapter as it is now into a folder.
+
+        Raises:
+            ConfigError: The folder holds evaluations of other prompts or settings.
+        """
+        config = self._config
+        if self._prompts is None:
+            return
+        dtype = getattr(torch, config.dtype)
+        if pipeline.vae.dtype != dtype:
+            # Encoding the pictures took it to float32.
+            pipeline.vae.to(dtype)
+        self._save_adapter = save_adapter
         self._live = LiveEvaluation(
             pipeline,
-            prompts,
+            self._prompts,
             load_encoder(config.evaluate_encoder, device=pipeline.unet.device),
             concept_images=config.data,
             config=EvaluationConfig(
@@ -127,19 +118,22 @@ class CheckpointEvaluations:
         for step in self._steps():
             self._check_settings(step)
 
-    def is_missing(self, step: int) -> bool:
-        """Whether the evaluation of this step is due and was not done."""
-        return evaluation_is_due(self._config, step) and not self._result_file(step).exists()
+    def resume(self, step: int) -> bool:
+        """Remove the evaluations after this step, which the continued training takes again.
 
-    def forget_after(self, step: int) -> None:
-        """Remove evaluations of later steps, which the continued run takes again."""
+        Returns:
+            Whether the step's own evaluation is due and missing.
+        """
+        if self._prompts is None:
+            return False
         for later in self._steps():
             if later > step:
                 self._result_file(later).unlink()
         self._write_front()
+        return self._config.evaluation_is_due(step) and not self._result_file(step).exists()
 
     def evaluate(self, step: int) -> tuple[EvaluationResult, str]:
-        """Score the run's adapter as it is now.
+        """Score the adapter as it is now.
 
         Returns:
             The result, and a line about it.
@@ -151,7 +145,7 @@ class CheckpointEvaluations:
         try:
             self._folder.mkdir(exist_ok=True)
             self._adapter_folder(step).mkdir(exist_ok=True)
-            self._write_adapter(self._adapter_folder(step))
+            self._save_adapter(self._adapter_folder(step))
             result.save(self._result_file(step))
             best = self._write_front()
         except OSError as error:
@@ -247,6 +241,18 @@ def picture_of(result: EvaluationResult) -> NDArray[np.uint8]:
         shown = [grid.picture(index % len(grid.prompts), 0) for index in range(_SHOWN_PROMPTS)]
         rows.append(np.concatenate([np.asarray(picture.convert("RGB")) for picture in shown], axis=1))
     return np.concatenate(rows, axis=0)
+
+
+def _read_prompts(config: TrainConfig) -> EvaluationPrompts:
+    """Read the prompts that the settings name; the settings' triggers and class word win over the file's."""
+    words = config.class_words()
+    class_word = config.class_word or next((word for word in words.values() if word), None)
+    return EvaluationPrompts.load(
+        str(config.evaluate_prompts),
+        trigger_words=tuple(words),
+        class_word=class_word,
+        concept=config.evaluate_concept,
+    )
 
 
 def _point(result: EvaluationResult, step: int) -> tuple[float, float]:

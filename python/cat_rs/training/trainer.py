@@ -1,48 +1,39 @@
-"""One training run in memory: the model, the step, the order of the data, and the state of all three."""
+"""One training in memory: the model, the step, the order of the data, and the state of all three."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from cat_rs._version import __version__
+from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
+from cat_rs.files import save_lora
 from cat_rs.processes import Processes
+from cat_rs.step import CatStep
+from cat_rs.teacher_bank import TeacherBank
 from cat_rs.training.config import TrainConfig
-from cat_rs.training.encoded_dataset import TrainingCache
-from cat_rs.training.sampler import ShuffledOrder
-
-if TYPE_CHECKING:
-    from cat_rs import TeacherBank
+from cat_rs.training.encoded_dataset import EncodedDataset
+from cat_rs.training.sampler import BatchSampler
 
 
-def _cat_factor(config: TrainConfig) -> Any:
-    """The weight of the preservation term as the settings describe it."""
-    import cat_rs
+class Trainer:
+    """Advances a training by one optimizer step at a time; `state_dict` continues it bit for bit.
 
-    if config.cat_ratio is not None:
-        return cat_rs.CatFactorRatio(config.cat_ratio, maximum=config.cat_factor)
-    if config.cat_factor_end is None:
-        return config.cat_factor
-    last = max(config.steps - 1, 1)
-    return cat_rs.CatFactorRamp(config.cat_factor, config.cat_factor_end, last, config.cat_factor_shape)
+    Noise, timesteps and latents are drawn from the trainer's own generator, so that two trainings with the same seed
+    see the same draws whatever their adapters draw; dropout uses torch's global generator.
 
-
-class TrainingRun:
-    """Advances by one optimizer step at a time; `state_dict` continues it bit for bit.
-
-    Noise, timesteps and latents are drawn from a generator of the run's own, so that two runs of the same seed see the
-    same draws whatever their adapters draw; dropout uses torch's global generator.
-
-    Of several processes, each takes its part of a batch that is `processes.world_size` times as large, and draws noise,
-    timesteps and latents of its own.
+    With several ranks, each takes its part of a batch that is `world_size` times as large, and draws noise, timesteps
+    and latents of its own.
 
     Args:
         config: The settings.
-        unet: With its adapter.
-        scheduler: The model's.
-        cache: The pictures.
-        processes: Those of the run.
-        bank: Base predictions of all views of the cache; None predicts anew in every step.
+        unet: The U-Net with its adapter.
+        scheduler: The model's noise scheduler.
+        dataset: The encoded pictures.
+        processes: The ranks that train together.
+        bank: Base predictions of all views of the dataset; None predicts anew in every step.
     """
 
     def __init__(
@@ -50,25 +41,24 @@ class TrainingRun:
         config: TrainConfig,
         unet: Any,
         scheduler: Any,
-        cache: TrainingCache,
+        dataset: EncodedDataset,
         processes: Processes,
         bank: TeacherBank | None = None,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
-        import cat_rs
-
         self.unet = unet
         self.steps_done = 0
-        self._accumulate = config.accumulate
+        self._config = config
+        self._world_size = processes.world_size
         self._dtype: torch.dtype = getattr(torch, config.dtype)
-        self._cache = cache
+        self._dataset = dataset
         self._from_bank = bank is not None
         self._device: torch.device = unet.device
         self._generator = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
-        self._order = ShuffledOrder(len(cache), config.batch_size * processes.world_size, config.seed)
+        self._sampler = BatchSampler(len(dataset), config.batch_size * processes.world_size, config.seed)
         self._part = slice(config.batch_size * processes.rank, config.batch_size * (processes.rank + 1))
-        self._step = cat_rs.CatStep(
+        self._step = CatStep(
             unet,
             scheduler,
             lr=config.lr,
@@ -103,7 +93,7 @@ class TrainingRun:
             loss, diffusion, cat (means over the accumulated batches), grad_norm and cat_factor, as one tensor on the
             device.
         """
-        metrics = [self._advance_batch() for _ in range(self._accumulate)]
+        metrics = [self._advance_batch() for _ in range(self._config.accumulate)]
         self._lr_scheduler.step()
         self.steps_done += 1
         means = torch.stack(metrics).mean(0)
@@ -111,47 +101,79 @@ class TrainingRun:
         means[3] = metrics[-1][3]
         return means
 
+    def save_adapter(self, folder: Path) -> Path:
+        """Write the adapter as it is now into a folder, with the training metadata."""
+        config = self._config
+        model = Path(config.model)
+        metadata = {
+            "version": __version__,
+            # A local path is nobody else's business.
+            "base_model": model.resolve().name if model.is_dir() else config.model,
+            "trigger": config.class_words(),
+            "cat_factor": config.cat_factor,
+            "cat_factor_end": config.cat_factor_end,
+            "cat_ratio": config.cat_ratio,
+            "snr_gamma": config.snr_gamma,
+            "teacher_draws": config.teacher_draws,
+            "rank": config.rank,
+            "lr": config.lr,
+            "batch_size": config.batch_size * config.accumulate * self._world_size,
+            "seed": config.seed,
+            "steps": self.steps_done,
+        }
+        return save_lora(folder, self.unet, metadata=metadata)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that decides how the run goes on; the step's state holds the generator's."""
+        """Return everything that decides how the training goes on; the step's state holds the generator's."""
         return {
             "steps_done": self.steps_done,
             "step": self._step.state_dict(),
             "lr_scheduler": self._lr_scheduler.state_dict(),
-            "order": self._order.state_dict(),
-            **self._global_draws(),
+            "order": self._sampler.state_dict(),
+            **self._global_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was called, in a run with the same settings."""
+        """Continue where `state_dict` was called, with the same settings."""
         self.steps_done = state["steps_done"]
         self._step.load_state_dict(state["step"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self._order.load_state_dict(state["order"])
-        self._load_global_draws(state)
+        self._sampler.load_state_dict(state["order"])
+        self._set_global_rng_state(state)
 
-    def draws_state_dict(self) -> dict[str, Any]:
-        """The part of `state_dict` that differs between processes: what they draw next."""
-        return {"generator": self._generator.get_state(), **self._global_draws()}
+    def rng_state_dict(self) -> dict[str, Any]:
+        """Return the part of `state_dict` that differs between ranks: the state of the random generators."""
+        return {"generator": self._generator.get_state(), **self._global_rng_state()}
 
-    def load_draws_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue to draw where `draws_state_dict` was called."""
+    def load_rng_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue to draw where `rng_state_dict` was called."""
         self._generator.set_state(state["generator"])
-        self._load_global_draws(state)
+        self._set_global_rng_state(state)
 
-    def _global_draws(self) -> dict[str, Any]:
+    def _global_rng_state(self) -> dict[str, Any]:
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
         }
 
-    def _load_global_draws(self, state: dict[str, Any]) -> None:
+    def _set_global_rng_state(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
     def _advance_batch(self) -> torch.Tensor:
-        pictures = self._order.next_batch()[self._part]
-        batch = self._cache.batch(pictures, self._generator, from_bank=self._from_bank)
+        pictures = self._sampler.next_batch()[self._part]
+        batch = self._dataset.batch(pictures, self._generator, from_bank=self._from_bank)
         latents = batch.latents if self._from_bank else batch.latents.to(self._dtype)
         metrics = self._step(latents, batch.cond, batch.cond_no_trigger)
         return torch.stack([value.float() for value in metrics])
+
+
+def _cat_factor(config: TrainConfig) -> float | CatFactorRamp | CatFactorRatio:
+    """Return the weight of the preservation term as the settings describe it."""
+    if config.cat_ratio is not None:
+        return CatFactorRatio(config.cat_ratio, maximum=config.cat_factor)
+    if config.cat_factor_end is None:
+        return config.cat_factor
+    last = max(config.steps - 1, 1)
+    return CatFactorRamp(config.cat_factor, config.cat_factor_end, last, config.cat_factor_shape)
