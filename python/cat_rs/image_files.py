@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -40,6 +41,13 @@ def read_image(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow reports a broken file as any of these.
         raise ImageFileError(path, error) from error
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """Return the image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
