@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
+from cat_rs.evaluation.measures import labelled_values
 from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.run_folder import BEST_FOLDER, EVALUATION_FOLDER, FRONT_FILE, FRONT_FORMAT, step_name, step_paths
@@ -150,9 +151,7 @@ class CheckpointEvaluations:
             best = self._write_front()
         except OSError as error:
             raise CheckpointError(f"cannot write the evaluation of step {step} in {self._folder}: {error}") from error
-        scores = result.adapters[f"step {step}"]
-        figures = (("identity", scores.identity), ("UPS", scores.ups), ("KPS", scores.kps))
-        text = ", ".join(f"{name} {figure.value:.3f}" for name, figure in figures if figure is not None)
+        text = ", ".join(labelled_values(result.adapters[f"step {step}"], "identity", "ups", "kps"))
         return result, f"step {step}: {text}" + (", the best so far" if best == step else "")
 
     def _write_front(self) -> int | None:
