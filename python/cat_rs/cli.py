@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """The error's text in one line."""
+    """Return the error's text in one line."""
     hint = "; pip install 'cat-rs[train]' brings it" if isinstance(error, ModuleNotFoundError) else ""
     return " ".join(str(error).split()) + hint
 

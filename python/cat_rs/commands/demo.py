@@ -52,7 +52,7 @@ class Settings(SamplingSettings):
     )
 
     def preserve_file(self) -> str | None:
-        """The file of prompts to preserve, beside the captions."""
+        """Return the file of prompts to preserve in addition to the captions."""
         return str(Path(self.emoji_model, PRESERVE_FILE)) if self.preserve else None
 
 
@@ -106,7 +106,7 @@ def run(settings: Settings) -> None:
 
 
 def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
-    """The named concepts of the emoji model's prompts.json, or its first.
+    """Read the named concepts from the emoji model's prompts.json, or its first.
 
     Raises:
         ConfigError: There is no such file or concept.
@@ -131,7 +131,7 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
 
 
 def summarize(runs: Sequence[DemoRun]) -> dict[str, Any]:
-    """Means over the runs, and the paired difference CAT - LoRA with its interval; empty for a single run."""
+    """Return means over the runs, and the paired difference CAT - LoRA with its interval; empty for a single run."""
     if len(runs) < 2:
         return {}
     summary = {}
@@ -148,7 +148,7 @@ def summarize(runs: Sequence[DemoRun]) -> dict[str, Any]:
 
 
 def format_summary(summary: dict[str, Any], runs: int) -> str:
-    """The summary as a table."""
+    """Return the summary as a table."""
     lines = [f"\nmean over {runs} runs", f"{'':10}{PLAIN:>8}{CAT:>8}  {CAT} - {PLAIN} (95 % interval)"]
     for figure, row in summary.items():
         difference = row["difference"]
