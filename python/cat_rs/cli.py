@@ -22,8 +22,9 @@ EXIT_SIGNAL = 128
 
 @dataclass(frozen=True)
 class _Command:
-    """A sub-command; its module in `cat_rs.commands` defines `Settings` and `run`."""
+    """A sub-command; its module defines `Settings` and `run`."""
 
+    module: str
     help: str
     description: str
     positionals: str = ""
@@ -31,27 +32,32 @@ class _Command:
 
 _COMMANDS = {
     "demo": _Command(
+        "cat_rs.commands.demo",
         "train plain LoRA and CAT on the bundled emoji model, and compare",
         "Trains an adapter without and one with the preservation term on pictures of one emoji, evaluates both, "
         "prints the table, and writes results.json, contact_sheet.png, curves.png and the pictures.",
     ),
     "train": _Command(
+        "cat_rs.commands.train",
         "train a LoRA from a folder of pictures",
         "Trains a LoRA with Contrastive Adapter Training: with the trigger in the prompt the model learns the concept "
         "(L_diff), without it the model keeps predicting what the base model predicts (L_cat). "
         "pipe.load_lora_weights(output_dir) reads the result.",
     ),
     "generate": _Command(
+        "cat_rs.commands.generate",
         "draw pictures, with or without an adapter",
         "Draws one picture for each prompt and seed.",
     ),
     "evaluate": _Command(
+        "cat_rs.commands.evaluate",
         "compare adapters with the base model: KPS, identity, diversity",
         "Draws the same prompts and seeds with the base model and with each adapter, and scores what was learned and "
         "what was kept: UPS, TPS and KPS (this project's reading of the paper's score), identity, prompt similarity, "
         "drift and diversity, each with its 95 % interval.",
     ),
     "report": _Command(
+        "cat_rs.commands.report",
         "one page from evaluations and trainings: pictures, charts, tables",
         "Reads folders that cat-rs evaluate, demo and train wrote, or a results.json alone, and writes report.html, "
         "one file that needs no other: pictures of all models side by side, what was learned against what was kept, "
@@ -59,12 +65,14 @@ _COMMANDS = {
         "RUN... ",
     ),
     "convert": _Command(
+        "cat_rs.commands.convert",
         "write an adapter in the format of diffusers, PEFT or kohya",
         "Reads an adapter of any of the formats and writes it in another, with its scales and what it tells of its "
         "making. The formats and the models they have names for are those of cat_rs.load_lora and cat_rs.save_lora.",
         "INPUT OUTPUT ",
     ),
     "info": _Command(
+        "cat_rs.commands.info",
         "versions, build, operations and processor features",
         "Prints what is installed and what this build can do; add it to bug reports.",
     ),
@@ -120,26 +128,26 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
             allow_abbrev=False,
         )
         if name == named:
-            _add_command_options(options, name)
+            _add_command_options(options, command)
     return parser.parse_args(given)
 
 
-def _add_command_options(parser: argparse.ArgumentParser, command: str) -> None:
+def _add_command_options(parser: argparse.ArgumentParser, command: _Command) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; the command line wins over it")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error, too")
     add_options(parser, _module(command).Settings)
 
 
 def _run(parsed: argparse.Namespace) -> None:
-    module = _module(parsed.command)
+    module = _module(_COMMANDS[parsed.command])
     values: dict[str, Any] = {} if parsed.config is None else read_config_file(parsed.config)
     values |= given_options(parsed, module.Settings)
     source = f"cat-rs {parsed.command}" if parsed.config is None else os.fspath(parsed.config)
     module.run(from_mapping(module.Settings, values, source))
 
 
-def _module(command: str) -> Any:
-    return importlib.import_module(f"cat_rs.commands.{command}")
+def _module(command: _Command) -> Any:
+    return importlib.import_module(command.module)
 
 
 if __name__ == "__main__":

@@ -209,14 +209,6 @@ class TrainConfig:
         """Whether the preservation term has a weight in any step."""
         return self.cat_factor > 0 or (self.cat_factor_end or 0) > 0
 
-    def checkpoint_is_due(self, step: int) -> bool:
-        """Whether a checkpoint is written after this step."""
-        return self.checkpoint_every > 0 and (step == self.steps or step % self.checkpoint_every == 0)
-
-    def evaluation_is_due(self, step: int) -> bool:
-        """Whether the adapter is scored after this step: every so many, and the last."""
-        return self.evaluate_every > 0 and step > 0 and (step % self.evaluate_every == 0 or step == self.steps)
-
     def class_words(self) -> dict[str, str | None]:
         """Return trigger word -> class word."""
         pairs = (trigger.partition("=") for trigger in self.trigger)

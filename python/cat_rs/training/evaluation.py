@@ -119,6 +119,11 @@ class CheckpointEvaluations:
         for result in self._results().values():
             self._check_settings(result)
 
+    def is_due(self, step: int) -> bool:
+        """Return whether the adapter is scored after this step: every so many, and the last."""
+        every = self._config.evaluate_every
+        return every > 0 and step > 0 and (step % every == 0 or step == self._config.steps)
+
     def resume(self, step: int) -> bool:
         """Remove the evaluations after this step, which the continued training takes again.
 
@@ -131,7 +136,7 @@ class CheckpointEvaluations:
             if later > step:
                 file.unlink()
         self._write_front()
-        return self._config.evaluation_is_due(step) and not self._result_file(step).exists()
+        return self.is_due(step) and not self._result_file(step).exists()
 
     def evaluate(self, step: int) -> tuple[EvaluationResult, str]:
         """Score the adapter as it is now.

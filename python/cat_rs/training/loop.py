@@ -147,7 +147,8 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
                     log.add(step, lr, figures)
                     last = step == config.steps
                     signal_number = processes.all_reduce_max(guard.received or 0, device)
-                    save = signal_number > 0 or config.checkpoint_is_due(step)
+                    checkpoint_is_due = config.checkpoint_every > 0 and (last or step % config.checkpoint_every == 0)
+                    save = signal_number > 0 or checkpoint_is_due
                     if save or last or step % config.log_every == 0:
                         _flush(log, output)
                     if save:
@@ -156,7 +157,7 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
                         checkpoint = processes.on_main(save_checkpoint)
                         if signal_number > 0 and not last:
                             raise TrainingInterrupted(step, checkpoint, signal_number)
-                    if config.evaluation_is_due(step):
+                    if evaluations.is_due(step):
                         processes.on_main(evaluate)
         adapter = processes.on_main(lambda: output.finish(trainer))
         return TrainResult(
