@@ -1,4 +1,4 @@
-"""The processes of one training or evaluation: which one writes, and what all have to agree on."""
+"""The processes of one training or evaluation: their ranks, and what they exchange."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from cat_rs.errors import CatRsError
 from cat_rs.options import ConfigError
 
-# Where torchrun and accelerate, MPICH, Open MPI and MVAPICH write how many processes they started.
+# Where torchrun and accelerate, MPICH, Open MPI and MVAPICH put the world size.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
-        """The processes of torch.distributed's default group; a single one where there is none."""
+        """Return the processes of torch.distributed's default group; a single one where there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
@@ -49,7 +49,7 @@ class Processes:
         """Join the processes that a launcher started; they stay joined until they end.
 
         Args:
-            device: Where the model is to be: decides how tensors travel.
+            device: The device of the model, which decides the backend.
 
         Raises:
             ConfigError: The launcher was asked for several processes, and started one.
@@ -68,6 +68,11 @@ class Processes:
         state = PartialState(cpu=device.type == "cpu")
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
+    def own_device(self, device: torch.device) -> torch.device:
+        """Return the GPU of this rank where `device` is any GPU."""
+        any_gpu = device == torch.device("cuda")
+        return torch.device("cuda", self.local_rank) if any_gpu and self.world_size > 1 else device
+
     def on_main(self, act: Callable[[], T]) -> T:
         """Call `act` on rank 0; every rank gets what it returns, or the error of this package that it raises."""
         if self.world_size == 1:
@@ -85,7 +90,7 @@ class Processes:
         return result
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks; tensors must be on the CPU."""
+        """Return every rank's value, in the order of the ranks; tensors must be on the CPU."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -111,7 +116,7 @@ class Processes:
         return [result for result, _ in outcomes]
 
     def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over the ranks; not finite where one of the values is not."""
+        """Return the mean over the ranks; it is not finite where one of the values is not."""
         if self.world_size == 1:
             return values
         values = values / self.world_size
@@ -119,7 +124,7 @@ class Processes:
         return values
 
     def all_reduce_max(self, value: int, device: torch.device) -> int:
-        """The largest of the ranks' values."""
+        """Return the largest of the ranks' values."""
         if self.world_size == 1:
             return value
         values = torch.tensor(value, device=device)
@@ -128,7 +133,7 @@ class Processes:
 
 
 def leave() -> None:
-    """Destroy this process's groups, at its own end: their threads must not outlive the interpreter."""
+    """Destroy the process groups before this process ends: their threads must not outlive the interpreter."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
         # An optimizer and its learning-rate scheduler refer to each other, and to the group, whose threads they keep.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cat_rs import bootstrap_interval
 from cat_rs.atomic import write_bytes
 from cat_rs.commands.sampling import SamplingSettings
 from cat_rs.options import ConfigError, option
@@ -51,7 +52,7 @@ class Settings(SamplingSettings):
     )
 
     def preserve_file(self) -> str | None:
-        """The file of prompts to preserve, beside the captions."""
+        """Return the file of prompts to preserve in addition to the captions."""
         return str(Path(self.emoji_model, PRESERVE_FILE)) if self.preserve else None
 
 
@@ -105,7 +106,7 @@ def run(settings: Settings) -> None:
 
 
 def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
-    """The named concepts of the emoji model's prompts.json, or its first.
+    """Read the named concepts from the emoji model's prompts.json, or its first.
 
     Raises:
         ConfigError: There is no such file or concept.
@@ -116,9 +117,8 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
         trigger = content["trigger_word"]
         known = {entry["name"]: _concept(entry, trigger, emoji_model) for entry in content["concepts"]}
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"emoji_model: expected the emoji model's folder, got {emoji_model} without {file.name}"
-        ) from error
+        expected = f"the emoji model's folder, got {emoji_model} without {file.name}"
+        raise ConfigError(f"emoji_model: expected {expected}") from error
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"emoji_model: expected the concepts of the emoji model in {file}, got: {error!r}"
@@ -130,16 +130,14 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
 
 
 def summarize(runs: Sequence[DemoRun]) -> dict[str, Any]:
-    """Means over the runs, and the paired difference CAT - LoRA with its interval; empty for a single run."""
-    import cat_rs
-
+    """Return means over the runs, and the paired difference CAT - LoRA with its interval; empty for a single run."""
     if len(runs) < 2:
         return {}
     summary = {}
     for figure in ("ups", "tps", "kps", "identity", "drift"):
         plain, cat = ([getattr(run.evaluation.adapters[name], figure).value for run in runs] for name in (PLAIN, CAT))
         differences = [with_cat - without for without, with_cat in zip(plain, cat, strict=True)]
-        low, high = cat_rs.bootstrap_interval(differences, "mean")
+        low, high = bootstrap_interval(differences, "mean")
         summary[figure] = {
             PLAIN: sum(plain) / len(plain),
             CAT: sum(cat) / len(cat),
@@ -149,7 +147,7 @@ def summarize(runs: Sequence[DemoRun]) -> dict[str, Any]:
 
 
 def format_summary(summary: dict[str, Any], runs: int) -> str:
-    """The summary as a table."""
+    """Return the summary as a table."""
     lines = [f"\nmean over {runs} runs", f"{'':10}{PLAIN:>8}{CAT:>8}  {CAT} - {PLAIN} (95 % interval)"]
     for figure, row in summary.items():
         difference = row["difference"]

@@ -52,7 +52,7 @@ class Settings(SamplingSettings):
     concept: str | None = option(None, group=_PROMPTS, help="which concept of a file with several", metavar="NAME")
 
     def named_adapters(self) -> dict[str, str]:
-        """Name -> path."""
+        """Return name -> path."""
         pairs = [adapter.partition("=") for adapter in self.adapters]
         named = {name if path else Path(name).stem: path or name for name, _, path in pairs}
         if len(named) < len(pairs):
@@ -81,7 +81,7 @@ def run(settings: Settings) -> None:
 
 
 def _evaluate(settings: Settings) -> EvaluationResult:
-    """Evaluate, in all processes that a launcher started."""
+    """Evaluate on all ranks that a launcher started."""
     from cat_rs.evaluation import EvaluationPrompts, evaluate, load_encoder
 
     adapters = settings.named_adapters()
