@@ -192,7 +192,11 @@ def make_encoder(source: EncoderSource, *, device: torch.device | str | None = N
     if isinstance(source, (str, os.PathLike)):
         return load_encoder(source, device=device)
     if isinstance(source, tuple) and len(source) == 2:
-        return _encoder_of_pair(*source, device=device)
+        model, processor = source
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        if kind not in _MODELS:
+            raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind}")
+        return _MODELS[kind][0](model, processor, device=device, name=type(model).__name__)
     if hasattr(source, "encode_images"):
         return source  # type: ignore[return-value]
     if callable(source):
@@ -200,14 +204,6 @@ def make_encoder(source: EncoderSource, *, device: torch.device | str | None = N
     raise EvaluationInputError(
         f"encoder: expected a folder, (model, processor) or a callable, got {type(source).__name__}"
     )
-
-
-def _encoder_of_pair(model: Any, processor: Any, *, device: torch.device | str | None) -> Encoder:
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in _MODELS:
-        raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind}")
-    encoder_class = _MODELS[kind][0]
-    return encoder_class(model, processor, device=device, name=type(model).__name__)
 
 
 def embed_in_batches(
