@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_rs.errors import CatRsError
-from cat_rs.evaluation import (
-    Comparison,
-    EvaluationFileError,
-    EvaluationInputError,
-    EvaluationResult,
-    Interval,
-    PromptScores,
-    Scores,
-)
+from cat_rs.evaluation import Comparison, EvaluationFileError, EvaluationInputError, EvaluationResult, Interval
+from cat_rs.evaluation.measures import MEASURES, prompt_values
 from cat_rs.options import read_config_file
-from cat_rs.report.curves import read_metrics
-from cat_rs.report.pictures import PICTURES_FOLDER, read_pictures
-
-RESULTS_FILE = "results.json"
-CONFIG_FILE = "train_config.yaml"
-FRONT_FILE = Path("evaluations", "front.json")
-DEMO_FORMAT = "cat-rs demo 1"
-FRONT_FORMAT = "cat-rs front 1"
+from cat_rs.report.curves import read_log
+from cat_rs.report.picture_files import read_pictures
+from cat_rs.report.wording import concept_of
+from cat_rs.run_folder import (
+    CONFIG_FILE,
+    DEMO_FORMAT,
+    FRONT_FILE,
+    FRONT_FORMAT,
+    PICTURES_FOLDER,
+    RESULTS_FILE,
+    step_name,
+)
 
 # What a page holds without growing out of a mail's size.
 MAX_PROMPTS = 24
@@ -76,10 +73,9 @@ class Evaluation:
     content: Mapping[str, Any]
     checkpoints: Checkpoints | None = None
 
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds of the pictures."""
-        return tuple(self.result.settings["sampling"]["seeds"])
+    def method(self, adapter: str) -> str:
+        """Return whose colour an adapter has: its own, or that of the training whose checkpoint it is."""
+        return adapter if self.checkpoints is None else self.checkpoints.training
 
 
 @dataclass(frozen=True)
@@ -142,9 +138,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 def read_training(folder: Path, name: str | None = None) -> Training:
-    """Read the folder of a training; it is called `name`, or as the folder is."""
+    """Read the folder of a training; its name is `name`, or that of the folder."""
     settings = read_config_file(folder / CONFIG_FILE)
-    return Training(name or folder.resolve().name, folder, settings, read_metrics(folder))
+    return Training(name or folder.resolve().name, folder, settings, read_log(folder))
 
 
 def read_front(folder: Path, training: str) -> Evaluation:
@@ -160,7 +156,7 @@ def read_front(folder: Path, training: str) -> Evaluation:
         raise EvaluationInputError(f"runs: expected the checkpoints of a training in {file}, got {error!r}") from error
     if not steps:
         raise EvaluationInputError(f"runs: expected at least one checkpoint in {file}, got none")
-    files = {step: file.with_name(f"step-{step:06d}.json") for step in steps}
+    files = {step: file.with_name(f"{step_name(step)}.json") for step in steps}
     contents = {step: _read_json(path) for step, path in files.items()}
     evaluations = {step: _evaluation(contents[step], files[step], None) for step in steps}
     names = {step: next(iter(evaluation.result.adapters)) for step, evaluation in evaluations.items()}
@@ -181,12 +177,6 @@ def _joined(results: list[EvaluationResult]) -> EvaluationResult:
     own = [row for result in others for row in result.prompts if row.model in result.adapters]
     adapters = {name: scores for result in results for name, scores in result.adapters.items()}
     return replace(first, adapters=adapters, prompts=(*first.prompts, *own))
-
-
-def concept_of(result: EvaluationResult) -> str:
-    """Return the first trigger word and the class word, such as "sks fruit"."""
-    prompts = result.settings["prompts"]
-    return " ".join(filter(None, (prompts["trigger_words"][0], prompts["class_word"])))
 
 
 def _read_results(given: Path, file: Path) -> Run:
@@ -256,60 +246,44 @@ def _evaluation(content: Mapping[str, Any], file: Path, folder: Path | None) -> 
 
 
 def _mistakes(result: EvaluationResult) -> Iterator[str]:
-    """What the page needs and a file written by hand may lack, each as the words after "expected"."""
-    settings = result.settings
-    prompts, sampling = (_mapping(settings, key) for key in ("prompts", "sampling"))
+    """Say what the page needs and a file written by hand may lack, each as the words after "expected"."""
+    settings = result.settings if isinstance(result.settings, dict) else {}
+    parts = (settings.get(key) for key in ("prompts", "sampling"))
+    prompts, sampling = (part if isinstance(part, dict) else {} for part in parts)
     for key in ("trigger", "no_trigger", "trigger_words"):
-        if not _texts(prompts.get(key)):
+        if not _is_list(prompts.get(key), lambda text: isinstance(text, str)):
             yield f"at least one text in settings.prompts.{key}"
     if not isinstance(prompts.get("class_word"), str | None):
         yield "a text or null as settings.prompts.class_word"
-    seeds = sampling.get("seeds")
-    if not (isinstance(seeds, list) and seeds and all(_is_number(seed) for seed in seeds)):
+    if not _is_list(sampling.get("seeds"), _is_number):
         yield "at least one number in settings.sampling.seeds"
     if not isinstance(settings.get("encoder"), str):
         yield "a name as settings.encoder"
     if not result.adapters:
         yield "at least one of adapters"
     for name, scores in {"base": result.base, "other_seed": result.other_seed, **result.adapters}.items():
-        if scores is not None and not all(map(_is_interval, _intervals(scores))):
+        if scores is not None and not all(map(_is_interval, filter(None, vars(scores).values()))):
             yield f"numbers as the scores of {name}"
+    columns = {measure.column for measure in MEASURES.values()}
     for number, row in enumerate(result.prompts):
         if not (isinstance(row.prompt, str) and isinstance(row.model, str) and isinstance(row.trigger, bool)):
             yield f"a model, a prompt and whether it holds the trigger in row {number} of prompts"
-        if not all(map(_is_number, _numbers(row))):
+        if not all(_is_number(value) for column in columns for value in prompt_values(row, column)):
             yield f"numbers in row {number} of prompts"
 
 
-def _mapping(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = settings.get(key) if isinstance(settings, dict) else None
-    return value if isinstance(value, dict) else {}
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
-
-
-def _intervals(scores: Scores) -> list[Interval]:
-    """The figures that a model has."""
-    figures = (getattr(scores, item.name) for item in fields(scores))
-    return [figure for figure in figures if figure is not None]
-
-
-def _numbers(row: PromptScores) -> list[float]:
-    """The figures of a prompt, over all seeds."""
-    columns = (row.similarity, row.identity, row.prompt_similarity, row.pixel_rmse, row.latent_rmse)
-    return [number for column in columns for number in column] + ([] if row.diversity is None else [row.diversity])
+def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(check, value))
 
 
 def _is_interval(figure: Interval) -> bool:
-    """Whether all is a number; both bounds are NaN where there are none."""
+    """Return whether all parts are numbers; both bounds are NaN where there are none."""
     bounds = (figure.low, figure.high)
     return _is_number(figure.value) and (all(map(_is_number, bounds)) or all(bound != bound for bound in bounds))
 
 
 def _is_summary(row: Any) -> bool:
-    """Whether it is the mean of two methods, and their difference with its bounds."""
+    """Return whether a row holds the means of two methods, and their difference with its bounds."""
     if not isinstance(row, dict) or len(row) != 3 or not isinstance(row.get("difference"), dict):
         return False
     difference = row["difference"]
