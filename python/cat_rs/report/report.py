@@ -1,0 +1,255 @@
+"""A report of evaluations and trainings: one HTML page that needs no other file, a picture of it, and its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cat_rs.atomic import write_bytes
+from cat_rs.evaluation import EvaluationInputError, EvaluationResult
+from cat_rs.report.charts import SERIES, Front, FrontPoint, Panel, curve
+from cat_rs.report.runs import RESULTS_FILE, Evaluation, Run, Training, concept_of, read_run
+
+FORMAT = "cat-rs report 1"
+
+_PANELS = (
+    ("diffusion", "Diffusion loss", "how well the concept is predicted", True),
+    ("cat", "Preservation loss (CAT)", "how far from the base model without the trigger", True),
+    ("grad_norm", "Gradient norm", "before clipping", True),
+    ("cat_factor", "cat_factor", "weight of the preservation loss", False),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report shows.
+
+    Attributes:
+        title: The headline.
+        runs: What was read.
+        series: The number of the colour of each adapter and training, by name.
+        fronts: A chart for each set of adapters that were evaluated alike.
+        panels: A chart for each figure of the trainings.
+    """
+
+    title: str
+    runs: tuple[Run, ...]
+    series: Mapping[str, int]
+    fronts: tuple[Front, ...]
+    panels: tuple[Panel, ...]
+
+    @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """Those of all runs."""
+        return tuple(evaluation for run in self.runs for evaluation in run.evaluations)
+
+    @property
+    def trainings(self) -> tuple[Training, ...]:
+        """Those of all runs."""
+        return tuple(training for run in self.runs for training in run.trainings)
+
+
+def write_report(
+    runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, title: str | None = None
+) -> None:
+    """Write report.html, report.png and report.json.
+
+    Args:
+        runs: What to report on: folders that `cat-rs evaluate`, `demo` and `train` wrote, or the JSON of an evaluation
+            or a demo.
+        folder: The folder to write into.
+        title: The headline; says what was compared if not given.
+
+    Raises:
+        EvaluationFileError: A file is missing or cannot be read; names it.
+        EvaluationInputError: A file holds something else; names it.
+    """
+    from cat_rs.report.html import render_html
+    from cat_rs.report.overview import draw_overview
+
+    report = read_report(runs, title=title)
+    files = {
+        "report.json": report_json(report).encode(),
+        "report.png": draw_overview(report),
+        "report.html": render_html(report).encode(),
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_bytes(target / name, data)
+
+
+def read_report(runs: Sequence[str | os.PathLike[str]], *, title: str | None = None) -> Report:
+    """Read what a report shows; arguments and errors are those of `write_report`."""
+    if not runs:
+        raise EvaluationInputError("runs: expected at least one, got none")
+    read = _with_distinct_labels([read_run(path) for path in runs])
+    evaluations = [evaluation for run in read for evaluation in run.evaluations]
+    trainings = [training for run in read for training in run.trainings]
+    names = [name for evaluation in evaluations for name in _methods(evaluation)]
+    names += [training.name for training in trainings]
+    series = {name: number % len(SERIES) for number, name in enumerate(dict.fromkeys(names))}
+    return Report(
+        title=_title(evaluations, trainings) if title is None else title,
+        runs=tuple(read),
+        series=series,
+        fronts=_fronts(evaluations, series),
+        panels=tuple(_panels(trainings, series)),
+    )
+
+
+def report_json(report: Report) -> str:
+    """Return every figure of a report as JSON: what was read, as it was read, and what its charts are drawn from.
+
+    The object holds format ("cat-rs report 1"), title, runs (path, settings, summary, evaluations with label, file and
+    the JSON object of the evaluation, trainings with name, folder and settings), fronts (title, base, other_seed and
+    points) and curves (key, title, and lines with name, steps, values and smoothed). Unknown numbers are null.
+    """
+    content = {
+        "format": FORMAT,
+        "title": report.title,
+        "runs": [
+            {
+                "path": os.fspath(run.path),
+                "settings": run.settings,
+                "summary": run.summary,
+                "evaluations": [
+                    {"label": each.label, "file": os.fspath(each.file), "evaluation": each.content}
+                    for each in run.evaluations
+                ],
+                "trainings": [
+                    {"name": each.name, "folder": os.fspath(each.folder), "settings": each.settings}
+                    for each in run.trainings
+                ],
+            }
+            for run in report.runs
+        ],
+        "fronts": [dataclasses.asdict(front) for front in report.fronts],
+        "curves": [
+            {
+                "key": panel.key,
+                "title": panel.title,
+                "lines": [
+                    {key: getattr(line, key) for key in ("name", "steps", "values", "smoothed")}
+                    for line in panel.curves
+                ],
+            }
+            for panel in report.panels
+        ],
+    }
+    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
+    """Add where they were read from to labels that several evaluations share."""
+    labels = [evaluation.label for run in runs for evaluation in run.evaluations]
+
+    def distinct(evaluation: Evaluation) -> Evaluation:
+        if labels.count(evaluation.label) == 1:
+            return evaluation
+        place = evaluation.file.parent if evaluation.file.name == RESULTS_FILE else evaluation.file
+        return dataclasses.replace(evaluation, label=f"{evaluation.label} ({place})")
+
+    return [dataclasses.replace(run, evaluations=tuple(map(distinct, run.evaluations))) for run in runs]
+
+
+def _title(evaluations: Sequence[Evaluation], trainings: Sequence[Training]) -> str:
+    if not evaluations:
+        return f"Training of {_listed([training.name for training in trainings])}"
+    concepts = _listed([f"“{concept_of(evaluation.result)}”" for evaluation in evaluations])
+    adapters = _listed([name for evaluation in evaluations for name in _methods(evaluation)])
+    return f"{concepts}: base model against {adapters}"
+
+
+def _methods(evaluation: Evaluation) -> list[str]:
+    """The names that have a colour: those of the adapters, or that of the training whose checkpoints they are."""
+    checkpoints = evaluation.checkpoints
+    return list(evaluation.result.adapters) if checkpoints is None else [checkpoints.training]
+
+
+def _listed(names: Sequence[str]) -> str:
+    different = list(dict.fromkeys(names))
+    if len(different) > 4:
+        return f"{', '.join(different[:3])} and {len(different) - 3} more"
+    return " and ".join(filter(None, (", ".join(different[:-1]), different[-1])))
+
+
+def _fronts(evaluations: Sequence[Evaluation], series: Mapping[str, int]) -> tuple[Front, ...]:
+    """Put evaluations on one chart whose encoder, prompts, seeds, sampler and concept agree."""
+    alike: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        alike.setdefault(_conditions(evaluation.result), []).append(evaluation)
+    fronts = [_front(group, series) for group in alike.values()]
+    return tuple(front for front in fronts if front.points)
+
+
+def _conditions(result: EvaluationResult) -> str:
+    """Return what must agree between adapters that share a chart."""
+    settings = result.settings
+    shared = {key: settings.get(key) for key in ("pipeline", "scheduler", "encoder", "prompts", "concept_images")}
+    shared["sampling"] = {key: value for key, value in settings["sampling"].items() if key != "batch_size"}
+    # Two concepts may have the same prompts and file names, but not the same pictures.
+    shared["base"] = None if result.base.identity is None else round(result.base.identity.value, 3)
+    return json.dumps(shared, sort_keys=True)
+
+
+def _front(evaluations: Sequence[Evaluation], series: Mapping[str, int]) -> Front:
+    points = []
+    for evaluation in evaluations:
+        labels = _labels(evaluation, evaluations)
+        for name, scores in evaluation.result.adapters.items():
+            if scores.identity is not None and scores.ups is not None:
+                method, step, best = name, None, False
+                if evaluation.checkpoints is not None:
+                    method = evaluation.checkpoints.training
+                    step, best = evaluation.checkpoints.steps[name], name == evaluation.checkpoints.best
+                points.append(FrontPoint(labels[name], series[method], scores.identity, scores.ups, step, best))
+    first = evaluations[0].result
+    other_seed = None if first.other_seed is None else first.other_seed.ups
+    title = _listed([evaluation.label for evaluation in evaluations])
+    return Front(title, tuple(points), first.base.identity, other_seed)
+
+
+def _labels(evaluation: Evaluation, together: Sequence[Evaluation]) -> dict[str, str]:
+    """Return what stands beside each point: of checkpoints, the first, the best and the last have a label."""
+    names = list(evaluation.result.adapters)
+    checkpoints = evaluation.checkpoints
+    if checkpoints is not None:
+        prefix = "" if len(together) == 1 else f"{checkpoints.training}, "
+        shown = (names[0], checkpoints.best, names[-1])
+        return {name: f"{prefix}{name}" if name in shown else "" for name in names}
+    everywhere = [name for other in together for name in other.result.adapters]
+    return {name: name if everywhere.count(name) == 1 else f"{name}: {evaluation.label}" for name in names}
+
+
+def _panels(trainings: Sequence[Training], series: Mapping[str, int]) -> Iterator[Panel]:
+    for key, title, note, logarithmic in _PANELS:
+        curves = tuple(
+            curve(training.name, series[training.name], training.metrics["step"], training.metrics[key])
+            for training in trainings
+            # A run without this term: a row of zeros has no place on a logarithmic axis.
+            if key in training.metrics and (np.any(training.metrics[key] > 0) or not logarithmic)
+        )
+        if curves:
+            yield Panel(key, title, note, curves, logarithmic)
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` in the types of JSON; NaN becomes null, a date its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)
