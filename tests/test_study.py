@@ -1,8 +1,9 @@
-"""The study's code: every method trains, and its figures are computed as its tables say."""
+"""The experiments' code: every method trains, and figures are computed as the tables say."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cat_rs.evaluation import EvaluationResult
+
 pytest.importorskip("diffusers")
-STUDY = Path(__file__).parent.parent / "examples" / "study"
+ROOT = Path(__file__).parent.parent
+STUDY = ROOT / "examples" / "study"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,8 @@ def study() -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        modules = ("analysis", "concepts", "methods", "multi", "study")
+        own = ("analysis", "concepts", "methods", "multi", "study")
+        modules = (*own, "by_prompts", "demo_setting", "stopped_early", "teacher_bank")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in modules})
     finally:
         torch.set_num_threads(threads)
@@ -132,3 +137,35 @@ def test_equal_identity_takes_the_nearest_adapter_of_plain_lora(study: Any) -> N
     assert found["runs"] == 1
     assert found["plain_stopped_at"] == [200]
     assert found["ups"].value == pytest.approx(0.9 - 0.8)
+
+
+@pytest.mark.parametrize("settings", [{"cat_factor": 0.0}, {"teacher_draws": 1}], ids=["plain", "bank"])
+def test_an_adapter_trains_as_in_the_demo(study: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    result = study.demo_setting.train_adapter("tractor", 0, tmp_path, steps=2, **settings)
+    assert result.steps == 2
+    assert all(weight.any() for key, weight in load_file(result.adapter).items() if "lora_B" in key)
+
+
+def test_plain_lora_stops_where_it_has_cats_identity(study: Any) -> None:
+    identities = {50: 0.4, 100: 0.6, 150: 0.65, 200: 0.62}
+    assert study.stopped_early.stopped_at(identities, 0.6) == 100
+    assert study.stopped_early.stopped_at(identities, 0.61) == 150
+    assert study.stopped_early.stopped_at(identities, 0.7) == 150
+
+
+def test_the_page_of_plain_lora_stopped_early(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.dumps(json.loads((ROOT / "docs/demo/results.json").read_text())["runs"][0]["evaluation"])
+    text = text.replace('"LoRA"', '"LoRA @ 1200"').replace('"CAT"', '"CAT @ 1200"')
+    monkeypatch.setattr(study.stopped_early, "SCORED", (1200,))
+    run = study.stopped_early.found("pineapple", 0, EvaluationResult.from_json(text))
+    page = study.stopped_early.page([run])
+    assert "| pineapple, 0 | CAT, 1,200 steps | 0.969 [0.952, 0.983] | 0.599 [0.526, 0.659] |" in page
+    assert "| pineapple, 0 | 1,200 | +0.111 [+0.077, +0.145] |" in page
+    assert page.endswith("| pineapple, 0 | 0.656 / 0.857 |\n")
+
+
+def test_the_table_of_the_teacher_bank(study: Any) -> None:
+    rows = study.teacher_bank.rows_of([ROOT / "docs/teacher-bank/tractor.json"]).splitlines()
+    page = (ROOT / "docs/teacher-bank.md").read_text(encoding="utf-8")
+    assert len(rows) == 6
+    assert all(row in page for row in rows)
