@@ -186,7 +186,9 @@ def test_saving_one_parameter_saves_no_other() -> None:
         optimizer = kind(model.parameters(), **SETTINGS)
         train(model, optimizer, 1)
         buffer = io.BytesIO()
-        torch.save([model.third.weight, model.third.weight.grad, optimizer.state[model.third.weight]["exp_avg"]], buffer)
+        torch.save(
+            [model.third.weight, model.third.weight.grad, optimizer.state[model.third.weight]["exp_avg"]], buffer
+        )
         return len(buffer.getvalue()) < 4_000
 
     model = Net()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ from cat_rs.ops.operator import LOW_PRECISION
 __all__ = ["FlatAdamW"]
 
 Params = list[torch.nn.Parameter]
+
+# Hundreds of small tensors are asked in every step: through map, that takes half as long as in a loop.
+_GRAD, _VERSION, _REQUIRES_GRAD = map(operator.attrgetter, ("grad", "_version", "requires_grad"))
+_ADDRESS = operator.methodcaller("data_ptr")
 
 
 def _views(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
@@ -79,7 +84,7 @@ class _FlatBuffers:
         # Float32 parameters in the lower precision that layers compute in.
         self._copy = self.master.to(copy_dtype) if copy_dtype is not None and dtype == torch.float32 else None
         self.copies = [] if self._copy is None else _views(self._copy, params)
-        self.addresses = [param.data_ptr() for param in params]
+        self.addresses = list(map(_ADDRESS, params))
         # Versions of the parameters and gradients when this class last wrote to them: whoever wrote since raised them.
         self.versions = self.copied_versions = [param._version for param in params]
         self._zeroed_versions = [grad._version for grad in self.grads]
@@ -122,15 +127,19 @@ class _FlatBuffers:
         Returns:
             Whether spans were split.
         """
-        active = []
-        for index, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            touched = grad._version != self._zeroed_versions[index]
-            # What was written through .data raised no version; a GPU would have to be waited for.
-            touched = touched or (touched_only and param.requires_grad and not grad.is_cuda and bool(grad.any()))
-            active.append(param.requires_grad and (touched or not touched_only))
-            if touched and not active[-1]:
-                grad.zero_()
-                self._zeroed_versions[index] = grad._version
+        versions = list(map(_VERSION, self.grads))
+        touched = list(map(operator.ne, versions, self._zeroed_versions))
+        active = list(map(_REQUIRES_GRAD, self.params))
+        if not (all(touched) and all(active)):
+            for index, grad in enumerate(self.grads):
+                if touched_only and active[index]:
+                    # What was written through .data raised no version; a GPU would have to be waited for.
+                    active[index] = touched[index] or (not grad.is_cuda and bool(grad.any()))
+                elif touched[index] and not active[index]:
+                    grad.zero_()
+                    versions[index] = grad._version
+        # The kernel will zero them without raising a version.
+        self._zeroed_versions = versions
         if active == self.active:
             return False
         self.active = active
@@ -183,7 +192,7 @@ class _FlatBuffers:
             for master, param, state in zip(_views(self.master, self.params), self.params, states, strict=True):
                 master.copy_(state.get("master", param))
                 param.copy_(master)
-        self.note_versions()
+        self._note_versions()
         self._refresh_copy()
 
     def broadcast_(self, group: Any) -> None:
@@ -196,12 +205,11 @@ class _FlatBuffers:
 
     def check_in_place(self) -> None:
         """Refuses parameters that were moved out of the flat buffer, by ``model.to`` for example."""
-        for param, address in zip(self.params, self.addresses, strict=True):
-            if param.data_ptr() != address:
-                raise InvalidValueError(
-                    "FlatAdamW: `params` must stay where the optimizer put them, got a parameter whose memory was "
-                    "replaced: move or convert the model before creating the optimizer"
-                )
+        if list(map(_ADDRESS, self.params)) != self.addresses:
+            raise InvalidValueError(
+                "FlatAdamW: `params` must stay where the optimizer put them, got a parameter whose memory was "
+                "replaced: move or convert the model before creating the optimizer"
+            )
 
     def refresh_master(self) -> None:
         """Takes over what somebody wrote to the parameters since the last step."""
@@ -212,7 +220,7 @@ class _FlatBuffers:
         for param, version, master in zip(self.params, self.versions, masters, strict=True):
             if param._version != version:
                 master.copy_(param)
-        self.note_versions()
+        self._note_versions()
 
     def _refresh_copy(self) -> None:
         """Rounds anew where somebody wrote to the parameters since."""
@@ -225,35 +233,45 @@ class _FlatBuffers:
 
     def attach_grads(self) -> None:
         """Makes every .grad the flat one again where somebody replaced it; None counts as zero."""
-        for index, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            if param.grad is not grad:
-                if param.grad is not None:
-                    grad.copy_(param.grad)
-                elif grad._version != self._zeroed_versions[index]:
-                    grad.zero_()
-                    self._zeroed_versions[index] = grad._version
-                param.grad = grad
+        for index, (param, grad) in self._replaced_grads():
+            if param.grad is not None:
+                grad.copy_(param.grad)
+            elif grad._version != self._zeroed_versions[index]:
+                grad.zero_()
+                self._zeroed_versions[index] = grad._version
+            param.grad = grad
 
     def zero_grads(self) -> None:
         """Zeroes what is not zero, and attaches the gradients."""
-        versions = [grad._version for grad in self.grads]
+        versions = list(map(_VERSION, self.grads))
         if versions != self._zeroed_versions:
             self.grad.zero_()
             self._zeroed_versions = versions
-        for param, grad in zip(self.params, self.grads, strict=True):
-            if param.grad is not grad:
-                param.grad = grad
+        for _, (param, grad) in self._replaced_grads():
+            param.grad = grad
+
+    def _replaced_grads(self) -> list[tuple[int, tuple[torch.nn.Parameter, torch.Tensor]]]:
+        """The parameters, with index and flat gradient, whose .grad is another tensor or None."""
+        if all(map(operator.is_, map(_GRAD, self.params), self.grads)):
+            return []
+        pairs = enumerate(zip(self.params, self.grads, strict=True))
+        return [(index, (param, grad)) for index, (param, grad) in pairs if param.grad is not grad]
 
     def note_kernel_writes(self) -> None:
         """Counts what the kernel writes behind autograd's back: a graph that saved the old weights must notice."""
         torch.autograd.graph.increment_version(self.params if self._copy is None else [*self.params, self._copy])
-        self.note_versions()
-        self.copied_versions = self.versions
-        self._zeroed_versions = [grad._version for grad in self.grads]
+        self._note_versions()
+        if self._copy is not None:
+            self.copied_versions = self.versions
 
-    def note_versions(self) -> None:
-        """Remembers the parameters' versions."""
-        self.versions = [param._version for param in self.params]
+    def note_zeroed_grads(self) -> None:
+        """Takes note that the gradients are zero now."""
+        self._zeroed_versions = list(map(_VERSION, self.grads))
+
+    def _note_versions(self) -> None:
+        """Remembers the parameters' versions, where their values are kept in another precision too."""
+        if self._copy is not None or self._low_precision is not None:
+            self.versions = list(map(_VERSION, self.params))
 
 
 def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
@@ -477,14 +495,15 @@ class FlatAdamW(torch.optim.Optimizer):
             gradients_follow: Whether the gradients are still to come, so that only ``requires_grad`` tells which
                 parameters take part.
         """
-        for flat in self._flats:
+        # Whatever may fail comes before the gradients count as used.
+        for flat, settings in zip(self._flats, self._settings, strict=True):
             flat.check_in_place()
+            settings.write(self._settings_of(flat.group))
+        for flat in self._flats:
             flat.refresh_master()
             flat.attach_grads()
             if flat.choose_active(touched_only=not gradients_follow and self._process_group is None):
                 self.state.update(flat.state_of())
-        for flat, settings in zip(self._flats, self._settings, strict=True):
-            settings.write(self._settings_of(flat.group))
 
     @property
     def active_spans(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -506,8 +525,9 @@ class FlatAdamW(torch.optim.Optimizer):
                 adamw_step(*span.buffers, settings=settings.tensor, sums=self._sums, step=span.step, skipped=skipped)
                 # A step counts as skipped once.
                 skipped = None
-        norm = self._sums.sum().sqrt()
-        return norm.to(torch.float32) if norm.is_cuda else float(norm)
+        if self._sums.is_cuda:
+            return self._sums.sum().sqrt().to(torch.float32)
+        return math.sqrt(sum(self._sums.tolist()))
 
     def after_launch(self, norm: torch.Tensor) -> None:
         """Takes note, on the host, of a recorded :meth:`launch` that was replayed and returned this norm."""
@@ -516,6 +536,7 @@ class FlatAdamW(torch.optim.Optimizer):
         self._opt_called = True
         for flat in self._flats:
             flat.note_kernel_writes()
+            flat.note_zeroed_grads()
 
     def after_gradients(self) -> None:
         """Takes note that a replayed graph added to the gradients, behind autograd's back."""
