@@ -1,4 +1,4 @@
-"""What saves, copies, averages, freezes or schedules parameters does with FlatAdamW what it does with torch.optim.AdamW."""
+"""Tools that save, copy, average, freeze or schedule parameters do the same with FlatAdamW as with torch.optim.AdamW."""
 
 from __future__ import annotations
 
