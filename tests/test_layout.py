@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
+import importlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import cat_rs
 
@@ -29,16 +34,13 @@ def code_of(file: Path) -> str:
     return re.sub(r"//.*", "", text)
 
 
-def imports(file: Path, *, at_import: bool = False) -> Iterator[str]:
-    """Modules that a Python file imports, those under TYPE_CHECKING aside; ``at_import`` leaves functions out."""
+def import_statements(file: Path, *, at_import: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports of a Python file, those under TYPE_CHECKING aside; ``at_import`` leaves functions out."""
 
-    def visit(node: ast.AST) -> Iterator[str]:
+    def visit(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                yield from (alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                yield child.module or ""
-                yield from (f"{child.module}.{alias.name}" for alias in child.names)
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child
             elif (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)) or (
                 at_import and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
             ):
@@ -49,12 +51,42 @@ def imports(file: Path, *, at_import: bool = False) -> Iterator[str]:
     yield from visit(ast.parse(file.read_text()))
 
 
+def imports(file: Path, *, at_import: bool = False) -> Iterator[str]:
+    """Modules that a Python file imports, and what it imports from them, as dotted names."""
+    for statement in import_statements(file, at_import=at_import):
+        if isinstance(statement, ast.ImportFrom):
+            yield statement.module or ""
+            yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
+        else:
+            yield from (alias.name for alias in statement.names)
+
+
 def python_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
 def name_of(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
+
+
+@functools.cache
+def module_graph() -> dict[str, set[str]]:
+    """Each module of the package -> those that it imports anywhere, also inside functions; both as dotted names."""
+
+    def dotted(file: Path) -> str:
+        return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+    def targets(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
+        for alias in statement.names:
+            # A name may be a module of a package, or something that the package's own file defines.
+            name = f"{statement.module}.{alias.name}" if isinstance(statement, ast.ImportFrom) else alias.name
+            yield name if name in modules or name == "cat_rs._core" else name.rpartition(".")[0]
+
+    modules = {dotted(file): file for file in python_files()}
+    return {
+        name: {target for statement in import_statements(file) for target in targets(statement) if target in modules}
+        for name, file in modules.items()
+    }
 
 
 def test_only_the_binding_knows_python() -> None:
@@ -106,70 +138,30 @@ def test_only_native_imports_the_extension() -> None:
             assert not wanted, file
 
 
-def used_of_package(name: str) -> set[str]:
-    """What of the package a file of it imports: its first level, and for the step's package the second."""
-    used = set()
-    for module in imports(PACKAGE / name):
-        parts = module.split(".")
-        if parts[0] == "cat_rs" and len(parts) > 1:
-            used.add(".".join(parts[1:3]) if parts[1] == "step" else parts[1])
-    return used
-
-
 def test_python_imports_go_one_way() -> None:
     below = {"errors", "ops"}
     may_use = {
         "errors.py": set(),
         "_native.py": {"_core"},
-        "unwrap.py": set(),
+        "_version.py": set(),
+        "options.py": {"errors"},
         "processes.py": {"errors", "options"},
+        "run_folder.py": {"errors"},
         "preservation_score.py": {"errors", "ops"},
         "peft.py": below | {"frozen_layers", "unwrap"},
         "prompts.py": below,
         "frozen_layers.py": {"ops"},
+        "image_files.py": {"errors"},
         "files.py": below | {"atomic", "_native", "_core"},
+        "unwrap.py": set(),
     }
     for name, allowed in may_use.items():
-        used = used_of_package(name)
+        used = set()
+        for module in imports(PACKAGE / name):
+            parts = module.split(".")
+            if parts[0] == "cat_rs" and len(parts) > 1:
+                used.add(parts[1])
         assert used <= allowed, f"{name} uses {used - allowed}"
-
-
-def test_the_steps_parts_use_what_is_below_them() -> None:
-    # From below, each with what it may use beside the ground.
-    ground = {"errors", "ops", "unwrap"}
-    may_use = {
-        "pytree": set(),
-        "device_values": set(),
-        "collectives": set(),
-        "cat_factor": set(),
-        "denoiser": set(),
-        "noise_schedule": {"device_values"},
-        "cuda_graphs": {"pytree"},
-        "optimizer": {"collectives", "device_values"},
-        "adapters": {"collectives", "optimizer", "peft"},
-        "conditions": {"adapters", "denoiser", "device_values", "pytree"},
-        "teacher_bank_file": {"atomic"},
-        "teacher_bank": {"conditions", "denoiser", "noise_schedule", "peft", "pytree", "teacher_bank_file"},
-        "inputs": {"conditions", "noise_schedule"},
-        "captured_step": {"cuda_graphs", "device_values", "inputs", "optimizer"},
-        "cat_step": {
-            "adapters",
-            "captured_step",
-            "cat_factor",
-            "collectives",
-            "conditions",
-            "denoiser",
-            "device_values",
-            "inputs",
-            "noise_schedule",
-        },
-        "__init__": {"cat_step"},
-    }
-    assert {file.stem for file in (PACKAGE / "step").glob("*.py")} == may_use.keys()
-    for name, allowed in may_use.items():
-        used = {module.removeprefix("step.") for module in used_of_package(f"step/{name}.py")} - {"step"}
-        names = {module for module in used if module not in ground}
-        assert names <= allowed, f"step/{name}.py uses {names - allowed}"
 
 
 def test_an_operation_uses_none_but_what_all_share() -> None:
@@ -189,29 +181,128 @@ def test_operations_have_the_same_name_everywhere() -> None:
 
 
 def test_the_extension_is_called_through_operations() -> None:
-    may_call = ("ops/", "files.py", "info.py")
+    may_call = ("ops/", "files.py", "commands/info.py")
     for file in python_files():
         if "cat_rs._native._core" in set(imports(file)):
             assert name_of(file).startswith(may_call), file
 
 
+# From below; a module uses only floors below its own.
+STEP_FLOORS = (
+    "pytree device_values collectives cat_factor denoiser",
+    "noise_schedule cuda_graphs optimizer teacher_bank_file",
+    "adapters",
+    "conditions",
+    "inputs teacher_bank",
+    "captured_step",
+    "cat_step",
+)
+EVALUATION_FLOORS = (
+    "errors config measures",
+    "fingerprint pictures prompts generation scores",
+    "encoder disk_cache result",
+    "distributed kps_evaluator",
+    "task",
+    "adapter_evaluation live_evaluation",
+)
+REPORT_FLOORS = (
+    "style wording picture_files",
+    "charts table",
+    "curves fronts sheet",
+    "sources",
+    "content",
+    "html overview",
+    "writer",
+)
+
+
+def parts_used(package: str) -> set[str]:
+    """The modules and packages directly under cat_rs that a package uses, without itself."""
+    folder = f"cat_rs.{package}"
+    used = {
+        target.split(".")[1]
+        for name, targets in module_graph().items()
+        if name == folder or name.startswith(f"{folder}.")
+        for target in targets
+        if target != "cat_rs"
+    }
+    return used - {package}
+
+
+@pytest.mark.parametrize(
+    ("package", "floors"), [("step", STEP_FLOORS), ("evaluation", EVALUATION_FLOORS), ("report", REPORT_FLOORS)]
+)
+def test_modules_of_a_package_use_only_floors_below(package: str, floors: tuple[str, ...]) -> None:
+    floor_of = {name: number for number, names in enumerate(floors) for name in names.split()}
+    assert set(floor_of) == {file.stem for file in (PACKAGE / package).glob("*.py")} - {"__init__"}
+    graph = module_graph()
+    for name, floor in floor_of.items():
+        targets = graph[f"cat_rs.{package}.{name}"]
+        assert f"cat_rs.{package}" not in targets, f"{package}/{name}.py uses its package's own file"
+        used = {target.rpartition(".")[2] for target in targets if target.startswith(f"cat_rs.{package}.")}
+        higher = {other for other in used if floor_of[other] >= floor}
+        assert not higher, f"{package}/{name}.py uses {higher}"
+
+
+def test_a_step_needs_no_training_and_no_evaluation() -> None:
+    used = parts_used("step")
+    assert used <= {"errors", "ops", "unwrap", "atomic", "peft"}, used
+
+
 def test_evaluations_need_no_training_and_no_report() -> None:
-    may_use = {
-        "evaluation",
+    used = parts_used("evaluation")
+    assert used <= {
         "errors",
         "options",
         "peft",
         "atomic",
         "files",
+        "image_files",
         "ops",
         "preservation_score",
         "processes",
         "prompts",
-    }
-    for file in (PACKAGE / "evaluation").glob("*.py"):
-        parts = [module.split(".") for module in imports(file)]
-        used = {part[1] for part in parts if part[0] == "cat_rs" and len(part) > 1}
-        assert used <= may_use, f"{file} uses {used - may_use}"
+    }, used
+
+
+def test_reports_need_no_training_and_no_model() -> None:
+    used = parts_used("report")
+    assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation"}, used
+
+
+def test_training_needs_no_report() -> None:
+    may_use = {"evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
+    may_use |= {"atomic", "files", "prompts", "step"}
+    used = parts_used("training")
+    assert used <= may_use, used - may_use
+
+
+def test_python_imports_form_no_circle() -> None:
+    try:
+        graphlib.TopologicalSorter(module_graph()).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("package", ["cat_rs", "cat_rs.evaluation", "cat_rs.report", "cat_rs.training"])
+def test_no_module_has_the_name_of_a_function(package: str) -> None:
+    module = importlib.import_module(package)
+    folder = Path(str(module.__file__)).parent
+    stems = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    functions = {name for name in module.__all__ if callable(getattr(module, name))}
+    assert not stems & functions
+
+
+def test_only_the_command_line_imports_the_package_itself() -> None:
+    for name, targets in module_graph().items():
+        if not name.startswith("cat_rs.commands."):
+            assert "cat_rs" not in targets, f"{name}: import the module that defines the name"
+
+
+def test_the_command_line_is_the_top_floor() -> None:
+    for file in (PACKAGE / "commands").glob("*.py"):
+        others = [module for module in imports(file) if module.startswith("cat_rs.commands")]
+        assert all(module.startswith("cat_rs.commands.sampling") for module in others), f"{file} uses {others}"
 
 
 def test_the_library_does_not_use_the_command_line() -> None:

@@ -68,7 +68,8 @@ class CapturedStep:
             return (loss, parts, self._optimizer.launch()) if with_update else (loss, parts)
 
         self._optimizer.before_launch()
-        loss, parts, *norm = self._graphs(function, inputs, (with_update, autocast, *settings))
+        variant = (with_update, self._optimizer.active_spans, autocast, *settings)
+        loss, parts, *norm = self._graphs(function, inputs, variant)
         if not with_update:
             self._optimizer.after_gradients()
             return loss, parts, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from cat_rs.step import collectives, inputs
 from cat_rs.step.adapters import Adapters
 from cat_rs.step.captured_step import CapturedStep
 from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor, factor_after
-from cat_rs.step.conditions import GivenCond, evaluate_conditions, join_conditions
+from cat_rs.step.conditions import Cond, evaluate_conditions, join_conditions
 from cat_rs.step.denoiser import Predict, convention_of, denoiser_predict
 from cat_rs.step.device_values import DeviceValues
 from cat_rs.step.inputs import StepInputs
@@ -161,7 +161,9 @@ class CatStep:
         self._join_conditions = functools.partial(
             join_conditions, unbatched=frozenset(unbatched), convention=convention_of(self.model)
         )
-        self._process_group = collectives.data_parallel_group("CatStep", process_group)
+        self._process_group = collectives.data_parallel_group(process_group)
+        if self._process_group is not None:
+            collectives.check_group("CatStep", self._process_group)
         self.optimizer = self._adapters.make_optimizer(
             lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, process_group=self._process_group
         )
@@ -183,8 +185,8 @@ class CatStep:
     def __call__(
         self,
         latents: torch.Tensor,
-        cond: GivenCond,
-        cond_no_trigger: GivenCond,
+        cond: Cond | Callable[[], Cond],
+        cond_no_trigger: Cond | Callable[[], Cond],
         *,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,21 +16,17 @@ __all__ = [
     "check_alike",
     "check_group",
     "data_parallel_group",
-    "is_main",
-    "leave",
     "sharding_of",
 ]
 
 Group = Any
 
 
-def data_parallel_group(owner: str, process_group: Group | None) -> Group | None:
-    """The group given, checked, else torch.distributed's default one; None where there is none."""
-    if process_group is None and dist.is_available() and dist.is_initialized():
-        process_group = dist.group.WORLD
-    if process_group is not None:
-        check_group(owner, process_group)
-    return process_group
+def data_parallel_group(process_group: Group | None) -> Group | None:
+    """The group given, else torch.distributed's default one; None where there is none."""
+    if process_group is not None or not (dist.is_available() and dist.is_initialized()):
+        return process_group
+    return dist.group.WORLD
 
 
 def check_group(owner: str, group: Group) -> None:
@@ -90,17 +85,6 @@ def average_(tensor: torch.Tensor, group: Group) -> None:
     dist.all_reduce(tensor, group=group)
 
 
-def leave() -> None:
-    """Ends this process's groups, at its own end: their threads must not outlive the interpreter."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-        # An optimizer and its learning-rate scheduler refer to each other, and to the group, whose threads they keep.
-        gc.collect()
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0 of torch.distributed's default group, or alone."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def sharding_of(param: torch.Tensor) -> str | None:

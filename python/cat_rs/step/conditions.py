@@ -12,10 +12,9 @@ from cat_rs.step import device_values, pytree
 from cat_rs.step.adapters import Adapters
 from cat_rs.step.denoiser import Convention
 
-__all__ = ["Cond", "Conditions", "GivenCond", "as_kwargs", "evaluate_conditions", "join_conditions"]
+__all__ = ["Cond", "Conditions", "as_kwargs", "evaluate_conditions", "join_conditions"]
 
 Cond = torch.Tensor | Mapping[str, Any]
-GivenCond = Cond | Callable[[], Cond]
 
 
 class Conditions(NamedTuple):
@@ -33,7 +32,11 @@ class Conditions(NamedTuple):
 
 
 def evaluate_conditions(
-    cond: GivenCond, cond_no_trigger: GivenCond, adapters: Adapters, *, preserve: bool
+    cond: Cond | Callable[[], Cond],
+    cond_no_trigger: Cond | Callable[[], Cond],
+    adapters: Adapters,
+    *,
+    preserve: bool,
 ) -> Conditions:
     """The conditions of a step; without a preservation term ``cond_no_trigger`` is not called.
 
@@ -51,7 +54,7 @@ def evaluate_conditions(
         return Conditions(trigger, no_trigger, _evaluate("cond_no_trigger", cond_no_trigger, trains_text))
 
 
-def _evaluate(name: str, cond: GivenCond, trains_text: bool) -> Mapping[str, Any]:
+def _evaluate(name: str, cond: Cond | Callable[[], Cond], trains_text: bool) -> Mapping[str, Any]:
     if callable(cond):
         cond = cond()
     elif trains_text:

@@ -68,14 +68,14 @@ class TeacherBank:
         prediction_type: "epsilon", "v_prediction" or "flow".
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        self._tensors, self._metadata = tensors, metadata
+    def __init__(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
+        self._tensors, self._metadata = tensors, facts
         self._base, self._latents, self._latents_std = tensors["base"], tensors["latents"], tensors.get("latents_std")
         self._timesteps, self._seeds = tensors["timesteps"], tensors["seeds"]
-        self._cond_shapes: dict[str, list[int]] = json.loads(metadata["cond_shapes"])
+        self._cond_shapes: dict[str, list[int]] = json.loads(facts["cond_shapes"])
         self.pictures, self.draws = self._seeds.shape
         self.dtype = self._base.dtype
-        self.prediction_type = metadata["prediction_type"]
+        self.prediction_type = facts["prediction_type"]
 
     @classmethod
     def build(
