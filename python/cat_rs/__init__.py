@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
+from cat_rs.adapter_file import LoraFile, load_lora, save_lora
 from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
-from cat_rs.files import LoraFile, load_lora, save_lora
 from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
 from cat_rs.kps import (
     KpsResult,

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
-from cat_rs.files import DIFFUSERS_FILE
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
-from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError

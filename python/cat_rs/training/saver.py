@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cat_rs.files import DIFFUSERS_FILE, save_lora
+from cat_rs.adapter_file import save_lora
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.processes import Processes
 from cat_rs.training.checkpoint import CheckpointFolder
 from cat_rs.training.config import TrainConfig

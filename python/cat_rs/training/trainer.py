@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cat_rs import device
-from cat_rs.files import DIFFUSERS_FILE
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
 from cat_rs.training.cache import TrainingCache, build_cache
