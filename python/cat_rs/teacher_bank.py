@@ -10,18 +10,15 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from cat_rs._native import _core
-from cat_rs.atomic import new_file
+from cat_rs.adapter_file.disk import TensorParts, write_safetensors
 from cat_rs.denoiser import Cond, Predict, as_kwargs, denoiser_predict
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
 
 __all__ = ["TeacherBank", "TeacherDraws"]
 
@@ -34,14 +31,6 @@ SAMPLED = 256
 # What rounding may do to a condition or a latent that is computed again, relative to its norm; other captions or
 # pictures are much farther away.
 SAME = 0.02
-# File names of the dtypes that a bank holds.
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
 
 
 class TeacherDraws(NamedTuple):
@@ -172,8 +161,8 @@ class TeacherBank:
         tensors["noise_check"] = bank._first_noise()
         predictions = bank._predict(model, schedule, cond, predict or denoiser_predict(model), batch_size, progress)
         if path is not None:
-            with new_file(path) as file:
-                _write(file, tensors, facts, predictions)
+            written = TensorParts(dtype, tuple(tensors["base"].shape), predictions)
+            write_safetensors(path, {**tensors, "base": written}, facts)
             return cls.load(path, latents=None)
         base = torch.empty(tensors["base"].shape, dtype=dtype)
         done = 0
@@ -451,27 +440,3 @@ def _fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name} {param.dtype} {list(param.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(
-    file: BinaryIO, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str], base: Iterator[torch.Tensor]
-) -> None:
-    """Writes a safetensors file, the predictions as they come: the bank need not fit into memory."""
-    # The widest first, as safetensors does, so that all are aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": dict(facts)}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        for part in base if name == "base" else (tensors[name],):
-            file.write(part.contiguous().flatten().view(torch.uint8).numpy().data)
