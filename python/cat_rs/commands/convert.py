@@ -55,8 +55,7 @@ def _models(model: str | None) -> dict[str, Any]:
         return {}
     import torch
 
-    from cat_rs.adapter_file.paths import COMPONENTS
+    from cat_rs.adapter_file.pipeline import pipeline_models
     from cat_rs.training.model import load_pipeline
 
-    pipeline = load_pipeline(model, torch.float32, torch.device("cpu"))
-    return {name: pipeline.components[name] for name in COMPONENTS if pipeline.components.get(name) is not None}
+    return pipeline_models(load_pipeline(model, torch.float32, torch.device("cpu")))

@@ -12,7 +12,7 @@ from cat_rs.evaluation.cache import EvaluationCache
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.encoder import EncoderSource
 from cat_rs.evaluation.errors import EvaluationInputError
-from cat_rs.evaluation.generation import adapter_file, require_no_adapter
+from cat_rs.evaluation.generation import adapter_files, require_no_adapter
 from cat_rs.evaluation.jobs import AdapterPath, Work, by_model, jobs_of
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
 from cat_rs.evaluation.pictures import Pictures, PictureSource, load_pictures
@@ -110,7 +110,7 @@ def _check_adapters(adapters: Mapping[str, AdapterPath]) -> None:
                 f"adapters: expected a name other than {BASE!r} and {OTHER_SEED!r}, got {name!r}"
             )
         if path is not None:
-            adapter_file(path)
+            adapter_files(path)
 
 
 def references_of(judge: KpsEvaluator, prompts: EvaluationPrompts, concept: Pictures) -> References:
