@@ -1,8 +1,7 @@
-"""Pictures from a diffusers pipeline: batched, and each from noise of its own."""
+"""Pictures from a diffusers pipeline: batched, each from its own noise."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from cat_rs.atomic import write_bytes
 from cat_rs.errors import AdapterError
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
+from cat_rs.image_files import png_bytes
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class PictureBatch:
 def picture_generator(prompt_index: int, seed: int) -> torch.Generator:
     """Return the CPU generator of one picture.
 
-    It depends on nothing but the prompt's index and the seed, so a picture is the same in any batch and on any
-    device, and prompt i with the trigger starts from the same noise as prompt i without it.
+    It depends only on the prompt's index and the seed. So a picture is the same in any batch and on any device, and
+    prompt i with the trigger starts from the same noise as prompt i without it.
     """
     state = np.random.SeedSequence((prompt_index, seed)).generate_state(1, np.uint64)
     return torch.Generator("cpu").manual_seed(int(state[0]))
@@ -102,9 +102,9 @@ def generate_pictures(
 
 
 def request_batches(prompts: Sequence[str], config: EvaluationConfig) -> list[tuple[PictureRequest, ...]]:
-    """Return what each call of the pipeline is asked for: fixed slices of the P * S pictures.
+    """Return the requests of each call of the pipeline: fixed slices of the P * S pictures.
 
-    A picture differs by rounding with the others in its call, so the slices depend on nothing else.
+    The other pictures in its call change a picture by rounding, so the slices depend on nothing else.
 
     Raises:
         EvaluationInputError: There is no prompt.
@@ -202,19 +202,12 @@ def save_pictures(grid: PictureGrid, folder: str | os.PathLike[str]) -> list[Pat
     requests = [(index, seed) for index in range(len(grid.prompts)) for seed in grid.seeds]
     for (index, seed), image in zip(requests, grid.images, strict=True):
         file = target / f"{index:03d}_seed{seed}.png"
-        write_bytes(file, png(image))
+        write_bytes(file, png_bytes(image))
         files.append(file)
         rows.append({"file_name": file.name, "text": grid.prompts[index], "seed": seed})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(target / "metadata.jsonl", lines.encode())
     return files
-
-
-def png(image: Image.Image) -> bytes:
-    """Return the picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 @contextmanager
