@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import operator
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from cat_rs import device, distributed
+from cat_rs import distributed
 from cat_rs.device import DeviceValues
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
@@ -17,128 +19,259 @@ from cat_rs.ops.operator import LOW_PRECISION
 
 __all__ = ["FlatAdamW"]
 
+Params = list[torch.nn.Parameter]
 
-@dataclass
-class _Flat:
-    """The parameters of one group and dtype, as views of flat buffers."""
+# Hundreds of small tensors are asked in every step: through map, that takes half as long as in a loop.
+_GRAD, _VERSION, _REQUIRES_GRAD = map(operator.attrgetter, ("grad", "_version", "requires_grad"))
+_ADDRESS = operator.methodcaller("data_ptr")
 
-    params: list[torch.nn.Parameter]
-    grads: list[torch.Tensor]
-    master: torch.Tensor
-    grad: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    low_precision: torch.Tensor | None
+
+def _views(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
+    pieces = flat.split([param.numel() for param in params])
+    return [piece.view(param.shape) for piece, param in zip(pieces, params, strict=True)]
+
+
+def _own_storages(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
+    """As `_views`, each with a storage of its own over its part of the memory.
+
+    Whoever looks for tied weights looks for tensors of one storage: accelerate and safetensors would save one of them
+    and drop the others, and a deep copy of one would copy all.
+    """
+    return [torch.from_dlpack(view) for view in _views(flat, params)]
+
+
+class _Span(NamedTuple):
+    """Consecutive parameters of a flat buffer that have taken the same steps.
+
+    Attributes:
+        start, stop: The parameters' indices.
+        buffers: The kernel's: weights, gradients, first and second moments, weights in lower precision.
+        step: The step count.
+    """
+
+    start: int
+    stop: int
+    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
     step: torch.Tensor
-    addresses: list[int]
-    # Versions of the parameters at the last step: whoever wrote to one since raised it.
-    versions: list[int]
-    # The version of `grad` when the kernel last zeroed it: autograd's additions raise it.
-    zeroed_version: int = -1
-    # Float32 parameters in the lower precision that layers compute in, its views, and of which versions it is.
-    copy: torch.Tensor | None = None
-    copies: list[torch.Tensor] = field(default_factory=list)
-    copied_versions: list[int] = field(default_factory=list)
+
+
+class _FlatBuffers:
+    """The parameters of one group and dtype, in flat buffers.
+
+    Attributes:
+        group: The parameter group.
+        params: Its parameters of one dtype, of which each has a storage of its own over the flat memory.
+        grads: Their gradients, likewise.
+        master: The weights that the kernel updates: the parameters, or float32 ones of parameters in lower precision.
+        grad: The gradients.
+        spans: Parameters by the steps that they have taken.
+        active: Whether each parameter takes part in the step that is being made.
+    """
+
+    def __init__(self, group: dict[str, Any], params: Params, copy_dtype: torch.dtype | None) -> None:
+        dtype, size, device = params[0].dtype, sum(param.numel() for param in params), params[0].device
+        self.group, self.params = group, params
+        self.master = torch.empty(size, dtype=dtype if dtype == torch.float64 else torch.float32, device=device)
+        for view, param in zip(_views(self.master, params), params, strict=True):
+            view.copy_(param.detach())
+        self._low_precision = None if dtype == self.master.dtype else self.master.to(dtype)
+        weights = self.master if self._low_precision is None else self._low_precision
+        for param, own in zip(params, _own_storages(weights, params), strict=True):
+            param.data = own
+        self.grad = torch.zeros(size, dtype=dtype, device=device)
+        self.grads = _own_storages(self.grad, params)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        # Float32 parameters in the lower precision that layers compute in.
+        self._copy = self.master.to(copy_dtype) if copy_dtype is not None and dtype == torch.float32 else None
+        self.copies = [] if self._copy is None else _views(self._copy, params)
+        self.addresses = list(map(_ADDRESS, params))
+        # Versions of the parameters and gradients when this class last wrote to them: whoever wrote since raised them.
+        self.versions = self.copied_versions = [param._version for param in params]
+        self._zeroed_versions = [grad._version for grad in self.grads]
+        self.spans = self._spans_of([torch.zeros((), dtype=torch.float32, device=device)] * len(params))
+        self.active = [True] * len(params)
+        # Gradients from before the optimizer count.
+        self.attach_grads()
+
+    @property
+    def copied(self) -> bool:
+        """Whether the parameters are kept in lower precision too."""
+        return self._copy is not None
+
+    def _spans_of(self, steps: list[torch.Tensor]) -> list[_Span]:
+        """The spans of parameters with these step counts: neighbours whose count is the same tensor are one."""
+        lowered = self._low_precision if self._copy is None else self._copy
+        offsets = [0]
+        for param in self.params:
+            offsets.append(offsets[-1] + param.numel())
+        borders = [index for index in range(len(steps)) if index == 0 or steps[index] is not steps[index - 1]]
+        spans = []
+        for start, stop in zip(borders, [*borders[1:], len(steps)], strict=True):
+            part = slice(offsets[start], offsets[stop])
+            buffers = (self.master[part], self.grad[part], self.exp_avg[part], self.exp_avg_sq[part])
+            spans.append(_Span(start, stop, (*buffers, None if lowered is None else lowered[part]), steps[start]))
+        return spans
+
+    @property
+    def steps(self) -> list[torch.Tensor]:
+        """The step count of each parameter; those of one span share one tensor."""
+        return [span.step for span in self.spans for _ in range(span.start, span.stop)]
+
+    def choose_active(self, *, touched_only: bool) -> bool:
+        """Settles which parameters take part in the coming step, and splits spans of which only a part does.
+
+        Args:
+            touched_only: Parameters that require a gradient take part only if they got one since the gradients were
+                zeroed, as torch.optim.AdamW steps where .grad is not None.
+
+        Returns:
+            Whether spans were split.
+        """
+        versions = list(map(_VERSION, self.grads))
+        touched = list(map(operator.ne, versions, self._zeroed_versions))
+        active = list(map(_REQUIRES_GRAD, self.params))
+        if not (all(touched) and all(active)):
+            for index, grad in enumerate(self.grads):
+                if touched_only and active[index]:
+                    # What was written through .data raised no version; a GPU would have to be waited for.
+                    active[index] = touched[index] or (not grad.is_cuda and bool(grad.any()))
+                elif touched[index] and not active[index]:
+                    grad.zero_()
+                    versions[index] = grad._version
+        # The kernel will zero them without raising a version.
+        self._zeroed_versions = versions
+        if active == self.active:
+            return False
+        self.active = active
+        return self._split_spans()
+
+    def _split_spans(self) -> bool:
+        steps, active = self.steps, self.active
+        split = steps[:1]
+        for index in range(1, len(steps)):
+            if steps[index] is not steps[index - 1]:
+                split.append(steps[index])
+            else:
+                split.append(split[-1] if active[index] == active[index - 1] else steps[index].clone())
+        if all(ours is theirs for ours, theirs in zip(split, steps, strict=True)):
+            return False
+        self.spans = self._spans_of(split)
+        return True
+
+    def active_spans(self) -> list[_Span]:
+        """The spans that the coming step updates."""
+        return [span for span in self.spans if self.active[span.start]]
+
+    def state_of(self) -> Iterable[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+        """Each parameter's state in the layout of torch.optim.AdamW, over the flat memory."""
+        columns = {
+            "step": self.steps,
+            "exp_avg": _own_storages(self.exp_avg, self.params),
+            "exp_avg_sq": _own_storages(self.exp_avg_sq, self.params),
+        }
+        if self._low_precision is not None:
+            columns["master"] = _own_storages(self.master, self.params)
+        for index, param in enumerate(self.params):
+            yield param, {name: column[index] for name, column in columns.items()}
+
+    def load_state(self, states: list[dict[str, Any]]) -> None:
+        """Takes over the state of each parameter; an empty one is that of a parameter before its first step."""
+        steps: list[torch.Tensor] = []
+        counts = [float(state.get("step", 0.0)) for state in states]
+        for index, count in enumerate(counts):
+            same = index > 0 and count == counts[index - 1]
+            steps.append(steps[-1] if same else torch.full_like(self.spans[0].step, count))
+        self.spans = self._spans_of(steps)
+        # The new spans may join parameters that do and do not take part: the next step looks.
+        self.active = []
+        for key, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            for view, state in zip(_views(buffer, self.params), states, strict=True):
+                view.copy_(state[key]) if key in state else view.zero_()
+        if self._low_precision is not None:
+            # A state of torch.optim.AdamW has no master copy: the parameters as they are become it.
+            for master, param, state in zip(_views(self.master, self.params), self.params, states, strict=True):
+                master.copy_(state.get("master", param))
+                param.copy_(master)
+        self._note_versions()
+        self._refresh_copy()
+
+    def broadcast_(self, group: Any) -> None:
+        """Gives every rank the weights of rank 0."""
+        distributed.broadcast_(self.master, group)
+        if self._low_precision is not None:
+            self._low_precision.copy_(self.master)
+        if self._copy is not None:
+            self._copy.copy_(self.master)
 
     def check_in_place(self) -> None:
         """Refuses parameters that were moved out of the flat buffer, by ``model.to`` for example."""
-        for param, address in zip(self.params, self.addresses, strict=True):
-            if param.data_ptr() != address:
-                raise InvalidValueError(
-                    "FlatAdamW: `params` must stay where the optimizer put them, got a parameter whose memory was "
-                    "replaced: move or convert the model before creating the optimizer"
-                )
+        if list(map(_ADDRESS, self.params)) != self.addresses:
+            raise InvalidValueError(
+                "FlatAdamW: `params` must stay where the optimizer put them, got a parameter whose memory was "
+                "replaced: move or convert the model before creating the optimizer"
+            )
 
     def refresh_master(self) -> None:
         """Takes over what somebody wrote to the parameters since the last step."""
-        self.refresh_copy()
-        if self.low_precision is None:
+        self._refresh_copy()
+        if self._low_precision is None:
             return
         masters = _views(self.master, self.params)
         for param, version, master in zip(self.params, self.versions, masters, strict=True):
             if param._version != version:
                 master.copy_(param)
-        self.note_versions()
+        self._note_versions()
 
-    def make_copy(self, dtype: torch.dtype) -> None:
-        """Begins to keep the parameters in lower precision too."""
-        self.copy = self.master.to(dtype)
-        self.copies = _views(self.copy, self.params)
-        self.copied_versions = [param._version for param in self.params]
-
-    def refresh_copy(self) -> None:
+    def _refresh_copy(self) -> None:
         """Rounds anew where somebody wrote to the parameters since."""
-        if self.copy is None:
+        if self._copy is None:
             return
         versions = [param._version for param in self.params]
         if versions != self.copied_versions:
-            self.copy.copy_(self.master)
+            self._copy.copy_(self.master)
             self.copied_versions = versions
+
+    def attach_grads(self) -> None:
+        """Makes every .grad the flat one again where somebody replaced it; None counts as zero."""
+        for index, (param, grad) in self._replaced_grads():
+            if param.grad is not None:
+                grad.copy_(param.grad)
+            elif grad._version != self._zeroed_versions[index]:
+                grad.zero_()
+                self._zeroed_versions[index] = grad._version
+            param.grad = grad
+
+    def zero_grads(self) -> None:
+        """Zeroes what is not zero, and attaches the gradients."""
+        versions = list(map(_VERSION, self.grads))
+        if versions != self._zeroed_versions:
+            self.grad.zero_()
+            self._zeroed_versions = versions
+        for _, (param, grad) in self._replaced_grads():
+            param.grad = grad
+
+    def _replaced_grads(self) -> list[tuple[int, tuple[torch.nn.Parameter, torch.Tensor]]]:
+        """The parameters, with index and flat gradient, whose .grad is another tensor or None."""
+        if all(map(operator.is_, map(_GRAD, self.params), self.grads)):
+            return []
+        pairs = enumerate(zip(self.params, self.grads, strict=True))
+        return [(index, (param, grad)) for index, (param, grad) in pairs if param.grad is not grad]
 
     def note_kernel_writes(self) -> None:
         """Counts what the kernel writes behind autograd's back: a graph that saved the old weights must notice."""
-        torch.autograd.graph.increment_version(self.params if self.copy is None else [*self.params, self.copy])
-        self.note_versions()
-        self.copied_versions = self.versions
+        torch.autograd.graph.increment_version(self.params if self._copy is None else [*self.params, self._copy])
+        self._note_versions()
+        if self._copy is not None:
+            self.copied_versions = self.versions
 
-    def note_versions(self) -> None:
-        """Remembers the parameters' versions."""
-        self.versions = [param._version for param in self.params]
+    def note_zeroed_grads(self) -> None:
+        """Takes note that the gradients are zero now."""
+        self._zeroed_versions = list(map(_VERSION, self.grads))
 
-    def attach_grads(self) -> None:
-        """Makes every .grad a view again where somebody replaced it; None counts as zero."""
-        for param, grad in zip(self.params, self.grads, strict=True):
-            if param.grad is not grad:
-                if param.grad is None:
-                    grad.zero_()
-                else:
-                    grad.copy_(param.grad)
-                param.grad = grad
-
-
-@dataclass
-class _GpuState:
-    """What a step on a GPU leaves on the device, so that the host need not wait for it.
-
-    Attributes:
-        settings: Of each flat buffer: lr, beta1, beta2, eps, weight_decay, max_grad_norm.
-        sums: Of each flat buffer: the sum of its squared gradients, float64.
-        skipped: Steps skipped, 0-dim int64.
-    """
-
-    settings: list[DeviceValues]
-    sums: torch.Tensor
-    skipped: torch.Tensor
-
-
-def _views(flat: torch.Tensor, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    pieces = flat.split([param.numel() for param in params])
-    return [piece.view(param.shape) for piece, param in zip(pieces, params, strict=True)]
-
-
-def _flatten(params: list[torch.nn.Parameter]) -> _Flat:
-    dtype, size, place = params[0].dtype, sum(param.numel() for param in params), params[0].device
-    master = torch.empty(size, dtype=dtype if dtype == torch.float64 else torch.float32, device=place)
-    for view, param in zip(_views(master, params), params, strict=True):
-        view.copy_(param.detach())
-    low_precision = None if dtype == master.dtype else master.to(dtype)
-    grad = torch.zeros(size, dtype=dtype, device=place)
-    for param, view in zip(params, _views(master if low_precision is None else low_precision, params), strict=True):
-        param.data = view
-    flat = _Flat(
-        params=params,
-        grads=_views(grad, params),
-        master=master,
-        grad=grad,
-        exp_avg=torch.zeros_like(master),
-        exp_avg_sq=torch.zeros_like(master),
-        low_precision=low_precision,
-        step=torch.zeros((), dtype=torch.float32, device=place),
-        addresses=[param.data_ptr() for param in params],
-        versions=[param._version for param in params],
-    )
-    flat.attach_grads()
-    return flat
+    def _note_versions(self) -> None:
+        """Remembers the parameters' versions, where their values are kept in another precision too."""
+        if self._copy is not None or self._low_precision is not None:
+            self.versions = list(map(_VERSION, self.params))
 
 
 def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
@@ -161,14 +294,20 @@ def _check_param(param: torch.nn.Parameter) -> None:
 class FlatAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient-norm clipping in one pass over flat memory.
 
-    The parameters become views of one flat buffer a group and dtype, and so do their gradients: the norm is one
-    pass, and clipping, decay, moments, update, the low-precision copy and zeroing are a second one. Equal, step by
-    step and up to rounding, to ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW``. Parameters in
-    bfloat16 or float16 keep a float32 master copy and float32 moments.
+    The parameters of one group and dtype share one flat buffer, and so do their gradients: the norm is one pass, and
+    clipping, decay, moments, update, the low-precision copy and zeroing are a second one. Equal, step by step and up
+    to rounding, to ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW``. Parameters in bfloat16 or
+    float16 keep a float32 master copy and float32 moments.
 
-    ``step()`` leaves the gradients zero. A step whose gradient norm is not finite changes nothing but the
-    gradients, which become zero, and raises ``skipped_steps`` by one. A parameter whose ``.grad`` is None counts as
-    having a gradient of zero. The state dict has the layout of ``torch.optim.AdamW``.
+    Each parameter, gradient and moment has a storage of its own over its part of the buffer, so that what saves,
+    copies, pickles or averages them sees separate tensors, as with ``torch.optim.AdamW``; ``copy.deepcopy`` and
+    pickle of the optimizer give the copy buffers of its own.
+
+    ``step()`` leaves the gradients zero. As in ``torch.optim.AdamW``, a parameter that got no gradient since the last
+    ``step()`` or ``zero_grad()``, or that no longer requires one, is left alone: neither decay nor moments nor its
+    step count change. With a ``process_group``, where a gradient may exist on other ranks, and in recorded steps, only
+    ``requires_grad`` decides. A step whose gradient norm is not finite changes nothing but the gradients, which become
+    zero, and raises ``skipped_steps`` by one. The state dict has the layout of ``torch.optim.AdamW``.
 
     With a ``process_group``, each of its ranks gets rank 0's parameters when they are added, and ``step()`` averages
     the gradients over the ranks before their norm is taken: one all_reduce for each flat buffer, that is for each
@@ -224,14 +363,21 @@ class FlatAdamW(torch.optim.Optimizer):
             raise InvalidValueError(f"FlatAdamW: `low_precision` must be {expected}, got {low_precision}")
         self.max_grad_norm = max_grad_norm
         self._process_group = process_group
-        self._averaged = False
-        self.last_norm: float | torch.Tensor = math.nan
-        self._skipped_steps = 0
-        self._gpu: _GpuState | None = None
-        self._flats: list[tuple[dict[str, Any], _Flat]] = []
         self._low_precision = low_precision
-        self._copied: dict[torch.Tensor, tuple[_Flat, int]] = {}
+        self._reset()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _reset(self) -> None:
+        """Begins without parameters."""
+        self.last_norm: float | torch.Tensor = math.nan
+        self._averaged = False
+        self._flats: list[_FlatBuffers] = []
+        self._copied: dict[torch.Tensor, tuple[_FlatBuffers, int]] = {}
+        # On the parameters' device, so that the host need not wait for it: of each flat buffer lr, beta1, beta2, eps,
+        # weight_decay, max_grad_norm; the sums of squared gradients; how many steps were skipped.
+        self._settings: list[DeviceValues] = []
+        self._sums = torch.zeros(0, dtype=torch.float64)
+        self._skipped = torch.zeros((), dtype=torch.int64)
 
     @property
     def grad_norm(self) -> float:
@@ -241,7 +387,7 @@ class FlatAdamW(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing."""
-        return self._skipped_steps if self._gpu is None else int(self._gpu.skipped)
+        return int(self._skipped)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and moves its parameters into flat buffers."""
@@ -250,40 +396,35 @@ class FlatAdamW(torch.optim.Optimizer):
         try:
             for param in group["params"]:
                 _check_param(param)
-            places = list(dict.fromkeys(param.device for each in self.param_groups for param in each["params"]))
-            if len(places) > 1:
+            devices = list(dict.fromkeys(param.device for each in self.param_groups for param in each["params"]))
+            if len(devices) > 1:
                 raise DeviceError(
-                    f"FlatAdamW: `params` must be on one device, got parameters on {' and '.join(map(str, places))}"
+                    f"FlatAdamW: `params` must be on one device, got parameters on {' and '.join(map(str, devices))}"
                 )
             if self._process_group is not None:
                 distributed.check_alike("FlatAdamW", self._process_group, group["params"])
         except Exception:
             del self.param_groups[-1]
             raise
-        by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+        for flat in self._flatten(group):
+            if self._process_group is not None:
+                flat.broadcast_(self._process_group)
+
+    def _flatten(self, group: dict[str, Any]) -> list[_FlatBuffers]:
+        """Moves a group's parameters into flat buffers, one for each dtype."""
+        by_dtype: dict[torch.dtype, Params] = {}
         for param in group["params"]:
             by_dtype.setdefault(param.dtype, []).append(param)
-        for params in by_dtype.values():
-            flat = _flatten(params)
-            if self._process_group is not None:
-                distributed.broadcast_(flat.master, self._process_group)
-                if flat.low_precision is not None:
-                    flat.low_precision.copy_(flat.master)
-            if self._low_precision is not None and params[0].dtype == torch.float32:
-                flat.make_copy(self._low_precision)
-                self._copied.update({param: (flat, index) for index, param in enumerate(params)})
-            self._flats.append((group, flat))
-            self._bind_state(flat)
-        if any(device.is_gpu(place) for place in places):
-            self._extend_gpu_state(places[0])
-
-    def _extend_gpu_state(self, place: torch.device) -> None:
-        """Makes room for the flat buffers that came."""
-        if self._gpu is None:
-            self._gpu = _GpuState([], torch.empty(0), torch.zeros((), dtype=torch.int64, device=place))
-        for group, _ in self._flats[len(self._gpu.settings) :]:
-            self._gpu.settings.append(DeviceValues(self._settings_of(group), place))
-        self._gpu.sums = torch.zeros(len(self._flats), dtype=torch.float64, device=place)
+        made = [_FlatBuffers(group, params, self._low_precision) for params in by_dtype.values()]
+        for flat in made:
+            if flat.copied:
+                self._copied.update({param: (flat, index) for index, param in enumerate(flat.params)})
+            self._flats.append(flat)
+            self._settings.append(DeviceValues(self._settings_of(group), flat.master.device))
+            self._sums = torch.zeros(len(self._flats), dtype=torch.float64, device=flat.master.device)
+            self._skipped = self._skipped.to(flat.master.device)
+            self.state.update(flat.state_of())
+        return made
 
     def _settings_of(self, group: dict[str, Any]) -> list[Any]:
         for name in ("lr", "eps", "weight_decay"):
@@ -307,16 +448,6 @@ class FlatAdamW(torch.optim.Optimizer):
             return None
         return flat.copies[index]
 
-    def _bind_state(self, flat: _Flat) -> None:
-        moments = zip(
-            flat.params, _views(flat.exp_avg, flat.params), _views(flat.exp_avg_sq, flat.params), strict=True
-        )
-        for param, exp_avg, exp_avg_sq in moments:
-            self.state[param] = {"step": flat.step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        if flat.low_precision is not None:
-            for param, master in zip(flat.params, _views(flat.master, flat.params), strict=True):
-                self.state[param]["master"] = master
-
     @torch.no_grad()
     def average_gradients(self) -> None:
         """Averages the gradients over the ranks of ``process_group`` now; ``step()`` then does not do it again.
@@ -325,7 +456,7 @@ class FlatAdamW(torch.optim.Optimizer):
         """
         if self._process_group is None or self._averaged:
             return
-        for _, flat in self._flats:
+        for flat in self._flats:
             flat.attach_grads()
             distributed.average_(flat.grad, self._process_group)
         self._averaged = True
@@ -344,107 +475,83 @@ class FlatAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.before_launch()
+        self.before_launch(gradients_follow=False)
         self.average_gradients()
         self._averaged = False
-        if self._gpu is None:
-            self._step_on_the_cpu()
-        else:
-            self.after_launch(self.launch())
+        # Before the kernels, which drive all of these small objects out of the caches.
+        for flat in self._flats:
+            flat.note_kernel_writes()
+        self.last_norm = self.launch()
         return loss
 
     @torch.no_grad()
-    def before_launch(self) -> None:
+    def before_launch(self, *, gradients_follow: bool = True) -> None:
         """The host's part of a step: takes over what others did to parameters, gradients and settings since the last.
 
         ``step()`` calls it. It has to be called before a graph of :meth:`launch`, with what filled the gradients or
         without, is recorded or replayed.
+
+        Args:
+            gradients_follow: Whether the gradients are still to come, so that only ``requires_grad`` tells which
+                parameters take part.
         """
-        for _, flat in self._flats:
+        # Whatever may fail comes before the gradients count as used.
+        for flat, settings in zip(self._flats, self._settings, strict=True):
             flat.check_in_place()
+            settings.write(self._settings_of(flat.group))
+        for flat in self._flats:
             flat.refresh_master()
             flat.attach_grads()
-        if self._gpu is not None:
-            for (group, _), settings in zip(self._flats, self._gpu.settings, strict=True):
-                settings.write(self._settings_of(group))
+            if flat.choose_active(touched_only=not gradients_follow and self._process_group is None):
+                self.state.update(flat.state_of())
+
+    @property
+    def active_spans(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Which parameters the coming step updates, and in which pieces: what a recorded step depends on."""
+        return tuple(tuple((span.start, span.stop) for span in flat.active_spans()) for flat in self._flats)
 
     @torch.no_grad()
-    def launch(self) -> torch.Tensor:
-        """The GPU's part of a step: norm, clipping, update and zeroing, in place; returns the norm, 0-dim float32.
+    def launch(self) -> float | torch.Tensor:
+        """The kernels of a step: norm, clipping, update and zeroing, in place; returns the norm.
 
-        It only queues work, whose every input is on the device, at an address that stays: a graph may record it.
+        On CUDA it only queues work, whose every input is on the device, at an address that stays, so that a graph may
+        record it, and the norm is a 0-dim float32 tensor there.
         """
-        assert self._gpu is not None
-        gpu = self._gpu
-        for index, (_, flat) in enumerate(self._flats):
-            sum_of_squares(flat.grad, gpu.sums, index)
-        for index, (_, flat) in enumerate(self._flats):
-            adamw_step(
-                flat.master,
-                flat.grad,
-                flat.exp_avg,
-                flat.exp_avg_sq,
-                flat.low_precision if flat.copy is None else flat.copy,
-                settings=gpu.settings[index].tensor,
-                sums=gpu.sums,
-                step=flat.step,
-                skipped=gpu.skipped if index == 0 else None,
-            )
-        return gpu.sums.sum().sqrt().to(torch.float32)
+        for index, flat in enumerate(self._flats):
+            sum_of_squares(flat.grad, self._sums, index)
+        skipped: torch.Tensor | None = self._skipped
+        for flat, settings in zip(self._flats, self._settings, strict=True):
+            for span in flat.active_spans():
+                adamw_step(*span.buffers, settings=settings.tensor, sums=self._sums, step=span.step, skipped=skipped)
+                # A step counts as skipped once.
+                skipped = None
+        if self._sums.is_cuda:
+            return self._sums.sum().sqrt().to(torch.float32)
+        return math.sqrt(sum(self._sums.tolist()))
 
     def after_launch(self, norm: torch.Tensor) -> None:
-        """Takes note, on the host, of a :meth:`launch` or its replay that returned this norm."""
+        """Takes note, on the host, of a recorded :meth:`launch` that was replayed and returned this norm."""
         self.last_norm = norm
         # What the wrapper that a learning-rate scheduler puts around step() notes.
         self._opt_called = True
-        for _, flat in self._flats:
+        for flat in self._flats:
             flat.note_kernel_writes()
-            flat.zeroed_version = flat.grad._version
+            flat.note_zeroed_grads()
 
     def after_gradients(self) -> None:
         """Takes note that a replayed graph added to the gradients, behind autograd's back."""
-        for _, flat in self._flats:
-            torch.autograd.graph.increment_version(flat.grad)
-
-    def _step_on_the_cpu(self) -> None:
-        sums = torch.zeros(len(self._flats), dtype=torch.float64)
-        for index, (_, flat) in enumerate(self._flats):
-            sum_of_squares(flat.grad, sums, index)
-        norm = self.last_norm = math.sqrt(sum(sums.tolist()))
-        skipped = not math.isfinite(norm)
-        self._skipped_steps += skipped
-        for group, flat in self._flats:
-            if not skipped:
-                # Before the kernel, which drives all of these small objects out of the caches.
-                flat.note_kernel_writes()
-            adamw_step(
-                flat.master,
-                flat.grad,
-                flat.exp_avg,
-                flat.exp_avg_sq,
-                flat.low_precision if flat.copy is None else flat.copy,
-                settings=torch.tensor(self._settings_of(group), dtype=torch.float64),
-                sums=sums,
-                step=flat.step,
-                skipped=None,
-            )
-            flat.zeroed_version = flat.grad._version
+        for flat in self._flats:
+            torch.autograd.graph.increment_version(flat.grads)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zeroes the gradients; free after ``step()``. They stay views, so ``set_to_none`` has no effect."""
-        for _, flat in self._flats:
-            attached = all(param.grad is grad for param, grad in zip(flat.params, flat.grads, strict=True))
-            if attached and flat.grad._version == flat.zeroed_version:
-                continue
-            for param, grad in zip(flat.params, flat.grads, strict=True):
-                param.grad = grad
-            flat.grad.zero_()
-            flat.zeroed_version = flat.grad._version
+        """Zeroes the gradients; free after ``step()``. They stay in place, so ``set_to_none`` has no effect."""
+        for flat in self._flats:
+            flat.zero_grads()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state in the layout of ``torch.optim.AdamW``; the moments are views, as in every torch optimizer."""
+        """The state in the layout of ``torch.optim.AdamW``; the moments are those of the optimizer, not copies."""
         state_dict = super().state_dict()
-        # The parameters of a flat buffer share one count here; torch would raise a shared one once for each.
+        # The parameters of a span share one count here; torch would raise a shared one once for each.
         state_dict["state"] = {
             key: {**state, "step": state["step"].clone()} for key, state in state_dict["state"].items()
         }
@@ -453,7 +560,11 @@ class FlatAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of FlatAdamW or torch.optim.AdamW into the flat buffers, without rounding the moments."""
-        saved_groups = state_dict["param_groups"]
+        # torch's own method would round the float32 moments of parameters in lower precision.
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved_groups = copy.deepcopy(state_dict["param_groups"])
         sizes, saved_sizes = (
             [len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups)
         )
@@ -469,24 +580,40 @@ class FlatAdamW(torch.optim.Optimizer):
             for param, key in zip(group["params"], saved_group["params"], strict=True):
                 saved[param] = state_dict["state"].get(key, {})
                 _check_state(param, saved[param])
-        for _, flat in self._flats:
-            self._load_flat(flat, [saved[param] for param in flat.params])
+        self._load_state(saved)
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            group.update({key: value for key, value in saved_group.items() if key in self.defaults})
+            group.update({key: value for key, value in saved_group.items() if key != "params"})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
-    def _load_flat(self, flat: _Flat, states: list[dict[str, Any]]) -> None:
-        steps = {float(state.get("step", 0.0)) for state in states}
-        if len(steps) > 1:
-            raise InvalidValueError(f"FlatAdamW: `state_dict` must have one step count a group, got {sorted(steps)}")
-        flat.step.fill_(steps.pop())
-        for key, buffer in (("exp_avg", flat.exp_avg), ("exp_avg_sq", flat.exp_avg_sq)):
-            for view, state in zip(_views(buffer, flat.params), states, strict=True):
-                view.copy_(state[key]) if key in state else view.zero_()
-        if flat.low_precision is not None:
-            # A state of torch.optim.AdamW has no master copy: the parameters as they are become it.
-            masters = zip(_views(flat.master, flat.params), flat.params, states, strict=True)
-            for master, param, state in masters:
-                master.copy_(state.get("master", param))
-                param.copy_(master)
-            flat.note_versions()
-        flat.refresh_copy()
+    def _load_state(self, states: dict[torch.nn.Parameter, dict[str, Any]]) -> None:
+        for flat in self._flats:
+            flat.load_state([states[param] for param in flat.params])
+            self.state.update(flat.state_of())
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._process_group not in (None, distributed.data_parallel_group(None)):
+            raise InvalidValueError(
+                "FlatAdamW: `process_group` must be None or the default group for a copy or a pickle, got another one"
+            )
+        return {
+            **super().__getstate__(),
+            "max_grad_norm": self.max_grad_norm,
+            "low_precision": self._low_precision,
+            "whole_world": self._process_group is not None,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The parameters of a copy or a pickle, which have memory of their own, move into flat buffers anew."""
+        state = dict(state)
+        states = state.pop("state")
+        self.max_grad_norm, self._low_precision = state.pop("max_grad_norm"), state.pop("low_precision")
+        self._process_group = distributed.data_parallel_group(None) if state.pop("whole_world") else None
+        self._reset()
+        self._skipped.fill_(state.pop("skipped_steps"))
+        super().__setstate__({**state, "state": defaultdict(dict)})
+        for group in self.param_groups:
+            self._flatten(group)
+        self._load_state(states)

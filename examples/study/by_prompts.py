@@ -1,17 +1,18 @@
-"""UPS of a demo's results by kind of prompt: python docs/study/by_prompts.py docs/study/results.json"""
+"""UPS of a demo's results by kind of prompt: ``python examples/study/by_prompts.py docs/study/results.json``."""
 
 import json
 import sys
 from pathlib import Path
 
 import cat_rs
+from concepts import EMOJI_MODEL
 
-PROMPTS = Path(__file__).parents[2] / "examples" / "emoji_model" / "prompts.json"
 KINDS = ("class", "neighbour", "other_class")
 
 
 def main() -> None:
-    concepts = {concept["name"]: concept for concept in json.loads(PROMPTS.read_text(encoding="utf-8"))["concepts"]}
+    content = json.loads((EMOJI_MODEL / "prompts.json").read_text(encoding="utf-8"))
+    concepts = {concept["name"]: concept for concept in content["concepts"]}
     for file in sys.argv[1:]:
         runs = json.loads(Path(file).read_text(encoding="utf-8"))["runs"]
         for run in runs:
