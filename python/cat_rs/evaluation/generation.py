@@ -142,8 +142,8 @@ def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: Ev
         if flagged:
             # Black pictures of both models would be alike, and score 1.
             raise EvaluationInputError(
-                f"pipeline: expected pictures, got one that the safety checker blacked out for {request.prompt!r}, seed "
-                f"{request.seed}; set pipeline.safety_checker = None to evaluate"
+                "pipeline: expected pictures, got one that the safety checker blacked out for "
+                f"{request.prompt!r}, seed {request.seed}; set pipeline.safety_checker = None to evaluate"
             )
     return PictureBatch(tuple(output.images), last["latents"].detach().to("cpu", torch.float32))
 
