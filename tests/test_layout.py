@@ -341,3 +341,7 @@ def test_importing_needs_only_pytorch_and_numpy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert not {module.split(".")[0] for module in done.stdout.split()} & set(HEAVY)
+
+
+def test_lazy_names_are_listed() -> None:
+    assert set(cat_rs.__all__) <= set(dir(cat_rs))

@@ -117,7 +117,11 @@ def request_batches(prompts: Sequence[str], config: EvaluationConfig) -> list[tu
 
 
 def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: EvaluationConfig) -> PictureBatch:
-    """Generate in one call, with the pipeline as it is."""
+    """Generate in one call, with the pipeline as it is.
+
+    Raises:
+        EvaluationInputError: The pipeline's safety checker blacked out a picture.
+    """
     last: dict[str, torch.Tensor] = {}
 
     def keep_latents(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -135,6 +139,14 @@ def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: Ev
             callback_on_step_end=keep_latents,
             output_type="pil",
         )
+    flags = getattr(output, "nsfw_content_detected", None) or ()
+    for request, flagged in zip(requests, flags, strict=False):
+        if flagged:
+            # Black pictures of both models would be alike, and score 1.
+            raise EvaluationInputError(
+                "pipeline: expected pictures, got one that the safety checker blacked out for "
+                f"{request.prompt!r}, seed {request.seed}; set pipeline.safety_checker = None to evaluate"
+            )
     return PictureBatch(tuple(output.images), last["latents"].detach().to("cpu", torch.float32))
 
 
