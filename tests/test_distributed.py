@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 
 import cat_rs
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, InvalidValueError
-from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
 from cat_rs.step import collectives
@@ -641,7 +640,7 @@ def test_processes_share_cached_base_predictions(ranks: Results, training_folder
 
 
 def test_an_adapter_tells_the_batch_of_all_processes(ranks: Results, training_folder: Path) -> None:
-    assert read_metadata(training_folder / "whole")["batch_size"] == 2 * RANKS
+    assert cat_rs.load_lora(training_folder / "whole").metadata["batch_size"] == 2 * RANKS
 
 
 def test_resumed_processes_equal_uninterrupted_ones(ranks: Results, training_folder: Path) -> None:

@@ -152,7 +152,7 @@ def test_python_imports_go_one_way() -> None:
         "prompts.py": below,
         "frozen_layers.py": {"ops"},
         "image_files.py": {"errors"},
-        "files.py": below | {"atomic", "_native", "_core"},
+        "atomic.py": set(),
         "unwrap.py": set(),
     }
     for name, allowed in may_use.items():
@@ -181,7 +181,7 @@ def test_operations_have_the_same_name_everywhere() -> None:
 
 
 def test_the_extension_is_called_through_operations() -> None:
-    may_call = ("ops/", "files.py", "commands/info.py")
+    may_call = ("ops/", "adapter_file/", "commands/info.py")
     for file in python_files():
         if "cat_rs._native._core" in set(imports(file)):
             assert name_of(file).startswith(may_call), file
@@ -190,12 +190,20 @@ def test_the_extension_is_called_through_operations() -> None:
 # From below; a module uses only floors below its own.
 STEP_FLOORS = (
     "pytree device_values collectives cat_factor denoiser",
-    "noise_schedule cuda_graphs optimizer teacher_bank_file",
+    "noise_schedule cuda_graphs optimizer",
     "adapters",
     "conditions",
     "inputs teacher_bank",
     "captured_step",
     "cat_step",
+)
+ADAPTER_FILE_FLOORS = (
+    "paths disk",
+    "layer",
+    "lora_config metadata",
+    "model",
+    "lora_file",
+    "read save pipeline",
 )
 EVALUATION_FLOORS = (
     "errors config measures",
@@ -230,7 +238,13 @@ def parts_used(package: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("package", "floors"), [("step", STEP_FLOORS), ("evaluation", EVALUATION_FLOORS), ("report", REPORT_FLOORS)]
+    ("package", "floors"),
+    [
+        ("adapter_file", ADAPTER_FILE_FLOORS),
+        ("step", STEP_FLOORS),
+        ("evaluation", EVALUATION_FLOORS),
+        ("report", REPORT_FLOORS),
+    ],
 )
 def test_modules_of_a_package_use_only_floors_below(package: str, floors: tuple[str, ...]) -> None:
     floor_of = {name: number for number, names in enumerate(floors) for name in names.split()}
@@ -246,7 +260,12 @@ def test_modules_of_a_package_use_only_floors_below(package: str, floors: tuple[
 
 def test_a_step_needs_no_training_and_no_evaluation() -> None:
     used = parts_used("step")
-    assert used <= {"errors", "ops", "unwrap", "atomic", "peft"}, used
+    assert used <= {"errors", "ops", "unwrap", "adapter_file", "peft"}, used
+
+
+def test_adapter_files_need_only_the_ground() -> None:
+    used = parts_used("adapter_file")
+    assert used <= {"errors", "atomic", "_native", "unwrap"}, used
 
 
 def test_evaluations_need_no_training_and_no_report() -> None:
@@ -256,7 +275,7 @@ def test_evaluations_need_no_training_and_no_report() -> None:
         "options",
         "peft",
         "atomic",
-        "files",
+        "adapter_file",
         "image_files",
         "ops",
         "preservation_score",
@@ -272,7 +291,7 @@ def test_reports_need_no_training_and_no_model() -> None:
 
 def test_training_needs_no_report() -> None:
     may_use = {"evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
-    may_use |= {"atomic", "files", "prompts", "step"}
+    may_use |= {"atomic", "adapter_file", "prompts", "step"}
     used = parts_used("training")
     assert used <= may_use, used - may_use
 
@@ -332,3 +351,7 @@ def test_importing_needs_only_pytorch_and_numpy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert not {module.split(".")[0] for module in done.stdout.split()} & set(HEAVY)
+
+
+def test_lazy_names_are_listed() -> None:
+    assert set(cat_rs.__all__) <= set(dir(cat_rs))

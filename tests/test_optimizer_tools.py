@@ -1,4 +1,4 @@
-"""Tools that save, copy, average, freeze or schedule parameters do the same with FlatAdamW as with torch.optim.AdamW."""
+"""What saves, copies, averages, freezes or schedules parameters does the same with FlatAdamW as with AdamW."""
 
 from __future__ import annotations
 

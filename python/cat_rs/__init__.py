@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
 from cat_rs._version import __version__ as __version__
-from cat_rs.files import LoraFile, load_lora, save_lora
+from cat_rs.adapter_file import LoraFile, load_lora, save_lora
 from cat_rs.ops.cat_loss import CatLossParts, cat_loss
 from cat_rs.ops.lora_linear import lora_linear
 from cat_rs.ops.noising import snr_weights
@@ -68,3 +68,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

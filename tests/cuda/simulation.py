@@ -104,7 +104,8 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         Recorder.active = None
         super().__exit__(*error)
-        for storage, before in self._before.values():
+        # Backwards: storages may share memory, as those of parameters and of a flat buffer do.
+        for storage, before in reversed(self._before.values()):
             storage.copy_(before)
         self._before.clear()
         torch.set_rng_state(self._rng_state)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cat_rs import load_lora, save_lora
 from cat_rs.evaluation import (
     ClipEncoder,
     EvaluationConfig,
@@ -106,7 +107,7 @@ def test_second_evaluation_calls_neither_pipeline_nor_encoder(
         return encode(self, images)
 
     monkeypatch.setattr(ClipEncoder, "encode_images", counted)
-    monkeypatch.setattr(type(counting._pipeline), "load_lora_weights", lambda *_, **__: loaded.append(1))
+    monkeypatch.setattr("cat_rs.evaluation.generation.read_lora", lambda *_: loaded.append(1))
     second = evaluated(cache=cache)
     assert counting.pictures == loaded == []
     assert embedded == [len(concept_images)]
@@ -328,6 +329,19 @@ class TestKeys:
     ) -> None:
         other = write_adapter(tiny_pipeline_dir, tmp_path / "other", seed=5)
         assert len({key(), key(adapter=None), key(adapter=other)}) == 3
+
+    def test_every_file_of_a_peft_folder_matters(
+        self, key: Callable[..., str], adapter_dir: Path, tmp_path: Path
+    ) -> None:
+        lora = load_lora(adapter_dir)
+        folder = save_lora(tmp_path / "peft", lora, format="peft")
+        keys = [key(adapter=folder)]
+        assert key(adapter=shutil.copytree(folder, tmp_path / "copy")) == keys[0]
+        assert key(adapter=shutil.copytree(folder, tmp_path / "text_encoder")) != keys[0]
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+            keys.append(key(adapter=folder))
+        assert len(set(keys)) == 3
 
     @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
     def test_weights_matter(self, key: Callable[..., str], pipeline: Any, part: str) -> None:

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cat_rs
 from cat_rs import TeacherBank, atomic
-from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
 from cat_rs.training import (
     CheckpointError,
@@ -128,7 +128,7 @@ def test_several_triggers_train_with_their_own_class_words(configure: Configure,
     result = train(configure(trigger=("sks=cat", "zwx=dog")), progress=False, report=seen.append)
     assert result.captions_changed == 3
     assert any("'a sks cat on red' -> 'a cat on red'" in line for line in seen)
-    assert read_metadata(result.output_dir)["trigger"] == {"sks": "cat", "zwx": "dog"}
+    assert cat_rs.load_lora(result.output_dir).metadata["trigger"] == {"sks": "cat", "zwx": "dog"}
 
 
 def test_more_prompts_and_noise_offset_resume_bit_for_bit(
@@ -180,7 +180,7 @@ def test_sdxl_trains_and_loads(configure: Configure, tiny_sdxl_pipeline_dir: Pat
 
 def test_adapter_file_tells_how_it_was_made(configure: Configure) -> None:
     result = quiet(configure(cat_factor=2.0, snr_gamma=5.0))
-    facts = read_metadata(result.adapter)
+    facts = cat_rs.load_lora(result.adapter).metadata
     assert facts["trigger"] == {"sks": "cat"}
     assert (facts["cat_factor"], facts["snr_gamma"], facts["steps"], facts["rank"]) == (2.0, 5.0, 4, 2)
     assert facts["base_model"] == "pipeline"
@@ -274,7 +274,7 @@ def test_base_model_is_called_only_to_fill_the_bank(
     # 3 pictures, 2 views each, 3 draws a view, 8 at once; then 4 steps at twice the batch of 2.
     assert sizes == [8, 8, 2, 4, 4, 4, 4]
     assert not (result.output_dir / "teacher_bank.safetensors").exists()
-    assert read_metadata(result.adapter)["teacher_draws"] == 3
+    assert cat_rs.load_lora(result.adapter).metadata["teacher_draws"] == 3
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     # Predictions are stored in bfloat16: that is how far the untrained model is from them.
     assert 0 <= rows[0]["cat"] < 1e-4 * rows[0]["diffusion"]

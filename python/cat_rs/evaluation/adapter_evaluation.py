@@ -17,7 +17,7 @@ from cat_rs.evaluation.encoder import EncoderSource
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.generation import (
     PictureBatch,
-    adapter_file,
+    adapter_files,
     adapter_loaded,
     generate_batch,
     require_no_adapter,
@@ -105,7 +105,7 @@ def _check_adapters(adapters: Mapping[str, AdapterPath]) -> None:
                 f"adapters: expected a name other than {BASE!r} and {_OTHER_SEED!r}, got {name!r}"
             )
         if path is not None:
-            adapter_file(path)
+            adapter_files(path)
 
 
 class _Batches:

@@ -24,7 +24,7 @@ from cat_rs.evaluation.fingerprint import (
     tensors_hash,
     text_hash,
 )
-from cat_rs.evaluation.generation import PictureBatch, PictureRequest, adapter_file
+from cat_rs.evaluation.generation import PictureBatch, PictureRequest, adapter_files
 from cat_rs.image_files import png_bytes
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ class Store(Generic[T]):
 class EvaluationCache:
     """The pictures of a pipeline, and their embeddings.
 
-    The key of a batch of pictures is the fingerprint of the pipeline, the SHA-256 of the adapter's file, the prompts,
+    The key of a batch of pictures is the fingerprint of the pipeline, the SHA-256 of the adapter's files, the prompts,
     their indices and the seeds, the sampler settings, the type of device, and the versions of the libraries. The key
     of its embeddings is the key of the batch and the fingerprint of the encoder. Keys contain no paths.
 
@@ -151,7 +151,9 @@ class EvaluationCache:
     def _adapter_hash(self, adapter: str | os.PathLike[str]) -> str:
         path = os.fspath(adapter)
         if path not in self._adapters:
-            self._adapters[path] = hashlib.sha256(adapter_file(path).read_bytes()).hexdigest()
+            files = adapter_files(path)
+            hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+            self._adapters[path] = text_hash(hashes)
         return self._adapters[path]
 
 

@@ -65,7 +65,7 @@ class CapturedStep:
             torch.clear_autocast_cache()
             loss, parts = forward_backward(inputs)
             torch.clear_autocast_cache()
-            return (loss, parts, self._optimizer.launch()) if with_update else (loss, parts)
+            return (loss, parts, torch.as_tensor(self._optimizer.launch())) if with_update else (loss, parts)
 
         self._optimizer.before_launch()
         variant = (with_update, self._optimizer.active_spans, autocast, *settings)

@@ -85,8 +85,6 @@ def average_(tensor: torch.Tensor, group: Group) -> None:
     dist.all_reduce(tensor, group=group)
 
 
-
-
 def sharding_of(param: torch.Tensor) -> str | None:
     """A description of what shards the parameter; None where nothing does."""
     # By each library's marks on a parameter, since importing the libraries costs more than the rest of the package.

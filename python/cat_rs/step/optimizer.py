@@ -14,7 +14,7 @@ import torch
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
 from cat_rs.ops.operator import LOW_PRECISION
-from cat_rs.step import collectives
+from cat_rs.step import collectives, device_values
 from cat_rs.step.device_values import DeviceValues
 
 __all__ = ["FlatAdamW"]
@@ -134,7 +134,7 @@ class _FlatBuffers:
             for index, grad in enumerate(self.grads):
                 if touched_only and active[index]:
                     # What was written through .data raised no version; a GPU would have to be waited for.
-                    active[index] = touched[index] or (not grad.is_cuda and bool(grad.any()))
+                    active[index] = touched[index] or (not device_values.is_gpu(grad.device) and bool(grad.any()))
                 elif touched[index] and not active[index]:
                     grad.zero_()
                     versions[index] = grad._version
@@ -525,7 +525,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 adamw_step(*span.buffers, settings=settings.tensor, sums=self._sums, step=span.step, skipped=skipped)
                 # A step counts as skipped once.
                 skipped = None
-        if self._sums.is_cuda:
+        if device_values.is_gpu(self._sums.device):
             return self._sums.sum().sqrt().to(torch.float32)
         return math.sqrt(sum(self._sums.tolist()))
 

@@ -14,16 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cat_rs.adapter_file.disk import TensorParts, write_safetensors
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.noising import noising
 from cat_rs.step.conditions import Cond, as_kwargs
 from cat_rs.step.denoiser import Predict, denoiser_predict
 from cat_rs.step.noise_schedule import NoiseSchedule
 from cat_rs.step.pytree import map_tensors, named_tensors
-from cat_rs.step.teacher_bank_file import FORMAT, read_bank, write_bank
 
 __all__ = ["TeacherBank", "TeacherDraws"]
 
+FORMAT = "cat-rs teacher bank 1"
 STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # PyTorch's CPU generator reads 32 bits of a seed.
 SEEDS = 2**32
@@ -151,7 +152,8 @@ class TeacherBank:
         tensors["noise_check"] = bank._first_noise()
         predictions = bank._predict(model, schedule, cond, predict or denoiser_predict(model), batch_size, progress)
         if path is not None:
-            write_bank(path, tensors, metadata, predictions)
+            parts = TensorParts(dtype, tuple(tensors["base"].shape), predictions)
+            write_safetensors(path, {**tensors, "base": parts}, metadata)
             return cls.load(path, latents=None)
         base = torch.empty_like(tensors["base"], device="cpu")
         for rows, predicted in zip(base.flatten(0, 1).split(batch_size), predictions, strict=True):
@@ -171,7 +173,7 @@ class TeacherBank:
                 noise from its seeds.
             OSError: The file cannot be read.
         """
-        tensors, metadata = read_bank(path)
+        tensors, metadata = _read(path)
         bank = cls(tensors, metadata)
         if not torch.allclose(bank._first_noise(), tensors["noise_check"], rtol=0, atol=0.05):
             raise InvalidValueError(
@@ -326,6 +328,26 @@ class TeacherBank:
                     f"pictures {int(pictures[0])}..{int(pictures[-1])}"
                 )
             yield stored
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a bank's file, mapped into memory, and its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    # safe_open's own error does not tell a missing file from a folder.
+    with open(path, "rb"):
+        pass
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InvalidValueError(
+                    f"TeacherBank.load: `path` must be a file of format {FORMAT!r}, got {path} of format "
+                    f"{metadata.get('format')!r}"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise InvalidValueError(f"TeacherBank.load: `path` must be a teacher bank, got {path}: {error}") from error
 
 
 def _check_counts(**counts: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cat_rs import run_folder
-from cat_rs.files import DIFFUSERS_FILE
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
 from cat_rs.training.checkpoint import CheckpointFolder, load_state
 from cat_rs.training.config import TrainConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cat_rs._version import __version__
-from cat_rs.files import save_lora
+from cat_rs.adapter_file import save_lora
 from cat_rs.processes import Processes
 from cat_rs.step import CatStep
 from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
