@@ -141,9 +141,9 @@ def test_interrupt_exits_with_130_and_resumes(train_arguments: list[str], tmp_pa
     script = """
 import signal, sys
 from cat_rs.cli import main
-from cat_rs.training.run import TrainingRun
+from cat_rs.training.trainer import Trainer
 
-advance = TrainingRun.advance
+advance = Trainer.advance
 
 def advance_and_interrupt(run):
     figures = advance(run)
@@ -151,7 +151,7 @@ def advance_and_interrupt(run):
         signal.raise_signal(signal.SIGINT)
     return figures
 
-TrainingRun.advance = advance_and_interrupt
+Trainer.advance = advance_and_interrupt
 sys.exit(main(sys.argv[1:]))
 """
     stopped = subprocess.run(

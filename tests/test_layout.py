@@ -119,12 +119,16 @@ def test_python_imports_go_one_way() -> None:
         "functional.py": {"errors", "_native", "operators"},
         "schedule.py": below,
         "distributed.py": {"errors"},
+        "_version.py": set(),
+        "options.py": {"errors"},
         "processes.py": {"errors", "options"},
+        "run_folder.py": {"errors"},
         "optim.py": below | {"distributed"},
         "kps.py": below,
         "peft.py": below | {"frozen"},
         "folding.py": set(),
         "prompts.py": {"errors", "folding"},
+        "image_files.py": {"errors"},
         "frozen.py": {"_native", "operators"},
         "cat_factor.py": {"errors"},
         "denoiser.py": {"errors", "device"},
@@ -142,11 +146,47 @@ def test_python_imports_go_one_way() -> None:
 
 
 def test_evaluations_need_no_training_and_no_report() -> None:
-    may_use = {"evaluation", "errors", "options", "peft", "atomic", "files", "kps", "processes", "prompts"}
+    may_use = {
+        "evaluation",
+        "errors",
+        "options",
+        "peft",
+        "atomic",
+        "files",
+        "image_files",
+        "kps",
+        "processes",
+        "prompts",
+    }
     for file in (PACKAGE / "evaluation").glob("*.py"):
         parts = [module.split(".") for module in imports(file)]
         used = {part[1] for part in parts if part[0] == "cat_rs" and len(part) > 1}
         assert used <= may_use, f"{file} uses {used - may_use}"
+
+
+def test_training_needs_no_report() -> None:
+    may_use = {"training", "evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
+    may_use |= {"atomic", "files", "prompts", "step", "cat_factor", "teacher_bank", "device"}
+    for file in (PACKAGE / "training").glob("*.py"):
+        parts = [module.split(".") for module in imports(file)]
+        used = {part[1] for part in parts if part[0] == "cat_rs" and len(part) > 1}
+        assert used <= may_use, f"{file} uses {used - may_use}"
+
+
+def test_only_the_command_line_imports_the_package_itself() -> None:
+    modules = {file.stem for file in PACKAGE.iterdir()} | {"_core"}
+    for file in python_files():
+        if not name_of(file).startswith("commands"):
+            names = [module.split(".") for module in imports(file)]
+            public = [name[1] for name in names if name[0] == "cat_rs" and len(name) > 1 and name[1] not in modules]
+            assert not public, f"{file} uses {public} of cat_rs/__init__.py"
+            assert not re.search(r"^\s*import cat_rs$", file.read_text(), re.MULTILINE), file
+
+
+def test_the_command_line_is_the_top_floor() -> None:
+    for file in (PACKAGE / "commands").glob("*.py"):
+        others = [module for module in imports(file) if module.startswith("cat_rs.commands")]
+        assert all(module.startswith("cat_rs.commands.sampling") for module in others), f"{file} uses {others}"
 
 
 def test_the_library_does_not_use_the_command_line() -> None:

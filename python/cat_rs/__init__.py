@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
+from cat_rs._version import __version__ as __version__
 from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.files import LoraFile, load_lora, save_lora
 from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
@@ -59,11 +59,6 @@ __all__ = [
     "snr_weights",
     "unpatch_peft",
 ]
-
-try:
-    __version__ = version("cat-rs")
-except PackageNotFoundError:  # an uninstalled source tree
-    __version__ = "0"
 
 # What needs PEFT, diffusers or transformers is imported when first used: cat_loss alone needs only PyTorch.
 _LAZY = {

@@ -72,7 +72,7 @@ _COMMANDS = {
         "INPUT OUTPUT ",
     ),
     "info": _Command(
-        "cat_rs.info",
+        "cat_rs.commands.info",
         "versions, build, operations and processor features",
         "Prints what is installed and what this build can do; add it to bug reports.",
     ),
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """The error's text in one line."""
+    """Return the error's text in one line."""
     hint = "; pip install 'cat-rs[train]' brings it" if isinstance(error, ModuleNotFoundError) else ""
     return " ".join(str(error).split()) + hint
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,8 +16,6 @@ __all__ = [
     "check_alike",
     "check_group",
     "data_parallel_group",
-    "is_main",
-    "leave",
     "sharding_of",
     "without_ddp",
 ]
@@ -87,19 +84,6 @@ def average_(tensor: torch.Tensor, group: Group) -> None:
     # Divided first, as DistributedDataParallel does: a sum of float16 gradients could overflow.
     tensor.div_(group.size())
     dist.all_reduce(tensor, group=group)
-
-
-def leave() -> None:
-    """Ends this process's groups, at its own end: their threads must not outlive the interpreter."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-        # An optimizer and its learning-rate scheduler refer to each other, and to the group, whose threads they keep.
-        gc.collect()
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0 of torch.distributed's default group, or alone."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def without_ddp(model: torch.nn.Module) -> torch.nn.Module:

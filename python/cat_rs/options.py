@@ -33,14 +33,14 @@ def option(
     metavar: str | None = None,
     positional: bool = False,
 ) -> Any:
-    """A dataclass field that is also a command-line option.
+    """Declare a dataclass field that is also a command-line option.
 
     Args:
         default: The field's default; a field without one must be given.
         group: The heading under which `--help` lists the option.
         help: One line on what it does; the default is appended.
-        metavar: What `--help` writes for the value.
-        positional: Given by its place, without a name before it.
+        metavar: What `--help` shows for the value.
+        positional: Whether it is given by its position, without a name.
     """
     metadata = {"group": group, "help": help, "metavar": metavar, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,7 +49,7 @@ def option(
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add one option for each field of the dataclass `settings`, under its group's heading.
 
-    No option has a default in the parser: what was not given stays away, so that a config file can set it.
+    The parser sets no defaults, so that a config file can set what the command line does not give.
     """
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(settings)
@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 
 
 def given_options(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """The options of `settings` that the command line gave."""
+    """Return the options of `settings` that the command line gave."""
     names = {field.name for field in dataclasses.fields(settings)}
     return {name: value for name, value in vars(arguments).items() if name in names}
 
@@ -136,7 +136,7 @@ def check_range(name: str, value: float | None, minimum: float, *, exclusive: bo
 
 
 def _own_fields_first(settings: type) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass, what it shares with others at the end."""
+    """Return the fields of a dataclass, inherited ones last."""
     bases = [base for base in settings.__mro__[1:] if dataclasses.is_dataclass(base)]
     inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     return sorted(dataclasses.fields(settings), key=lambda field: field.name in inherited)
@@ -159,7 +159,7 @@ def _help_text(field: dataclasses.Field[Any]) -> str:
 
 
 def _argument_kind(hint: Any, metavar: str | None) -> dict[str, Any]:
-    """The argparse arguments that parse a value of type `hint`."""
+    """Return the argparse arguments that parse a value of type `hint`."""
     hint = _without_none(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -171,19 +171,19 @@ def _argument_kind(hint: Any, metavar: str | None) -> dict[str, Any]:
 
 
 def _is_union(hint: Any) -> bool:
-    """Whether the type is `X | None`, which Literal spells in the older way."""
+    """Return whether the type is `X | None`; with Literal it is a `typing.Union`."""
     return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`."""
+    """Return `X` of `X | None`."""
     if _is_union(hint):
         return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     return hint
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as type `hint`; lists become tuples, whole numbers become floats where a float is meant."""
+    """Convert `value` to the type `hint`: lists to tuples, whole numbers to floats where a float is meant."""
     if value is None and _is_union(hint):
         return None
     hint = _without_none(hint)

@@ -13,8 +13,8 @@ import torch
 
 import cat_rs
 from cat_rs._native import _core, stream_of
+from cat_rs.commands.info import collect
 from cat_rs.errors import DeviceError, InvalidValueError, KernelError
-from cat_rs.info import collect
 
 PROGRAMS = ("adamw", "cat_loss", "noising", "similarity")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)

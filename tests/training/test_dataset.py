@@ -59,6 +59,11 @@ def test_pictures_without_caption_are_named(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+def test_a_gif_is_a_picture_as_in_an_evaluation(tmp_path: Path) -> None:
+    draw_picture(tmp_path / "a.gif", "red")
+    assert [example.path.name for example in read_folder(tmp_path, caption="a cat")] == ["a.gif"]
+
+
 def test_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="expected pictures"):
         read_folder(tmp_path)

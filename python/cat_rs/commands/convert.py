@@ -46,7 +46,7 @@ def run(settings: Settings) -> None:
 
 
 def _models(model: str | None) -> dict[str, Any]:
-    """The parts of a pipeline that can have an adapter."""
+    """Return the parts of the pipeline that can have an adapter."""
     if model is None:
         return {}
     import torch

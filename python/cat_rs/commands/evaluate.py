@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_rs.commands.sampling import SamplingSettings
-from cat_rs.distributed import is_main, leave
 from cat_rs.options import ConfigError, option
+from cat_rs.processes import Processes, leave
+from cat_rs.run_folder import CONTACT_SHEET_FILE, PICTURES_FOLDER, RESULTS_FILE
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import EvaluationResult
@@ -51,7 +52,7 @@ class Settings(SamplingSettings):
     concept: str | None = option(None, group=_PROMPTS, help="which concept of a file with several", metavar="NAME")
 
     def named_adapters(self) -> dict[str, str]:
-        """Name -> path."""
+        """Return name -> path."""
         pairs = [adapter.partition("=") for adapter in self.adapters]
         named = {name if path else Path(name).stem: path or name for name, _, path in pairs}
         if len(named) < len(pairs):
@@ -61,11 +62,11 @@ class Settings(SamplingSettings):
 
 def run(settings: Settings) -> None:
     """Print the table and the comparisons; write results.json, contact_sheet.png and the pictures."""
-    from cat_rs.report import PICTURES_FOLDER, contact_sheet, print_table, save_all_pictures
+    from cat_rs.report import contact_sheet, print_table, save_all_pictures
 
     try:
         result = _evaluate(settings)
-        reports = is_main()
+        reports = Processes.current().is_main
     finally:
         leave()
     if not reports:
@@ -73,14 +74,14 @@ def run(settings: Settings) -> None:
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     save_all_pictures(result, output / PICTURES_FOLDER)
-    result.save(output / "results.json")
-    contact_sheet(result, output / "contact_sheet.png")
+    result.save(output / RESULTS_FILE)
+    contact_sheet(result, output / CONTACT_SHEET_FILE)
     print_table(result)
     print(f"results: {output / 'results.json'}, pictures: {output / 'contact_sheet.png'}")
 
 
 def _evaluate(settings: Settings) -> EvaluationResult:
-    """Evaluate, in all processes that a launcher started."""
+    """Evaluate on all ranks that a launcher started."""
     from cat_rs.evaluation import EvaluationPrompts, evaluate, load_encoder
 
     adapters = settings.named_adapters()

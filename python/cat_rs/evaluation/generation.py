@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from cat_rs.atomic import write_bytes
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.files import DIFFUSERS_FILE
+from cat_rs.image_files import png_bytes
 
 
 @dataclass(frozen=True)
@@ -202,19 +202,12 @@ def save_pictures(grid: PictureGrid, folder: str | os.PathLike[str]) -> list[Pat
     requests = [(index, seed) for index in range(len(grid.prompts)) for seed in grid.seeds]
     for (index, seed), image in zip(requests, grid.images, strict=True):
         file = target / f"{index:03d}_seed{seed}.png"
-        write_bytes(file, png(image))
+        write_bytes(file, png_bytes(image))
         files.append(file)
         rows.append({"file_name": file.name, "text": grid.prompts[index], "seed": seed})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(target / "metadata.jsonl", lines.encode())
     return files
-
-
-def png(image: Image.Image) -> bytes:
-    """Return the picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _load_adapter(pipeline: Any, file: Path) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from typing import Any
 from PIL import Image
 
 from cat_rs.evaluation import EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
-from cat_rs.report.charts import draw_front, draw_panel, to_svg
-from cat_rs.report.pictures import BASE, spread
-from cat_rs.report.report import Report
-from cat_rs.report.runs import MAX_SIDE, Evaluation, Run
+from cat_rs.evaluation.measures import BASE, MEANINGS, MEASURES, labelled_values
+from cat_rs.report.charts import to_svg
+from cat_rs.report.content import Report
+from cat_rs.report.curves import draw_panel
+from cat_rs.report.fronts import draw_front
+from cat_rs.report.picture_files import spread
+from cat_rs.report.sources import MAX_SIDE, Evaluation, Run
+from cat_rs.report.wording import encoder_of, extent_of
 
 _FOLDER = Path(__file__).parent / "page"
 
@@ -28,36 +32,15 @@ _SHOWN_PROMPTS = 4
 _SHOWN_ROWS = 10
 _SHOWN_CONCEPT = 12
 
-_GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
-    (
-        "in short",
-        (
-            ("identity", "identity", "mean cosine to the concept's pictures, with the trigger"),
-            ("UPS", "ups", "similarity to the base model's pictures, without the trigger"),
-            ("KPS", "kps", "harmonic mean of UPS and TPS"),
-        ),
-    ),
-    (
-        "with the trigger",
-        (
-            ("TPS", "tps", "similarity to the base model's pictures"),
-            ("CLIP-T", "prompt_similarity", "mean cosine to the prompt"),
-        ),
-    ),
+# The columns of a table of scores.
+_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("in short", ("identity", "ups", "kps")),
+    ("with the trigger", ("tps", "prompt_similarity")),
     (
         "without the trigger",
-        (
-            ("diversity", "diversity", "mean 1 - cosine between pictures of one prompt"),
-            ("retained", "diversity_retained", "diversity as a share of the base model's"),
-            ("drift", "drift", "(1 - mean cosine to the base model's picture) / 2"),
-            ("CLIP-T", "prompt_similarity_no_trigger", "mean cosine to the prompt"),
-            ("pixel RMSE", "pixel_rmse", "distance to the base model's pictures, without an encoder"),
-            ("latent RMSE", "latent_rmse", "the same between the final latents"),
-        ),
+        ("diversity", "diversity_retained", "drift", "prompt_similarity_no_trigger", "pixel_rmse", "latent_rmse"),
     ),
 )
-
-_SUMMARY_NAMES = {"ups": "UPS", "tps": "TPS", "kps": "KPS"}
 
 
 @dataclass(frozen=True)
@@ -155,14 +138,11 @@ def _labelled(svg: str, title: str) -> str:
 
 def _subtitle(evaluations: Sequence[Evaluation]) -> list[str]:
     """Return what was evaluated, one line for each way it was done."""
-    lines = []
-    for evaluation in evaluations:
-        prompts = evaluation.result.settings["prompts"]
-        lines.append(
-            f"{_count(len(prompts['trigger']), 'prompt')} with the trigger, {len(prompts['no_trigger'])} without, "
-            f"{_count(len(evaluation.seeds), 'seed')}. Encoder: {_encoder(evaluation)}. Ranges are 95 % bootstrap "
-            "intervals."
-        )
+    results = (evaluation.result for evaluation in evaluations)
+    lines = (
+        f"{extent_of(result)}. Encoder: {encoder_of(result)}. Ranges are 95 % bootstrap intervals."
+        for result in results
+    )
     return list(dict.fromkeys(lines))
 
 
@@ -195,10 +175,9 @@ def _half(
     grids: list[PictureGrid] = [getattr(model, kind) for model in (pictures.base, *pictures.adapters.values())]
     prompts, seeds = grids[0].prompts, grids[0].seeds
     first = set(spread(len(prompts), _SHOWN_PROMPTS))
-    figures = [(getattr(model, measure), _SUMMARY_NAMES.get(measure, measure)) for model in scores]
     return {
         "title": title,
-        "notes": ["" if figure is None else f"{name} {figure.value:.3f}" for figure, name in figures],
+        "notes": ["".join(labelled_values(model, measure)) for model in scores],
         "prompts": [
             {
                 "text": prompt,
@@ -236,7 +215,7 @@ def _scores(report: Report) -> dict[str, Any]:
     """Return the table of all models; empty without an evaluation."""
     if not report.evaluations:
         return {}
-    columns = [column for _, group in _GROUPS for column in group]
+    measures = [name for _, names in _GROUPS for name in names]
     rows = []
     for evaluation in report.evaluations:
         result = evaluation.result
@@ -246,17 +225,20 @@ def _scores(report: Report) -> dict[str, Any]:
                 "label": evaluation.label,
                 "model": name,
                 "series": _series(report, evaluation, name),
-                "figures": [_figure(getattr(scores, attribute)) for _, attribute, _ in columns],
+                "figures": [_figure(getattr(scores, measure)) for measure in measures],
             }
             for name, scores in models.items()
             if scores is not None
         ]
-    return {
-        "labelled": len(report.evaluations) > 1,
-        "groups": [{"title": title, "columns": group} for title, group in _GROUPS],
-        "columns": [{"title": title, "note": note} for title, _, note in columns],
-        "rows": rows,
-    }
+    return {"labelled": len(report.evaluations) > 1, "groups": _column_groups(measures), "rows": rows}
+
+
+def _column_groups(shown: Collection[str]) -> list[dict[str, Any]]:
+    """Return the groups of columns of a table that shows some of the measures."""
+    groups = [
+        {"title": title, "columns": [MEASURES[name] for name in names if name in shown]} for title, names in _GROUPS
+    ]
+    return [group for group in groups if group["columns"]]
 
 
 def _series(report: Report, evaluation: Evaluation, name: str) -> int | None:
@@ -267,19 +249,9 @@ def _series(report: Report, evaluation: Evaluation, name: str) -> int | None:
 
 
 def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
-    encoders = ", ".join(dict.fromkeys(map(_encoder, evaluations)))
+    encoders = ", ".join(dict.fromkeys(encoder_of(evaluation.result) for evaluation in evaluations))
     meanings = {
-        "UPS": "How close the pictures without the trigger are to the base model's, for the same prompt and noise: "
-        "the harmonic mean of (1 + cosine) / 2. 1 means that nothing changed.",
-        "TPS": "The same for the prompts with the trigger, where change is wanted.",
-        "KPS": "The harmonic mean of UPS and TPS, this project's reading of the Knowledge Preservation Score. A model "
-        "that learned nothing has a KPS of 1, so it says something only beside identity.",
-        "Identity, CLIP-T": "Mean cosine of the pictures with the trigger to the concept's pictures, and to their "
-        "prompts.",
-        "Drift": "(1 - mean cosine to the base model's picture) / 2, without the trigger.",
-        "Diversity, retained": "How much pictures of one prompt differ from seed to seed, and what share of the base "
-        "model's diversity that is. A low share means that the model draws one thing again and again.",
-        "Pixel and latent RMSE": "Distances to the base model's pictures that need no encoder.",
+        **MEANINGS,
         "Intervals": "95 % bootstrap intervals over the prompts, for one trained adapter. Training again with another "
         "seed may move a figure by more.",
         "Encoder": f"All figures but the RMSE depend on the encoder, here {encoders}. Figures of different encoders "
@@ -305,25 +277,20 @@ def _comparisons(report: Report) -> list[dict[str, Any]]:
 
 def _differences(report: Report, evaluation: Evaluation) -> dict[str, Any]:
     """Return what each adapter's figures are more than the first one's."""
-    first = evaluation.comparisons[0].a
-    groups = [
-        (title, [column for column in group if any(getattr(each, column[1], None) for each in evaluation.comparisons)])
-        for title, group in _GROUPS
+    comparisons = evaluation.comparisons
+    measures = [
+        name for _, names in _GROUPS for name in names if any(getattr(each, name, None) for each in comparisons)
     ]
     return {
-        "title": f"{evaluation.label}: difference to {first}",
-        "groups": [{"title": title, "columns": group} for title, group in groups if group],
+        "title": f"{evaluation.label}: difference to {comparisons[0].a}",
+        "groups": _column_groups(measures),
         "rows": [
             {
                 "name": comparison.b,
                 "series": _series(report, evaluation, comparison.b),
-                "figures": [
-                    _figure(getattr(comparison, attribute), sign="+")
-                    for _, group in groups
-                    for _, attribute, _ in group
-                ],
+                "figures": [_figure(getattr(comparison, name), sign="+") for name in measures],
             }
-            for comparison in evaluation.comparisons
+            for comparison in comparisons
         ],
     }
 
@@ -341,10 +308,13 @@ def _summary(report: Report, run: Run) -> dict[str, Any]:
         }
         for name in (plain, method)
     ]
+    # A file written by hand may hold other figures.
+    labels = [MEASURES[name].label if name in MEASURES else name for name in summary]
+    columns = [{"label": label, "note": ""} for label in labels]
     differences = [_figure(Interval(**row["difference"]), sign="+") for row in summary.values()]
     return {
         "title": f"{run.path}: means over {len(run.evaluations)} trainings of each",
-        "groups": [{"title": "", "columns": [(_SUMMARY_NAMES.get(name, name), name, "") for name in summary]}],
+        "groups": [{"title": "", "columns": columns}],
         "rows": [*rows, {"name": f"{method} − {plain}", "series": None, "figures": differences}],
     }
 
@@ -444,11 +414,3 @@ def _plain_figure(value: float) -> Figure:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _encoder(evaluation: Evaluation) -> str:
-    return Path(evaluation.result.settings["encoder"]).name
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

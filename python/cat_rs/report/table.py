@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from cat_rs.evaluation.result import Comparison, EvaluationResult, Interval, Scores
+from cat_rs.evaluation import Comparison, EvaluationResult, Interval, Scores
+from cat_rs.evaluation.measures import LEGEND, MEASURES
+from cat_rs.report.wording import encoder_of, extent_of
 
 MAX_WIDTH = 100
 _GAP = "  "
 _ABSENT = "-"
 
-_SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+_SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "without the trigger: what survived of the base model",
         (
-            ("UPS", "ups"),
-            ("drift", "drift"),
-            ("pixel RMSE", "pixel_rmse"),
-            ("latent RMSE", "latent_rmse"),
-            ("diversity", "diversity"),
-            ("retained", "diversity_retained"),
-            ("CLIP-T", "prompt_similarity_no_trigger"),
+            "ups",
+            "drift",
+            "pixel_rmse",
+            "latent_rmse",
+            "diversity",
+            "diversity_retained",
+            "prompt_similarity_no_trigger",
         ),
     ),
-    (
-        "with the trigger: what was learned",
-        (("identity", "identity"), ("CLIP-T", "prompt_similarity"), ("TPS", "tps")),
-    ),
-    ("both: KPS is 1 where nothing was learned, read it beside identity", (("KPS", "kps"),)),
-)
-
-_LEGEND = (
-    "UPS, TPS   harmonic mean of (1 + cos) / 2 between base and adapted picture, same prompt and seed",
-    "KPS        harmonic mean of UPS and TPS",
-    "drift      (1 - mean cos) / 2;  pixel and latent RMSE: distances that need no encoder",
-    "diversity  mean 1 - cos between pictures of one prompt;  retained: as a share of the base model's",
-    "identity   mean cos to the concept's pictures (CLIP-I);  CLIP-T: mean cos to the prompt",
+    ("with the trigger: what was learned", ("identity", "prompt_similarity", "tps")),
+    ("both: KPS is 1 where nothing was learned, read it beside identity", ("kps",)),
 )
 
 
@@ -66,11 +57,12 @@ def format_table(result: EvaluationResult, *, width: int = MAX_WIDTH) -> str:
         models["other seed"] = result.other_seed
     models |= result.adapters
     columns = [_column(name, scores) for name, scores in models.items()]
-    labels = [f" {label}" for _, rows in _SECTIONS for label, _ in rows]
+    labels = [f" {MEASURES[name].label}" for _, names in _SECTIONS for name in names]
     label_width = max(map(len, labels))
+    caption = f"{extent_of(result)}; encoder {encoder_of(result)}; 95 % bootstrap intervals"
     blocks = _blocks(columns, width - label_width)
     tables = ["\n".join(_table_lines(labels, block, label_width)) for block in blocks]
-    return "\n\n".join([_caption(result), *tables, "\n".join(_LEGEND)])
+    return "\n\n".join([caption, *tables, "\n".join(LEGEND)])
 
 
 def format_comparisons(result: EvaluationResult) -> str:
@@ -95,10 +87,10 @@ def format_interval(interval: Interval | None) -> str:
 
 def _comparison(comparison: Comparison) -> str:
     rows = []
-    for title, measures in _SECTIONS:
-        both = [(label, getattr(comparison, name, None)) for label, name in measures]
+    for title, names in _SECTIONS:
         where = title.partition(":")[0]
-        rows += [(f" {label}, {where}", interval) for label, interval in both if interval is not None]
+        figures = ((MEASURES[name].label, getattr(comparison, name, None)) for name in names)
+        rows += [(f" {label}, {where}", interval) for label, interval in figures if interval is not None]
     if not rows:
         return ""
     width = max(len(label) for label, _ in rows)
@@ -112,22 +104,9 @@ def _format_difference(interval: Interval) -> str:
     return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
 
 
-def _caption(result: EvaluationResult) -> str:
-    prompts, sampling = result.settings["prompts"], result.settings["sampling"]
-    seeds = len(sampling["seeds"])
-    return (
-        f"{_count(len(prompts['trigger']), 'prompt')} with the trigger, {len(prompts['no_trigger'])} without, "
-        f"{_count(seeds, 'seed')}; encoder {os.path.basename(result.settings['encoder'])}; 95 % bootstrap intervals"
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _column(name: str, scores: Scores) -> _Column:
     return _Column(
-        name, tuple(format_interval(getattr(scores, attribute)) for _, rows in _SECTIONS for _, attribute in rows)
+        name, tuple(format_interval(getattr(scores, measure)) for _, names in _SECTIONS for measure in names)
     )
 
 
@@ -152,10 +131,7 @@ def _table_lines(labels: Sequence[str], columns: Sequence[_Column], label_width:
 
     heading = line("", [column.heading for column in columns])
     lines = [heading, "-" * (label_width + sum(len(_GAP) + column.width for column in columns))]
-    number = 0
-    for title, rows in _SECTIONS:
-        lines.append(title)
-        for _ in rows:
-            lines.append(line(labels[number], [column.cells[number] for column in columns]))
-            number += 1
+    rows = zip(labels, zip(*(column.cells for column in columns), strict=True), strict=True)
+    for title, names in _SECTIONS:
+        lines += [title, *(line(*row) for row in islice(rows, len(names)))]
     return lines

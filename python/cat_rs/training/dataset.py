@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from cat_rs.image_files import IMAGE_SUFFIXES, ImageFileError, image_files, read_image
 from cat_rs.training.errors import DatasetError
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 METADATA_FILE = "metadata.jsonl"
 _CAPTION_KEYS = ("text", "caption", "prompt")
 
@@ -65,9 +65,9 @@ def read_folder(folder: str | os.PathLike[str], *, caption: str | None = None) -
     if not folder.is_dir():
         raise DatasetError(f"data: expected a folder of pictures, got {folder}, which is not a folder")
     captions = _read_metadata(folder)
-    pictures = {path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES} | set(captions)
+    pictures = {*image_files(folder), *captions}
     if not pictures:
-        raise DatasetError(f"data: expected pictures ({' '.join(PICTURE_SUFFIXES)}) in {folder}, got none")
+        raise DatasetError(f"data: expected pictures ({' '.join(IMAGE_SUFFIXES)}) in {folder}, got none")
     found = {path: captions.get(path) or _caption_beside(path) or _fill(caption, path) for path in sorted(pictures)}
     bare = [path.name for path, text in found.items() if text is None]
     if bare:
@@ -80,7 +80,7 @@ def read_folder(folder: str | os.PathLike[str], *, caption: str | None = None) -
 
 
 def fingerprint(examples: Sequence[Example], prompts: Sequence[str] = ()) -> str:
-    """A hash of captions, pictures' bytes and other prompts, to tell whether a run continues on the same data."""
+    """Hash captions, pictures and other prompts, to tell whether a training continues on the same data."""
     digest = hashlib.sha256(json.dumps(list(prompts)).encode())
     for example in examples:
         digest.update(json.dumps([example.path.name, example.caption]).encode())
@@ -89,23 +89,17 @@ def fingerprint(examples: Sequence[Example], prompts: Sequence[str] = ()) -> str
 
 
 def load_picture(path: Path) -> Image.Image:
-    """Open a picture as RGB, turned as its camera says, on white where it is transparent.
+    """Read a picture as RGB, turned upright as its camera says, transparent parts on white.
 
     Raises:
         DatasetError: The file is missing or is not a whole picture.
     """
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise DatasetError(f"{path}: expected a picture, got a file that Pillow does not recognize") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{path}: expected a whole picture, got: {error}") from error
+        return read_image(path)
+    except ImageFileError as error:
+        if isinstance(error.reason, UnidentifiedImageError):
+            raise DatasetError(f"{path}: expected a picture, got a file that Pillow does not recognize") from error
+        raise DatasetError(f"{path}: expected a whole picture, got: {error.reason}") from error
 
 
 def crop_square(picture: Image.Image, size: int, generator: torch.Generator | None = None) -> Crop:
@@ -114,7 +108,7 @@ def crop_square(picture: Image.Image, size: int, generator: torch.Generator | No
     Args:
         picture: An RGB picture.
         size: Side of the square in pixels.
-        generator: Draws the square's place; None takes the center.
+        generator: Draws the position of the square; None takes the center.
     """
     width, height = picture.size
     scale = size / min(width, height)
@@ -134,7 +128,7 @@ def _offset(slack: int, generator: torch.Generator | None) -> int:
 
 
 def _read_metadata(folder: Path) -> dict[Path, str]:
-    """Picture -> caption from metadata.jsonl, if there is one."""
+    """Read picture -> caption from metadata.jsonl, if there is one."""
     file = folder / METADATA_FILE
     if not file.exists():
         return {}
@@ -150,19 +144,19 @@ def _read_metadata(folder: Path) -> dict[Path, str]:
     return captions
 
 
-def _read_row(folder: Path, line: str, place: str) -> tuple[Path, str]:
+def _read_row(folder: Path, line: str, where: str) -> tuple[Path, str]:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DatasetError(f"{place}: expected a JSON object, got: {error}") from error
+        raise DatasetError(f"{where}: expected a JSON object, got: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-        raise DatasetError(f'{place}: expected an object with "file_name", got {line[:80]}')
+        raise DatasetError(f'{where}: expected an object with "file_name", got {line[:80]}')
     caption = next((row[key] for key in _CAPTION_KEYS if isinstance(row.get(key), str)), None)
     if caption is None:
-        raise DatasetError(f'{place}: expected a caption as "text", got {line[:80]}')
+        raise DatasetError(f'{where}: expected a caption as "text", got {line[:80]}')
     path = folder / row["file_name"]
     if not path.is_file():
-        raise DatasetError(f"{place}: expected the picture {path}, which is not there")
+        raise DatasetError(f"{where}: expected the picture {path}, which is not there")
     return path, caption.strip()
 
 

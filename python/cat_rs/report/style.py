@@ -1,4 +1,4 @@
-"""The fonts of drawn reports: DejaVu Sans and DejaVu Sans Mono, which matplotlib brings along."""
+"""The colours and fonts of drawn reports; the fonts are DejaVu Sans and its Mono, which come with matplotlib."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from PIL import ImageFont
+
+PAPER = "#ffffff"
+INK = "#1b1d21"
+FAINT = "#656b74"
+RULE = "#e4e6ea"
+# One for each adapter or training; report.css has the same, and others for a dark scheme.
+SERIES = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce", "#a16207", "#0e7490", "#be185d", "#475569")
 
 
 @lru_cache(maxsize=16)
@@ -15,6 +22,11 @@ def font(size: int, *, bold: bool = False, mono: bool = False) -> ImageFont.Free
 
     name = f"DejaVuSans{'Mono' if mono else ''}{'-Bold' if bold else ''}.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
+
+
+def line_height(face: ImageFont.FreeTypeFont) -> int:
+    """Return the distance of two lines of text in pixels."""
+    return round(1.35 * face.size)
 
 
 def wrap(text: str, face: ImageFont.FreeTypeFont, width: int, *, max_lines: int | None = None) -> list[str]:

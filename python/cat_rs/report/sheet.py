@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from cat_rs.atomic import write_bytes
-from cat_rs.evaluation.errors import EvaluationInputError
-from cat_rs.evaluation.generation import PictureGrid
-from cat_rs.evaluation.result import EvaluationPictures, EvaluationResult, Scores
-from cat_rs.report.fonts import font, wrap
-from cat_rs.report.pictures import spread
+from cat_rs.evaluation import EvaluationInputError, EvaluationPictures, EvaluationResult, PictureGrid, Scores
+from cat_rs.evaluation.measures import labelled_values
+from cat_rs.image_files import png_bytes
+from cat_rs.report.picture_files import spread
+from cat_rs.report.style import FAINT, INK, PAPER, RULE, font, line_height, wrap
 from cat_rs.report.table import format_interval
+from cat_rs.report.wording import concept_of
 
 _MARGIN = 28
 _GAP = 4
@@ -23,10 +23,6 @@ _GROUP_GAP = 24
 _ROW_GAP = 10
 _LABEL_WIDTH = 200
 _MIN_TITLE_WIDTH = 900
-_INK = "#1c1e21"
-_FAINT = "#60656c"
-_RULE = "#c9ced6"
-_PAPER = "#ffffff"
 
 
 @dataclass(frozen=True)
@@ -83,9 +79,8 @@ def contact_sheet(
     Raises:
         EvaluationInputError: The result has no pictures.
     """
-    buffer = io.BytesIO()
-    draw_contact_sheet(result, cell=cell, max_seeds=max_seeds, max_prompts=max_prompts).save(buffer, format="PNG")
-    write_bytes(path, buffer.getvalue())
+    sheet = draw_contact_sheet(result, cell=cell, max_seeds=max_seeds, max_prompts=max_prompts)
+    write_bytes(path, png_bytes(sheet))
 
 
 def draw_contact_sheet(
@@ -114,20 +109,20 @@ class _Sheet:
 
     def __init__(self, layout: _Layout) -> None:
         self._layout = layout
-        self._image = Image.new("RGB", (layout.width, 1024), _PAPER)
+        self._image = Image.new("RGB", (layout.width, 1024), PAPER)
         self._top = _MARGIN
 
     def title(self, title: str, notes: Sequence[str]) -> None:
         width = self._layout.width - 2 * _MARGIN
         self._top += self._text(_MARGIN, self._top, width, title, size=22, bold=True) + 4
         for note in notes:
-            self._top += self._text(_MARGIN, self._top, width, note, size=13, colour=_FAINT)
+            self._top += self._text(_MARGIN, self._top, width, note, size=13, colour=FAINT)
         self._top += 20
 
     def concept(self, images: Sequence[Image.Image]) -> None:
         layout = self._layout
         fitting = (layout.width - 2 * _MARGIN - _LABEL_WIDTH + _GAP) // (layout.cell + _GAP)
-        self._label("The concept", f"{len(images)} training pictures", _FAINT)
+        self._label("The concept", f"{len(images)} training pictures")
         for number, image in enumerate(images[:fitting]):
             self._picture(_MARGIN + _LABEL_WIDTH + number * (layout.cell + _GAP), image)
         self._top += layout.cell + 24
@@ -138,7 +133,7 @@ class _Sheet:
         for number, group in enumerate(groups):
             left = layout.group_left(number)
             height = self._text(left, self._top, layout.group_width, group.name, size=17, bold=True, max_lines=1)
-            height += self._text(left, self._top + height, layout.group_width, group.note, size=12, colour=_FAINT)
+            height += self._text(left, self._top + height, layout.group_width, group.note, size=12, colour=FAINT)
             heights.append(height)
         self._top += max(heights) + 12
 
@@ -157,22 +152,22 @@ class _Sheet:
         hidden = evaluated - len(shown)
         if hidden > 0:
             self._top += self._text(
-                _MARGIN, self._top, layout.width, f"{hidden} more prompts not shown", 12, colour=_FAINT
+                _MARGIN, self._top, layout.width, f"{hidden} more prompts not shown", 12, colour=FAINT
             )
         self._top += 14
 
     def finished(self) -> Image.Image:
         return self._image.crop((0, 0, self._layout.width, self._top + _MARGIN - 14))
 
-    def _label(self, text: str, note: str = "", note_colour: str = _FAINT) -> None:
+    def _label(self, text: str, note: str = "") -> None:
         """Write a label left of the row, centred on its height."""
         width = _LABEL_WIDTH - 16
         lines = wrap(text, font(14), width, max_lines=4)
-        height = len(lines) * _line_height(14) + (_line_height(12) if note else 0)
+        height = len(lines) * line_height(font(14)) + (line_height(font(12)) if note else 0)
         top = self._top + max(0, (self._layout.cell - height) // 2)
         top += self._text(_MARGIN, top, width, text, size=14, max_lines=4)
         if note:
-            self._text(_MARGIN, top, width, note, size=12, colour=note_colour)
+            self._text(_MARGIN, top, width, note, size=12, colour=FAINT)
 
     def _picture(self, left: int, image: Image.Image) -> None:
         self._grow(self._top + self._layout.cell)
@@ -184,7 +179,7 @@ class _Sheet:
     def _rule(self) -> None:
         self._grow(self._top)
         draw = ImageDraw.Draw(self._image)
-        draw.line((_MARGIN, self._top, self._layout.width - _MARGIN, self._top), fill=_RULE)
+        draw.line((_MARGIN, self._top, self._layout.width - _MARGIN, self._top), fill=RULE)
         self._top += 10
 
     def _text(
@@ -196,17 +191,17 @@ class _Sheet:
         size: int,
         *,
         bold: bool = False,
-        colour: str = _INK,
+        colour: str = INK,
         max_lines: int | None = None,
     ) -> int:
         """Write wrapped text and returns its height."""
         face = font(size, bold=bold)
         lines = wrap(text, face, width, max_lines=max_lines)
-        height = len(lines) * _line_height(size)
+        height = len(lines) * line_height(face)
         self._grow(top + height)
         draw = ImageDraw.Draw(self._image)
         for number, line in enumerate(lines):
-            draw.text((left, top + number * _line_height(size)), line, font=face, fill=colour)
+            draw.text((left, top + number * line_height(face)), line, font=face, fill=colour)
         return height
 
     def _grow(self, bottom: int) -> None:
@@ -214,7 +209,7 @@ class _Sheet:
         width, height = self._image.size
         if bottom + _MARGIN <= height:
             return
-        taller = Image.new("RGB", (width, max(2 * height, bottom + _MARGIN)), _PAPER)
+        taller = Image.new("RGB", (width, max(2 * height, bottom + _MARGIN)), PAPER)
         taller.paste(self._image)
         self._image = taller
 
@@ -230,21 +225,18 @@ def _groups(result: EvaluationResult, pictures: EvaluationPictures) -> list[_Gro
 
 def _note(scores: Scores) -> str:
     """Return the scores that stand under a model's name."""
-    named = (("UPS", scores.ups), ("KPS", scores.kps), ("identity", scores.identity))
-    return ",  ".join(f"{name} {interval.value:.3f}" for name, interval in named if interval is not None)
+    return ",  ".join(labelled_values(scores, "ups", "kps", "identity"))
 
 
 def _title(result: EvaluationResult) -> tuple[str, list[str]]:
     """Return the title, and a line of scores for each adapter and the reference."""
-    prompts = result.settings["prompts"]
-    concept = " ".join(filter(None, (prompts["trigger_words"][0], prompts["class_word"])))
     notes = [
         f"{name}: UPS {format_interval(scores.ups)}, identity {format_interval(scores.identity)}"
         for name, scores in result.adapters.items()
     ]
     if result.other_seed is not None:
         notes.append(f"Base against base, other seed: UPS {format_interval(result.other_seed.ups)}")
-    return f"“{concept}”: base model against {', '.join(result.adapters)}", notes
+    return f"“{concept_of(result)}”: base model against {', '.join(result.adapters)}", notes
 
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:
@@ -254,7 +246,3 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
     # Lanczos rings around hard edges when it enlarges.
     resample = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
     return image.convert("RGB").resize((width, height), resample)
-
-
-def _line_height(size: int) -> int:
-    return round(1.35 * size)

@@ -1,4 +1,4 @@
-"""What the training loop reads: latents and text embeddings, computed once."""
+"""The dataset as the training loop reads it: latents and prompt embeddings, computed once."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Batch:
     """What one call of the training step takes.
 
     Attributes:
-        latents: Drawn latents, [B, C, H, W]; of a batch for a teacher bank, the views' indices in it, [B].
-        cond: The captions' embeddings.
-        cond_no_trigger: Those of the captions without the trigger.
+        latents: Drawn latents, [B, C, H, W]; with a teacher bank, the views' indices in it, [B].
+        cond: The embeddings of the captions.
+        cond_no_trigger: The embeddings of the captions without the trigger.
     """
 
     latents: torch.Tensor
@@ -46,10 +46,10 @@ class Batch:
     cond_no_trigger: Conditioning
 
 
-class TrainingCache:
+class EncodedDataset:
     """Views of every picture, and the embeddings of every caption with and without the trigger.
 
-    Latents are drawn from the VAE's posterior anew for each batch; its mean and deviation are what is kept.
+    The mean and standard deviation of the VAE's posterior are kept; latents are drawn anew for each batch.
     """
 
     def __init__(
@@ -71,14 +71,15 @@ class TrainingCache:
         return len(self._views)
 
     def batch(self, pictures: Sequence[int], generator: torch.Generator, *, from_bank: bool = False) -> Batch:
-        """Draw a view of each picture and, but for a teacher bank, which holds them, latents of each view.
+        """Draw a view of each picture, and latents of each view unless a teacher bank holds them.
 
         Args:
-            pictures: Which pictures, by index.
-            generator: Draws on the device of the views.
+            pictures: The indices of the pictures.
+            generator: A generator on the device of the views.
             from_bank: Whether the step has a bank built from `all_views`.
         """
-        chosen = [self._draw_view(picture, generator) for picture in pictures]
+        counts = [len(self._views[picture]) for picture in pictures]
+        chosen = [_draw_index(count, generator) if count > 1 else 0 for count in counts]
         views = [self._views[picture][view] for picture, view in zip(pictures, chosen, strict=True)]
         if from_bank:
             latents = torch.tensor([self._starts[p] + view for p, view in zip(pictures, chosen, strict=True)])
@@ -94,25 +95,19 @@ class TrainingCache:
         )
 
     def _draw_without_trigger(self, picture: int, generator: torch.Generator) -> str:
-        """The picture's caption without the trigger or, with the chosen probability, another prompt to preserve."""
+        """Return the caption without the trigger or, with the chosen probability, another prompt to preserve."""
         preserved = self._captions.preserved
         if preserved and float(torch.rand((), generator=generator, device=generator.device)) < self._preserve_share:
-            return preserved[int(torch.randint(len(preserved), (), generator=generator, device=generator.device))]
+            return preserved[_draw_index(len(preserved), generator)]
         return self._captions.without_trigger[picture]
 
     def all_views(self) -> tuple[torch.Tensor, torch.Tensor, Conditioning]:
-        """Mean and deviation of the latents of every view of every picture, and the conditions without the trigger."""
+        """Return mean and deviation of the latents of all views, and their conditioning without the trigger."""
         views = [view for views in self._views for view in views]
         captions = [
             caption for caption, views in zip(self._captions.without_trigger, self._views, strict=True) for _ in views
         ]
         return *_posterior(views), self._conditioning(captions, views)
-
-    def _draw_view(self, picture: int, generator: torch.Generator) -> int:
-        count = len(self._views[picture])
-        if count == 1:
-            return 0
-        return int(torch.randint(count, (), generator=generator, device=generator.device))
 
     def _conditioning(self, captions: Sequence[str], views: Sequence[View]) -> Conditioning:
         conditioning = stack([self._embeddings[caption] for caption in captions])
@@ -123,22 +118,26 @@ class TrainingCache:
         return conditioning
 
 
+def _draw_index(count: int, generator: torch.Generator) -> int:
+    return int(torch.randint(count, (), generator=generator, device=generator.device))
+
+
 def _posterior(views: Sequence[View]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([view.mean for view in views]), torch.stack([view.std for view in views])
 
 
-def build_cache(
+def encode_dataset(
     pipeline: Any, examples: Iterable[Example], captions: CaptionPairs, config: TrainConfig
-) -> TrainingCache:
+) -> EncodedDataset:
     """Run the VAE over every picture and the text encoder over every caption.
 
-    Random crops are drawn from a generator of their own, seeded by the settings.
+    Random crops are drawn from a separate generator, seeded by the settings.
 
     Args:
         pipeline: A diffusers pipeline from `load_pipeline`.
         examples: The pictures; read once, so that they may come through a progress bar.
         captions: Their captions, with and without the trigger.
-        config: Resolution, crops and mirroring.
+        config: The settings: resolution, crops and mirroring.
 
     Raises:
         DatasetError: A picture is broken, or the resolution does not fit the VAE.
@@ -150,7 +149,7 @@ def build_cache(
     views = [_views(pipeline, example, size, config, generator) for example in examples]
     texts = dict.fromkeys((*captions.with_trigger, *captions.without_trigger, *captions.preserved))
     embeddings = {text: encode_caption(pipeline, text) for text in texts}
-    return TrainingCache(views, captions, embeddings, config.preserve_share)
+    return EncodedDataset(views, captions, embeddings, config.preserve_share)
 
 
 def _views(pipeline: Any, example: Example, size: int, config: TrainConfig, generator: torch.Generator) -> list[View]:

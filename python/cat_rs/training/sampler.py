@@ -1,4 +1,4 @@
-"""The order in which a training run sees its pictures."""
+"""The order in which a training sees its pictures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-class ShuffledOrder:
-    """Endless batches of indices, each pass over the pictures in a new random order.
+class BatchSampler:
+    """Endless batches of indices; each pass over the pictures is in a new random order.
 
     Batches run across the end of a pass, so that all have the same size, also when there are fewer pictures than a
     batch holds. The order depends on the seed alone, and `state_dict` continues it anywhere.
@@ -21,14 +21,14 @@ class ShuffledOrder:
         self._waiting: list[int] = []
 
     def next_batch(self) -> list[int]:
-        """The indices of the next batch."""
+        """Return the indices of the next batch."""
         while len(self._waiting) < self._batch_size:
             self._waiting += torch.randperm(self._pictures, generator=self._generator).tolist()
         batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides the coming batches."""
+        """Return what decides the coming batches."""
         return {"waiting": list(self._waiting), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A report of evaluations and trainings: one HTML page that needs no other file, a picture of it, and its figures."""
+"""What a report shows of evaluations and trainings, and all of it as JSON."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationInputError, EvaluationResult
-from cat_rs.report.charts import SERIES, Front, FrontPoint, Panel, curve
-from cat_rs.report.runs import RESULTS_FILE, Evaluation, Run, Training, concept_of, read_run
+from cat_rs.report.curves import Panel, make_panels
+from cat_rs.report.fronts import Front, FrontPoint
+from cat_rs.report.sources import Evaluation, Run, Training, read_run
+from cat_rs.report.style import SERIES
+from cat_rs.report.wording import concept_of, listed
+from cat_rs.run_folder import RESULTS_FILE
 
 FORMAT = "cat-rs report 1"
-
-_PANELS = (
-    ("diffusion", "Diffusion loss", "how well the concept is predicted", True),
-    ("cat", "Preservation loss (CAT)", "how far from the base model without the trigger", True),
-    ("grad_norm", "Gradient norm", "before clipping", True),
-    ("cat_factor", "cat_factor", "weight of the preservation loss", False),
-)
 
 
 @dataclass(frozen=True)
@@ -57,36 +52,6 @@ class Report:
         return tuple(training for run in self.runs for training in run.trainings)
 
 
-def write_report(
-    runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, title: str | None = None
-) -> None:
-    """Write report.html, report.png and report.json.
-
-    Args:
-        runs: What to report on: folders that `cat-rs evaluate`, `demo` and `train` wrote, or the JSON of an evaluation
-            or a demo.
-        folder: The folder to write into.
-        title: The headline; says what was compared if not given.
-
-    Raises:
-        EvaluationFileError: A file is missing or cannot be read; names it.
-        EvaluationInputError: A file holds something else; names it.
-    """
-    from cat_rs.report.html import render_html
-    from cat_rs.report.overview import draw_overview
-
-    report = read_report(runs, title=title)
-    files = {
-        "report.json": report_json(report).encode(),
-        "report.png": draw_overview(report),
-        "report.html": render_html(report).encode(),
-    }
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        write_bytes(target / name, data)
-
-
 def read_report(runs: Sequence[str | os.PathLike[str]], *, title: str | None = None) -> Report:
     """Read what a report shows; arguments and errors are those of `write_report`."""
     if not runs:
@@ -97,12 +62,13 @@ def read_report(runs: Sequence[str | os.PathLike[str]], *, title: str | None = N
     names = [name for evaluation in evaluations for name in _methods(evaluation)]
     names += [training.name for training in trainings]
     series = {name: number % len(SERIES) for number, name in enumerate(dict.fromkeys(names))}
+    logs = [(training.name, series[training.name], training.metrics) for training in trainings]
     return Report(
         title=_title(evaluations, trainings) if title is None else title,
         runs=tuple(read),
         series=series,
         fronts=_fronts(evaluations, series),
-        panels=tuple(_panels(trainings, series)),
+        panels=tuple(panel for panel in make_panels(logs) if panel.curves),
     )
 
 
@@ -163,9 +129,9 @@ def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
 
 def _title(evaluations: Sequence[Evaluation], trainings: Sequence[Training]) -> str:
     if not evaluations:
-        return f"Training of {_listed([training.name for training in trainings])}"
-    concepts = _listed([f"“{concept_of(evaluation.result)}”" for evaluation in evaluations])
-    adapters = _listed([name for evaluation in evaluations for name in _methods(evaluation)])
+        return f"Training of {listed([training.name for training in trainings])}"
+    concepts = listed([f"“{concept_of(evaluation.result)}”" for evaluation in evaluations])
+    adapters = listed([name for evaluation in evaluations for name in _methods(evaluation)])
     return f"{concepts}: base model against {adapters}"
 
 
@@ -173,13 +139,6 @@ def _methods(evaluation: Evaluation) -> list[str]:
     """The names that have a colour: those of the adapters, or that of the training whose checkpoints they are."""
     checkpoints = evaluation.checkpoints
     return list(evaluation.result.adapters) if checkpoints is None else [checkpoints.training]
-
-
-def _listed(names: Sequence[str]) -> str:
-    different = list(dict.fromkeys(names))
-    if len(different) > 4:
-        return f"{', '.join(different[:3])} and {len(different) - 3} more"
-    return " and ".join(filter(None, (", ".join(different[:-1]), different[-1])))
 
 
 def _fronts(evaluations: Sequence[Evaluation], series: Mapping[str, int]) -> tuple[Front, ...]:
@@ -214,7 +173,7 @@ def _front(evaluations: Sequence[Evaluation], series: Mapping[str, int]) -> Fron
                 points.append(FrontPoint(labels[name], series[method], scores.identity, scores.ups, step, best))
     first = evaluations[0].result
     other_seed = None if first.other_seed is None else first.other_seed.ups
-    title = _listed([evaluation.label for evaluation in evaluations])
+    title = listed([evaluation.label for evaluation in evaluations])
     return Front(title, tuple(points), first.base.identity, other_seed)
 
 
@@ -228,18 +187,6 @@ def _labels(evaluation: Evaluation, together: Sequence[Evaluation]) -> dict[str,
         return {name: f"{prefix}{name}" if name in shown else "" for name in names}
     everywhere = [name for other in together for name in other.result.adapters]
     return {name: name if everywhere.count(name) == 1 else f"{name}: {evaluation.label}" for name in names}
-
-
-def _panels(trainings: Sequence[Training], series: Mapping[str, int]) -> Iterator[Panel]:
-    for key, title, note, logarithmic in _PANELS:
-        curves = tuple(
-            curve(training.name, series[training.name], training.metrics["step"], training.metrics[key])
-            for training in trainings
-            # A run without this term: a row of zeros has no place on a logarithmic axis.
-            if key in training.metrics and (np.any(training.metrics[key] > 0) or not logarithmic)
-        )
-        if curves:
-            yield Panel(key, title, note, curves, logarithmic)
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 
 from cat_rs.errors import CatRsError
 from cat_rs.evaluation import EvaluationFileError, EvaluationInputError
-from cat_rs.report.runs import read_run
+from cat_rs.report.sources import read_run
 
 from .conftest import ResultMaker, scored, write_evaluation, write_front, write_training
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cat_rs.evaluation import EvaluationFileError, EvaluationInputError, EvaluationResult
 from cat_rs.report import save_all_pictures
-from cat_rs.report.pictures import folder_name, read_pictures, scaled_down, spread
+from cat_rs.report.picture_files import folder_name, read_pictures, scaled_down, spread
 
 from .conftest import NO_TRIGGER, SEEDS, TRIGGER, ResultMaker, colour_of
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cat_rs.training.cache import TrainingCache, build_cache
 from cat_rs.training.captions import pair_captions
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.dataset import read_folder
+from cat_rs.training.encoded_dataset import EncodedDataset, encode_dataset
 from cat_rs.training.model import encode_caption, load_pipeline
 
 
@@ -21,10 +21,10 @@ def pipeline(tiny_pipeline_dir: Path) -> Any:
     return load_pipeline(str(tiny_pipeline_dir), torch.float32, torch.device("cpu"))
 
 
-def build(pipeline: Any, folder: Path, **settings: Any) -> TrainingCache:
+def build(pipeline: Any, folder: Path, **settings: Any) -> EncodedDataset:
     config = TrainConfig(model="model", data=str(folder), trigger=("sks",), **settings)
     examples = read_folder(folder)
-    return build_cache(pipeline, examples, pair_captions([example.caption for example in examples], config), config)
+    return encode_dataset(pipeline, examples, pair_captions([example.caption for example in examples], config), config)
 
 
 def test_encoders_run_once_for_each_picture_and_caption(

@@ -27,7 +27,7 @@ from cat_rs.training import (
     TrainingInterrupted,
     train,
 )
-from cat_rs.training.run import TrainingRun
+from cat_rs.training.trainer import Trainer
 from tests.cuda.simulation import SimulatedGraphs, simulate_gpu
 
 pytest.importorskip("diffusers")
@@ -87,15 +87,15 @@ def draw(model: str, adapter: str | Path | None = None, prompt: str = "a sks cat
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Call `act` in the middle of a step."""
-    advance = TrainingRun.advance
+    advance = Trainer.advance
 
-    def advance_and_act(run: TrainingRun) -> torch.Tensor:
+    def advance_and_act(run: Trainer) -> torch.Tensor:
         figures = advance(run)
         if run.steps_done == step:
             act()
         return figures
 
-    monkeypatch.setattr(TrainingRun, "advance", advance_and_act)
+    monkeypatch.setattr(Trainer, "advance", advance_and_act)
 
 
 @pytest.mark.parametrize(
@@ -363,10 +363,8 @@ def test_interrupt_finishes_the_step_and_saves(configure: Configure, monkeypatch
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    advance = TrainingRun.advance
-    monkeypatch.setattr(
-        TrainingRun, "advance", lambda run: advance(run) * (float("nan") if run.steps_done == 3 else 1.0)
-    )
+    advance = Trainer.advance
+    monkeypatch.setattr(Trainer, "advance", lambda run: advance(run) * (float("nan") if run.steps_done == 3 else 1.0))
     with pytest.raises(TrainingError, match=r"loss of step 3 is not finite.*the last checkpoint is .*step-000002"):
         quiet(configure())
     last_line = Path(configure().output_dir, "metrics.jsonl").read_text().splitlines()[-1]

@@ -23,15 +23,20 @@ from cat_rs.evaluation import (
     PromptScores,
     Scores,
 )
+from cat_rs.evaluation.measures import MEASURES, prompt_values
 from cat_rs.options import read_config_file
-from cat_rs.report.curves import read_metrics
-from cat_rs.report.pictures import PICTURES_FOLDER, read_pictures
-
-RESULTS_FILE = "results.json"
-CONFIG_FILE = "train_config.yaml"
-FRONT_FILE = Path("evaluations", "front.json")
-DEMO_FORMAT = "cat-rs demo 1"
-FRONT_FORMAT = "cat-rs front 1"
+from cat_rs.report.curves import read_log
+from cat_rs.report.picture_files import read_pictures
+from cat_rs.report.wording import concept_of
+from cat_rs.run_folder import (
+    CONFIG_FILE,
+    DEMO_FORMAT,
+    FRONT_FILE,
+    FRONT_FORMAT,
+    PICTURES_FOLDER,
+    RESULTS_FILE,
+    step_name,
+)
 
 # What a page holds without growing out of a mail's size.
 MAX_PROMPTS = 24
@@ -144,7 +149,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def read_training(folder: Path, name: str | None = None) -> Training:
     """Read the folder of a training; it is called `name`, or as the folder is."""
     settings = read_config_file(folder / CONFIG_FILE)
-    return Training(name or folder.resolve().name, folder, settings, read_metrics(folder))
+    return Training(name or folder.resolve().name, folder, settings, read_log(folder))
 
 
 def read_front(folder: Path, training: str) -> Evaluation:
@@ -160,7 +165,7 @@ def read_front(folder: Path, training: str) -> Evaluation:
         raise EvaluationInputError(f"runs: expected the checkpoints of a training in {file}, got {error!r}") from error
     if not steps:
         raise EvaluationInputError(f"runs: expected at least one checkpoint in {file}, got none")
-    files = {step: file.with_name(f"step-{step:06d}.json") for step in steps}
+    files = {step: file.with_name(f"{step_name(step)}.json") for step in steps}
     contents = {step: _read_json(path) for step, path in files.items()}
     evaluations = {step: _evaluation(contents[step], files[step], None) for step in steps}
     names = {step: next(iter(evaluation.result.adapters)) for step, evaluation in evaluations.items()}
@@ -181,12 +186,6 @@ def _joined(results: list[EvaluationResult]) -> EvaluationResult:
     own = [row for result in others for row in result.prompts if row.model in result.adapters]
     adapters = {name: scores for result in results for name, scores in result.adapters.items()}
     return replace(first, adapters=adapters, prompts=(*first.prompts, *own))
-
-
-def concept_of(result: EvaluationResult) -> str:
-    """Return the first trigger word and the class word, such as "sks fruit"."""
-    prompts = result.settings["prompts"]
-    return " ".join(filter(None, (prompts["trigger_words"][0], prompts["class_word"])))
 
 
 def _read_results(given: Path, file: Path) -> Run:
@@ -298,8 +297,8 @@ def _intervals(scores: Scores) -> list[Interval]:
 
 def _numbers(row: PromptScores) -> list[float]:
     """The figures of a prompt, over all seeds."""
-    columns = (row.similarity, row.identity, row.prompt_similarity, row.pixel_rmse, row.latent_rmse)
-    return [number for column in columns for number in column] + ([] if row.diversity is None else [row.diversity])
+    columns = {measure.column for measure in MEASURES.values()}
+    return [number for column in columns for number in prompt_values(row, column)]
 
 
 def _is_interval(figure: Interval) -> bool:

@@ -97,7 +97,7 @@ def run_on_rank(rank: int, folder: Path, model: Path, adapter: Path, clip: Path)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
+    folder = tmp_path_factory.mktemp("ranks")
     (folder / "concept").mkdir()
     noise_picture(0).save(folder / "concept" / "0.png")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))

@@ -24,7 +24,8 @@ from cat_rs.evaluation.fingerprint import (
     tensors_hash,
     text_hash,
 )
-from cat_rs.evaluation.generation import PictureBatch, PictureRequest, adapter_file, png
+from cat_rs.evaluation.generation import PictureBatch, PictureRequest, adapter_file
+from cat_rs.image_files import png_bytes
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
@@ -159,7 +160,7 @@ def _item_hash(key: str, tensors: Tensors) -> str:
 
 
 def _pack_pictures(batch: PictureBatch) -> Tensors:
-    pictures = {f"{number}.png": _bytes(png(image)) for number, image in enumerate(batch.images)}
+    pictures = {f"{number}.png": _bytes(png_bytes(image)) for number, image in enumerate(batch.images)}
     return {_LATENTS: batch.latents.contiguous(), **pictures}
 
 

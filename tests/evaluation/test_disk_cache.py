@@ -24,7 +24,7 @@ from cat_rs.evaluation import (
     ModelPictures,
     evaluate,
 )
-from cat_rs.evaluation.cache import EvaluationCache
+from cat_rs.evaluation.disk_cache import EvaluationCache
 from cat_rs.evaluation.generation import request_batches
 
 from .conftest import CountingPipeline, Stopped, write_adapter

@@ -11,13 +11,12 @@ import torch
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.encoder import EncoderSource
 from cat_rs.evaluation.generation import generate_batch
-from cat_rs.evaluation.jobs import by_model, jobs_of
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
-from cat_rs.evaluation.pictures import Pictures, PictureSource, load_pictures
+from cat_rs.evaluation.measures import BASE
+from cat_rs.evaluation.pictures import Pictures, PictureSource
 from cat_rs.evaluation.prompts import EvaluationPrompts
-from cat_rs.evaluation.result import EvaluationPictures, EvaluationResult, ModelPictures
-from cat_rs.evaluation.runner import BASE, references_of, settings_of
-from cat_rs.evaluation.scores import EmbeddedModel, score_adapter, score_base, score_other_seed, score_prompts
+from cat_rs.evaluation.result import EvaluationResult
+from cat_rs.evaluation.task import EmbeddedBatch, EvaluationTask
 
 
 class LiveEvaluation:
@@ -30,7 +29,7 @@ class LiveEvaluation:
     Args:
         pipeline: A diffusers pipeline whose `unet` has a PEFT adapter.
         prompts: Prompts with the trigger and without it.
-        encoder: The judge, see `KpsEvaluator`.
+        encoder: The encoder that embeds pictures and prompts, see `KpsEvaluator`.
         concept_images: The pictures of the concept.
         config: The sampler settings.
 
@@ -48,45 +47,29 @@ class LiveEvaluation:
         config: EvaluationConfig,
     ) -> None:
         self._pipeline = pipeline
-        self._prompts = prompts
-        self._judge = encoder if isinstance(encoder, KpsEvaluator) else KpsEvaluator(encoder)
-        self._config = config
-        self._concept = load_pictures(concept_images)
-        self._references = references_of(self._judge, prompts, self._concept)
-        self._base: tuple[ModelPictures, EmbeddedModel] | None = None
-        self.settings = settings_of(pipeline, {}, prompts, self._judge, config, self._concept)
+        self._task = EvaluationTask(pipeline, {}, prompts, encoder, concept_images, config)
+        self._base: list[EmbeddedBatch] = []
+        self.settings = self._task.settings
 
     def score(self, name: str) -> EvaluationResult:
         """Return the scores of the adapter, called `name` in the result."""
         from cat_rs.peft import adapter_disabled
 
         with self._undisturbed():
-            if self._base is None:
+            if not self._base:
                 with adapter_disabled(self._pipeline.unet):
-                    self._base = self._make(BASE)
-            pictures, embedded = self._make(name)
-        base_pictures, base = self._base
-        models = {BASE: base, name: embedded}
-        return EvaluationResult(
-            settings=self.settings,
-            base=score_base(base, self._references),
-            other_seed=score_other_seed(base),
-            adapters={name: score_adapter(base, embedded, self._references)},
-            prompts=tuple(
-                row for model, own in models.items() for row in score_prompts(model, base, own, self._references)
-            ),
-            pictures=EvaluationPictures(self._concept.images, base_pictures, {name: pictures}),
-        )
+                    self._base = self._embedded(BASE)
+            adapted = self._embedded(name)
+        return self._task.result([*self._base, *adapted])
 
-    def _make(self, name: str) -> tuple[ModelPictures, EmbeddedModel]:
-        jobs = jobs_of({name: None}, self._prompts, self._config)
-        batches = [generate_batch(self._pipeline, job.requests, self._config) for job in jobs]
-        embeddings = [
-            self._judge.embed_images(Pictures(batch.images, job.labels()))
-            for job, batch in zip(jobs, batches, strict=True)
+    def _embedded(self, name: str) -> list[EmbeddedBatch]:
+        """Generate and embed with the pipeline as it is."""
+        batches = self._task.batches({name: None})
+        pictures = [generate_batch(self._pipeline, batch.requests, self._task.config) for batch in batches]
+        return [
+            EmbeddedBatch(batch, made, self._task.evaluator.embed_images(Pictures(made.images, batch.labels())))
+            for batch, made in zip(batches, pictures, strict=True)
         ]
-        pictures, embedded = by_model([name], self._prompts, self._config.seeds, jobs, batches, embeddings)
-        return pictures[name], embedded[name]
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

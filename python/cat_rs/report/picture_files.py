@@ -33,9 +33,8 @@ from cat_rs.evaluation import (
     load_pictures,
     save_pictures,
 )
+from cat_rs.evaluation.measures import BASE
 
-PICTURES_FOLDER = "pictures"
-BASE = "base"
 _CONCEPT = "concept"
 _CONCEPT_SIDE = 512
 

@@ -7,6 +7,10 @@ import os
 import platform
 from dataclasses import dataclass
 
+import torch
+
+from cat_rs._native import _core
+
 _PACKAGES = ("numpy", "diffusers", "transformers", "peft", "safetensors", "accelerate")
 _DTYPES = "float32 float64 bfloat16 float16"
 _OPERATIONS = {
@@ -16,8 +20,6 @@ _OPERATIONS = {
     "adamw": "float32 float64, and copies of the weights in bfloat16 float16",
     "similarity": _DTYPES,
 }
-
-
 _INSTRUCTION_SETS = {"v3": "AVX2 and FMA", "v4": "AVX-512", "neon": "NEON"}
 
 
@@ -35,15 +37,11 @@ def run(_settings: Settings) -> None:
 
 
 def collect() -> dict[str, str]:
-    """Name -> value of every fact."""
+    """Return every fact: name -> value."""
     return _build() | _machine() | {name: _version(name) for name in _PACKAGES} | _operations()
 
 
 def _build() -> dict[str, str]:
-    import torch
-
-    from cat_rs._native import _core
-
     build = _core.build_info()
     return {
         "cat-rs": build["version"],
@@ -55,11 +53,7 @@ def _build() -> dict[str, str]:
 
 
 def _cuda_kernels() -> str:
-    """Whether they can run here, and with what, or why not."""
-    import torch
-
-    from cat_rs._native import _core
-
+    """Say with what they run here, or why they cannot."""
     (driver, no_driver), (compiler, no_compiler) = _core.cuda_versions()
     missing = [reason for reason in (no_driver, no_compiler) if reason is not None]
     if not missing and not torch.cuda.is_available():
@@ -68,8 +62,6 @@ def _cuda_kernels() -> str:
 
 
 def _machine() -> dict[str, str]:
-    import torch
-
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "Python": platform.python_version(),
@@ -85,7 +77,7 @@ def _operations() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the processor's name, where the system knows it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
