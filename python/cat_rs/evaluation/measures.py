@@ -131,34 +131,24 @@ class Measure:
 
 
 MEASURES: Mapping[str, Measure] = {
-    "kps": Measure("KPS", "harmonic mean of UPS and TPS", "similarity", None, statistic=None),
+    "kps": Measure("KPS", "harmonic mean of UPS and TPS", "similarity", None, None),
     "ups": Measure(
-        "UPS",
-        "similarity to the base model's pictures, without the trigger",
-        "similarity",
-        trigger=False,
-        statistic="harmonic_mean",
+        "UPS", "similarity to the base model's pictures, without the trigger", "similarity", False, "harmonic_mean"
     ),
-    "tps": Measure(
-        "TPS", "similarity to the base model's pictures", "similarity", trigger=True, statistic="harmonic_mean"
-    ),
+    "tps": Measure("TPS", "similarity to the base model's pictures", "similarity", True, "harmonic_mean"),
     # (1 - mean cosine) / 2 is 1 - mean s.
     "drift": Measure(
-        "drift", "(1 - mean cosine to the base model's picture) / 2", "similarity", trigger=False, complement=True
+        "drift", "(1 - mean cosine to the base model's picture) / 2", "similarity", False, complement=True
     ),
-    "identity": Measure(
-        "identity", "mean cosine to the concept's pictures, with the trigger", "identity", trigger=True
-    ),
-    "prompt_similarity": Measure("CLIP-T", "mean cosine to the prompt", "prompt_similarity", trigger=True),
-    "prompt_similarity_no_trigger": Measure("CLIP-T", "mean cosine to the prompt", "prompt_similarity", trigger=False),
-    "diversity": Measure("diversity", "mean 1 - cosine between pictures of one prompt", "diversity", trigger=False),
-    "diversity_retained": Measure(
-        "retained", "diversity as a share of the base model's", "diversity", trigger=False, statistic=None
-    ),
+    "identity": Measure("identity", "mean cosine to the concept's pictures, with the trigger", "identity", True),
+    "prompt_similarity": Measure("CLIP-T", "mean cosine to the prompt", "prompt_similarity", True),
+    "prompt_similarity_no_trigger": Measure("CLIP-T", "mean cosine to the prompt", "prompt_similarity", False),
+    "diversity": Measure("diversity", "mean 1 - cosine between pictures of one prompt", "diversity", False),
+    "diversity_retained": Measure("retained", "diversity as a share of the base model's", "diversity", False, None),
     "pixel_rmse": Measure(
-        "pixel RMSE", "distance to the base model's pictures, without an encoder", "pixel_rmse", trigger=False
+        "pixel RMSE", "distance to the base model's pictures, without an encoder", "pixel_rmse", False
     ),
-    "latent_rmse": Measure("latent RMSE", "the same between the final latents", "latent_rmse", trigger=False),
+    "latent_rmse": Measure("latent RMSE", "the same between the final latents", "latent_rmse", False),
 }
 """Field of `Scores`, in its order -> the measure."""
 

@@ -81,18 +81,13 @@ def render_html(report: Report) -> str:
             if evaluation.result.pictures is None and evaluation.checkpoints is None
         ],
         "fronts": [
-            {"title": front.title, "svg": Markup(_labelled(to_svg(draw_front(front), f"front{number}"), front.title))}
-            for number, front in enumerate(report.fronts)
+            _chart(draw_front(front), f"front{number}", front.title) for number, front in enumerate(report.fronts)
         ],
         "has_other_seed": any(front.other_seed is not None for front in report.fronts),
         "has_checkpoints": any(point.step is not None for front in report.fronts for point in front.points),
         "rules": _rules(report.evaluations),
         "panels": [
-            {
-                "title": panel.title,
-                "note": panel.note,
-                "svg": Markup(_labelled(to_svg(draw_panel(panel), f"panel{number}"), panel.title)),
-            }
+            _chart(draw_panel(panel), f"panel{number}", panel.title, panel.note)
             for number, panel in enumerate(report.panels)
         ],
         "legend": [
@@ -129,11 +124,12 @@ def render_html(report: Report) -> str:
     )
 
 
-def _labelled(svg: str, title: str) -> str:
-    """Name a chart for a screen reader; its figures are in the tables."""
-    from markupsafe import escape
+def _chart(figure: Any, prefix: str, title: str, note: str = "") -> dict[str, Any]:
+    """Return a chart with a name for screen readers; its figures are in the tables."""
+    from markupsafe import Markup, escape
 
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    svg = to_svg(figure, prefix).replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return {"title": title, "note": note, "svg": Markup(svg)}
 
 
 def _subtitle(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -148,16 +144,15 @@ def _subtitle(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def _sheet(report: Report, evaluation: Evaluation, pictures: EvaluationPictures) -> dict[str, Any]:
     result = evaluation.result
-    names = [BASE, *result.adapters]
-    scores = [result.base, *result.adapters.values()]
+    models, prompts = {BASE: result.base, **result.adapters}, result.settings["prompts"]
     return {
         "label": evaluation.label,
-        "models": [{"name": name, "series": _series(report, evaluation, name)} for name in names],
+        "models": [{"name": name, "series": _series(report, evaluation, name)} for name in models],
         "concept_count": len(pictures.concept),
         "concept": [_picture(image, "") for image in pictures.concept[:_SHOWN_CONCEPT]],
         "halves": [
-            _half("With the trigger", "trigger", "identity", evaluation, pictures, names, scores),
-            _half("Without the trigger", "no_trigger", "ups", evaluation, pictures, names, scores),
+            _half("With the trigger", "trigger", "identity", models, pictures, prompts["trigger"]),
+            _half("Without the trigger", "no_trigger", "ups", models, pictures, prompts["no_trigger"]),
         ],
     }
 
@@ -166,10 +161,9 @@ def _half(
     title: str,
     kind: str,
     measure: str,
-    evaluation: Evaluation,
+    models: Mapping[str, Scores],
     pictures: EvaluationPictures,
-    names: Sequence[str],
-    scores: Sequence[Scores],
+    evaluated: Sequence[str],
 ) -> dict[str, Any]:
     """Return one side of a sheet: a group of rows for each prompt, a row for each seed, a column for each model."""
     grids: list[PictureGrid] = [getattr(model, kind) for model in (pictures.base, *pictures.adapters.values())]
@@ -177,7 +171,7 @@ def _half(
     first = set(spread(len(prompts), _SHOWN_PROMPTS))
     return {
         "title": title,
-        "notes": ["".join(labelled_values(model, measure)) for model in scores],
+        "notes": ["".join(labelled_values(model, measure)) for model in models.values()],
         "prompts": [
             {
                 "text": prompt,
@@ -187,7 +181,7 @@ def _half(
                         "seed": seed,
                         "cells": [
                             _picture(grid.picture(number, place), f"{name}: {prompt}, seed {seed}")
-                            for name, grid in zip(names, grids, strict=True)
+                            for name, grid in zip(models, grids, strict=True)
                         ],
                     }
                     for place, seed in enumerate(seeds)
@@ -196,7 +190,7 @@ def _half(
             for number, prompt in enumerate(prompts)
         ],
         "hidden": len(prompts) - len(first),
-        "left_out": len(evaluation.result.settings["prompts"][kind]) - len(prompts),
+        "left_out": len(evaluated) - len(prompts),
     }
 
 
@@ -299,12 +293,11 @@ def _summary(report: Report, run: Run) -> dict[str, Any]:
     """Return the means over the runs of a demo, and the difference of its two methods."""
     summary = run.summary or {}
     plain, method = [name for name in next(iter(summary.values())) if name != "difference"]
-    nothing = float("nan")
     rows = [
         {
             "name": name,
             "series": report.series.get(name),
-            "figures": [_figure(Interval(row[name], nothing, nothing)) for row in summary.values()],
+            "figures": [_bare_figure(row[name]) for row in summary.values()],
         }
         for name in (plain, method)
     ]
@@ -325,34 +318,26 @@ def _prompt_table(evaluation: Evaluation) -> dict[str, Any]:
     found: dict[tuple[bool, str], dict[str, PromptScores]] = {}
     for scores in evaluation.result.prompts:
         found.setdefault((scores.trigger, scores.prompt), {})[scores.model] = scores
-    compared = {
-        prompt: models
-        for prompt, models in found.items()
-        if all(name in models and models[name].similarity for name in adapters)
-    }
-    lowest = {prompt: min(_mean(models[name].similarity) for name in adapters) for prompt, models in compared.items()}
-    spreads = {
-        prompt: [models[name].diversity if name in models else None for name in (BASE, *adapters)]
-        for prompt, models in compared.items()
-    }
+    rows = []
+    for (trigger, prompt), models in found.items():
+        if all(name in models and models[name].similarity for name in adapters):
+            similarity = [_mean(models[name].similarity) for name in adapters]
+            diversity = [models[name].diversity if name in models else None for name in (BASE, *adapters)]
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "kind": "with" if trigger else "without",
+                    "similarity": [_bare_figure(value) for value in (min(similarity), *similarity)],
+                    "diversity": [None if value is None else _bare_figure(value) for value in diversity],
+                }
+            )
     return {
         "label": evaluation.label,
         "adapters": adapters,
         "models": [BASE, *adapters],
-        "rows": [
-            {
-                "prompt": prompt,
-                "kind": "with" if trigger else "without",
-                "similarity": [
-                    _plain_figure(lowest[trigger, prompt]),
-                    *(_plain_figure(_mean(compared[trigger, prompt][name].similarity)) for name in adapters),
-                ],
-                "diversity": [None if value is None else _plain_figure(value) for value in spreads[trigger, prompt]],
-            }
-            for trigger, prompt in sorted(compared, key=lowest.__getitem__)
-        ],
-        "diverse": any(value is not None for values in spreads.values() for value in values),
-        "hidden": max(0, len(compared) - _SHOWN_ROWS),
+        "rows": sorted(rows, key=lambda row: row["similarity"][0].value),
+        "diverse": any(figure is not None for row in rows for figure in row["diversity"]),
+        "hidden": max(0, len(rows) - _SHOWN_ROWS),
     }
 
 
@@ -408,8 +393,8 @@ def _figure(interval: Interval | None, *, sign: str = "") -> Figure | None:
     return Figure(interval.value, value, f"{low} to {high}" if interval.low == interval.low else "")
 
 
-def _plain_figure(value: float) -> Figure:
-    return Figure(value, f"{value:.3f}")
+def _bare_figure(value: float) -> Figure:
+    return Figure(value, f"{value:.3f}".replace("-", "−"))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -74,16 +74,14 @@ def _rows(images: Sequence[Image.Image]) -> list[Image.Image]:
         if not rows or sum(other.width + _GAP for other in rows[-1]) + image.width > _WIDTH - _MARGIN:
             rows.append([])
         rows[-1].append(image)
-    return [_side_by_side(row) for row in rows]
-
-
-def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    row = Image.new("RGB", (_WIDTH, max(image.height for image in images)), PAPER)
-    left = _MARGIN
-    for image in images:
-        row.paste(image, (left, 0))
-        left += image.width + _GAP
-    return row
+    pages = []
+    for row in rows:
+        pages.append(Image.new("RGB", (_WIDTH, max(image.height for image in row)), PAPER))
+        left = _MARGIN
+        for image in row:
+            pages[-1].paste(image, (left, 0))
+            left += image.width + _GAP
+    return pages
 
 
 def _text(lines: Sequence[str], face: ImageFont.FreeTypeFont) -> Image.Image:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
 from cat_rs.atomic import write_bytes
-from cat_rs.evaluation import EvaluationInputError, EvaluationPictures, EvaluationResult, PictureGrid, Scores
+from cat_rs.evaluation import EvaluationInputError, EvaluationResult, PictureGrid
 from cat_rs.evaluation.measures import labelled_values
 from cat_rs.image_files import png_bytes
 from cat_rs.report.picture_files import spread
@@ -22,41 +21,7 @@ _GAP = 4
 _GROUP_GAP = 24
 _ROW_GAP = 10
 _LABEL_WIDTH = 200
-_MIN_TITLE_WIDTH = 900
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The pictures of one model: a group of columns."""
-
-    name: str
-    note: str
-    trigger: PictureGrid
-    no_trigger: PictureGrid
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where things are, in pixels."""
-
-    cell: int
-    seeds: int
-    groups: int
-
-    @property
-    def group_width(self) -> int:
-        return self.seeds * self.cell + (self.seeds - 1) * _GAP
-
-    @property
-    def width(self) -> int:
-        groups = self.groups * self.group_width + (self.groups - 1) * _GROUP_GAP
-        return max(_MIN_TITLE_WIDTH, 2 * _MARGIN + _LABEL_WIDTH + groups)
-
-    def group_left(self, group: int) -> int:
-        return _MARGIN + _LABEL_WIDTH + group * (self.group_width + _GROUP_GAP)
-
-    def cell_left(self, group: int, seed: int) -> int:
-        return self.group_left(group) + seed * (self.cell + _GAP)
+_MIN_WIDTH = 900
 
 
 def contact_sheet(
@@ -89,97 +54,99 @@ def draw_contact_sheet(
     """Return the sheet that `contact_sheet` writes; `title` stands in for its headline."""
     if result.pictures is None:
         raise EvaluationInputError("contact_sheet: expected a result with pictures, got one that was read from a file")
-    groups = _groups(result, result.pictures)
-    seeds = min(max_seeds, len(groups[0].trigger.seeds))
-    sheet = _Sheet(_Layout(cell, seeds, len(groups)))
-    headline, notes = _title(result)
-    sheet.title(headline if title is None else title, notes)
+    models = {"Base model": (result.base, result.pictures.base)}
+    models |= {name: (result.adapters[name], pictures) for name, pictures in result.pictures.adapters.items()}
+    trigger = [pictures.trigger for _, pictures in models.values()]
+    no_trigger = [pictures.no_trigger for _, pictures in models.values()]
+    sheet = _Sheet(cell, min(max_seeds, len(trigger[0].seeds)), len(models))
+    headline = f"“{concept_of(result)}”: base model against {', '.join(result.adapters)}"
+    sheet.title(headline if title is None else title, _notes(result))
     sheet.concept(result.pictures.concept)
-    sheet.headings(groups)
+    sheet.headings({name: labelled_values(scores, "ups", "kps", "identity") for name, (scores, _) in models.items()})
     prompts = result.settings["prompts"]
-    sheet.section("With the trigger", [group.trigger for group in groups], max_prompts, len(prompts["trigger"]))
-    sheet.section(
-        "Without the trigger", [group.no_trigger for group in groups], max_prompts, len(prompts["no_trigger"])
-    )
+    sheet.section("With the trigger", trigger, max_prompts, len(prompts["trigger"]))
+    sheet.section("Without the trigger", no_trigger, max_prompts, len(prompts["no_trigger"]))
     return sheet.finished()
 
 
 class _Sheet:
-    """Draw from top to bottom onto a page that grows as needed."""
+    """Draws from top to bottom onto a page that grows as needed: a group of columns for each model."""
 
-    def __init__(self, layout: _Layout) -> None:
-        self._layout = layout
-        self._image = Image.new("RGB", (layout.width, 1024), PAPER)
+    def __init__(self, cell: int, seeds: int, groups: int) -> None:
+        self._cell = cell
+        self._seeds = seeds
+        self._group_width = seeds * cell + (seeds - 1) * _GAP
+        width = 2 * _MARGIN + _LABEL_WIDTH + groups * self._group_width + (groups - 1) * _GROUP_GAP
+        self._image = Image.new("RGB", (max(_MIN_WIDTH, width), 1024), PAPER)
+        self._text_width = self._image.width - 2 * _MARGIN
         self._top = _MARGIN
 
     def title(self, title: str, notes: Sequence[str]) -> None:
-        width = self._layout.width - 2 * _MARGIN
-        self._top += self._text(_MARGIN, self._top, width, title, size=22, bold=True) + 4
+        self._top += self._text(_MARGIN, self._top, self._text_width, title, size=22, bold=True) + 4
         for note in notes:
-            self._top += self._text(_MARGIN, self._top, width, note, size=13, colour=FAINT)
+            self._top += self._text(_MARGIN, self._top, self._text_width, note, size=13, colour=FAINT)
         self._top += 20
 
     def concept(self, images: Sequence[Image.Image]) -> None:
-        layout = self._layout
-        fitting = (layout.width - 2 * _MARGIN - _LABEL_WIDTH + _GAP) // (layout.cell + _GAP)
+        fitting = (self._text_width - _LABEL_WIDTH + _GAP) // (self._cell + _GAP)
         self._label("The concept", f"{len(images)} training pictures")
         for number, image in enumerate(images[:fitting]):
-            self._picture(_MARGIN + _LABEL_WIDTH + number * (layout.cell + _GAP), image)
-        self._top += layout.cell + 24
+            self._picture(_MARGIN + _LABEL_WIDTH + number * (self._cell + _GAP), image)
+        self._top += self._cell + 24
 
-    def headings(self, groups: Sequence[_Group]) -> None:
-        layout = self._layout
+    def headings(self, notes: Mapping[str, Sequence[str]]) -> None:
         heights = []
-        for number, group in enumerate(groups):
-            left = layout.group_left(number)
-            height = self._text(left, self._top, layout.group_width, group.name, size=17, bold=True, max_lines=1)
-            height += self._text(left, self._top + height, layout.group_width, group.note, size=12, colour=FAINT)
+        for number, (name, figures) in enumerate(notes.items()):
+            left, width = self._left(number), self._group_width
+            height = self._text(left, self._top, width, name, size=17, bold=True, max_lines=1)
+            height += self._text(left, self._top + height, width, ",  ".join(figures), size=12, colour=FAINT)
             heights.append(height)
         self._top += max(heights) + 12
 
     def section(self, title: str, grids: Sequence[PictureGrid], max_prompts: int, evaluated: int) -> None:
-        layout = self._layout
         self._rule()
-        self._top += self._text(_MARGIN, self._top, layout.width - 2 * _MARGIN, title, size=15, bold=True) + 8
+        self._top += self._text(_MARGIN, self._top, self._text_width, title, size=15, bold=True) + 8
         prompts = grids[0].prompts
         shown = spread(len(prompts), max_prompts)
         for row in shown:
             self._label(prompts[row])
             for group, grid in enumerate(grids):
-                for seed in range(layout.seeds):
-                    self._picture(layout.cell_left(group, seed), grid.picture(row, seed))
-            self._top += layout.cell + _ROW_GAP
+                for seed in range(self._seeds):
+                    self._picture(self._left(group) + seed * (self._cell + _GAP), grid.picture(row, seed))
+            self._top += self._cell + _ROW_GAP
         hidden = evaluated - len(shown)
         if hidden > 0:
-            self._top += self._text(
-                _MARGIN, self._top, layout.width, f"{hidden} more prompts not shown", 12, colour=FAINT
-            )
+            note = f"{hidden} more prompts not shown"
+            self._top += self._text(_MARGIN, self._top, self._text_width, note, size=12, colour=FAINT)
         self._top += 14
 
     def finished(self) -> Image.Image:
-        return self._image.crop((0, 0, self._layout.width, self._top + _MARGIN - 14))
+        return self._image.crop((0, 0, self._image.width, self._top + _MARGIN - 14))
+
+    def _left(self, group: int) -> int:
+        return _MARGIN + _LABEL_WIDTH + group * (self._group_width + _GROUP_GAP)
 
     def _label(self, text: str, note: str = "") -> None:
         """Write a label left of the row, centred on its height."""
         width = _LABEL_WIDTH - 16
         lines = wrap(text, font(14), width, max_lines=4)
         height = len(lines) * line_height(font(14)) + (line_height(font(12)) if note else 0)
-        top = self._top + max(0, (self._layout.cell - height) // 2)
+        top = self._top + max(0, (self._cell - height) // 2)
         top += self._text(_MARGIN, top, width, text, size=14, max_lines=4)
         if note:
             self._text(_MARGIN, top, width, note, size=12, colour=FAINT)
 
     def _picture(self, left: int, image: Image.Image) -> None:
-        self._grow(self._top + self._layout.cell)
-        scaled = _scaled(image, self._layout.cell)
+        self._grow(self._top + self._cell)
+        scaled = _scaled(image, self._cell)
         # A picture that is not square stands in the middle of its cell.
-        offset = [(self._layout.cell - side) // 2 for side in scaled.size]
+        offset = [(self._cell - side) // 2 for side in scaled.size]
         self._image.paste(scaled, (left + offset[0], self._top + offset[1]))
 
     def _rule(self) -> None:
         self._grow(self._top)
         draw = ImageDraw.Draw(self._image)
-        draw.line((_MARGIN, self._top, self._layout.width - _MARGIN, self._top), fill=RULE)
+        draw.line((_MARGIN, self._top, self._image.width - _MARGIN, self._top), fill=RULE)
         self._top += 10
 
     def _text(
@@ -214,29 +181,15 @@ class _Sheet:
         self._image = taller
 
 
-def _groups(result: EvaluationResult, pictures: EvaluationPictures) -> list[_Group]:
-    base = _Group("Base model", _note(result.base), pictures.base.trigger, pictures.base.no_trigger)
-    adapters = [
-        _Group(name, _note(result.adapters[name]), model.trigger, model.no_trigger)
-        for name, model in pictures.adapters.items()
-    ]
-    return [base, *adapters]
-
-
-def _note(scores: Scores) -> str:
-    """Return the scores that stand under a model's name."""
-    return ",  ".join(labelled_values(scores, "ups", "kps", "identity"))
-
-
-def _title(result: EvaluationResult) -> tuple[str, list[str]]:
-    """Return the title, and a line of scores for each adapter and the reference."""
+def _notes(result: EvaluationResult) -> list[str]:
+    """Return a line of scores for each adapter and for the base model against itself."""
     notes = [
         f"{name}: UPS {format_interval(scores.ups)}, identity {format_interval(scores.identity)}"
         for name, scores in result.adapters.items()
     ]
     if result.other_seed is not None:
         notes.append(f"Base against base, other seed: UPS {format_interval(result.other_seed.ups)}")
-    return f"“{concept_of(result)}”: base model against {', '.join(result.adapters)}", notes
+    return notes
 
 
 def _scaled(image: Image.Image, side: int) -> Image.Image:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_rs.errors import CatRsError
-from cat_rs.evaluation import (
-    Comparison,
-    EvaluationFileError,
-    EvaluationInputError,
-    EvaluationResult,
-    Interval,
-    PromptScores,
-    Scores,
-)
+from cat_rs.evaluation import Comparison, EvaluationFileError, EvaluationInputError, EvaluationResult, Interval
 from cat_rs.evaluation.measures import MEASURES, prompt_values
 from cat_rs.options import read_config_file
 from cat_rs.report.curves import read_log
@@ -80,11 +72,6 @@ class Evaluation:
     comparisons: tuple[Comparison, ...]
     content: Mapping[str, Any]
     checkpoints: Checkpoints | None = None
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds of the pictures."""
-        return tuple(self.result.settings["sampling"]["seeds"])
 
 
 @dataclass(frozen=True)
@@ -255,50 +242,34 @@ def _evaluation(content: Mapping[str, Any], file: Path, folder: Path | None) -> 
 
 
 def _mistakes(result: EvaluationResult) -> Iterator[str]:
-    """What the page needs and a file written by hand may lack, each as the words after "expected"."""
-    settings = result.settings
-    prompts, sampling = (_mapping(settings, key) for key in ("prompts", "sampling"))
+    """Say what the page needs and a file written by hand may lack, each as the words after "expected"."""
+    settings = result.settings if isinstance(result.settings, dict) else {}
+    parts = (settings.get(key) for key in ("prompts", "sampling"))
+    prompts, sampling = (part if isinstance(part, dict) else {} for part in parts)
     for key in ("trigger", "no_trigger", "trigger_words"):
-        if not _texts(prompts.get(key)):
+        if not _is_list(prompts.get(key), lambda text: isinstance(text, str)):
             yield f"at least one text in settings.prompts.{key}"
     if not isinstance(prompts.get("class_word"), str | None):
         yield "a text or null as settings.prompts.class_word"
-    seeds = sampling.get("seeds")
-    if not (isinstance(seeds, list) and seeds and all(_is_number(seed) for seed in seeds)):
+    if not _is_list(sampling.get("seeds"), _is_number):
         yield "at least one number in settings.sampling.seeds"
     if not isinstance(settings.get("encoder"), str):
         yield "a name as settings.encoder"
     if not result.adapters:
         yield "at least one of adapters"
     for name, scores in {"base": result.base, "other_seed": result.other_seed, **result.adapters}.items():
-        if scores is not None and not all(map(_is_interval, _intervals(scores))):
+        if scores is not None and not all(map(_is_interval, filter(None, vars(scores).values()))):
             yield f"numbers as the scores of {name}"
+    columns = {measure.column for measure in MEASURES.values()}
     for number, row in enumerate(result.prompts):
         if not (isinstance(row.prompt, str) and isinstance(row.model, str) and isinstance(row.trigger, bool)):
             yield f"a model, a prompt and whether it holds the trigger in row {number} of prompts"
-        if not all(map(_is_number, _numbers(row))):
+        if not all(_is_number(value) for column in columns for value in prompt_values(row, column)):
             yield f"numbers in row {number} of prompts"
 
 
-def _mapping(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = settings.get(key) if isinstance(settings, dict) else None
-    return value if isinstance(value, dict) else {}
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
-
-
-def _intervals(scores: Scores) -> list[Interval]:
-    """The figures that a model has."""
-    figures = (getattr(scores, item.name) for item in fields(scores))
-    return [figure for figure in figures if figure is not None]
-
-
-def _numbers(row: PromptScores) -> list[float]:
-    """The figures of a prompt, over all seeds."""
-    columns = {measure.column for measure in MEASURES.values()}
-    return [number for column in columns for number in prompt_values(row, column)]
+def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(check, value))
 
 
 def _is_interval(figure: Interval) -> bool:
