@@ -101,14 +101,13 @@ def test_cpu_kernels_and_the_cuda_driver_see_no_tensors() -> None:
 
 
 def test_rust_imports_go_one_way() -> None:
-    # python -> step -> ops -> tensor, cpu, cuda, error; python -> adapter_file -> tensor, error
+    # python -> ops -> tensor, cpu, cuda, error; python -> adapter_file -> tensor, error
     may_use = {
         "error.rs": {"error"},
         "cpu": {"cpu", "error"},
         "cuda": {"cuda", "error"},
         "tensor.rs": {"tensor", "cpu", "error"},
         "ops": {"ops", "tensor", "cpu", "cuda", "error"},
-        "step.rs": {"ops", "tensor", "error"},
         "adapter_file": {"adapter_file", "tensor", "error"},
     }
     for file in rust_files():
@@ -140,31 +139,30 @@ def test_only_native_imports_the_extension() -> None:
 
 
 def test_python_imports_go_one_way() -> None:
-    below = {"errors", "_native", "_core", "functional", "device"}
+    below = {"errors", "ops", "device"}
     may_use = {
         "errors.py": set(),
         "device.py": set(),
         "nested.py": set(),
         "capture.py": {"errors", "nested"},
         "_native.py": {"_core"},
-        "operators.py": {"_native"},
-        "functional.py": {"errors", "_native", "operators"},
         "schedule.py": below,
         "distributed.py": {"errors"},
         "_version.py": set(),
         "options.py": {"errors"},
         "processes.py": {"errors", "options"},
-        "run_folder.py": {"errors"},
+        "run_folder.py": {"errors", "text_files"},
         "optim.py": below | {"distributed"},
-        "kps.py": below,
-        "peft.py": below | {"frozen"},
+        "preservation_score.py": {"errors", "ops"},
+        "peft.py": below | {"frozen_layers"},
         "folding.py": set(),
         "prompts.py": {"errors", "folding"},
+        "text_files.py": {"errors"},
         "image_files.py": {"errors"},
-        "frozen.py": {"_native", "operators"},
+        "frozen_layers.py": {"ops"},
         "cat_factor.py": {"errors"},
         "denoiser.py": {"errors", "device"},
-        "files.py": below | {"atomic"},
+        "files.py": below | {"atomic", "_native", "_core"},
         "step.py": below | {"capture", "cat_factor", "denoiser", "distributed", "nested", "schedule", "optim", "peft"},
         "teacher_bank.py": below | {"atomic", "denoiser", "schedule", "peft"},
     }
@@ -175,6 +173,29 @@ def test_python_imports_go_one_way() -> None:
             if parts[0] == "cat_rs" and len(parts) > 1:
                 used.add(parts[1])
         assert used <= allowed, f"{name} uses {used - allowed}"
+
+
+def test_an_operation_uses_none_but_what_all_share() -> None:
+    for file in (PACKAGE / "ops").glob("*.py"):
+        used = {module for module in imports(file) if module.startswith("cat_rs.ops.")}
+        assert all(module.startswith("cat_rs.ops.operator") for module in used), f"{file} uses {used}"
+        parts = {module.split(".")[1] for module in imports(file) if module.startswith("cat_rs.")}
+        assert parts <= {"_native", "errors", "ops"}, f"{file} uses {parts}"
+
+
+def test_operations_have_the_same_name_everywhere() -> None:
+    operations = {folder.name for folder in (CRATE / "ops").iterdir() if folder.is_dir()}
+    assert {file.stem for file in (PACKAGE / "ops").glob("*.py")} == operations | {"__init__", "operator"}
+    assert {file.stem for file in (ROOT / "tests/ops").glob("test_*.py")} == {f"test_{name}" for name in operations}
+    assert operations <= {file.stem for file in (CRATE / "python").glob("*.rs")}
+    assert operations <= {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
+
+
+def test_the_extension_is_called_through_operations() -> None:
+    may_call = ("ops/", "files.py", "commands/info.py")
+    for file in python_files():
+        if "cat_rs._native._core" in set(imports(file)):
+            assert name_of(file).startswith(may_call), file
 
 
 # From below; a module uses only floors below its own.
@@ -224,8 +245,9 @@ def test_modules_of_a_package_use_only_floors_below(package: str, floors: tuple[
 
 
 def test_evaluations_need_no_training_and_no_report() -> None:
+    may_use = {"errors", "options", "peft", "atomic", "files", "image_files", "ops", "preservation_score"}
     used = parts_used("evaluation")
-    assert used <= {"errors", "options", "peft", "atomic", "files", "image_files", "kps", "processes", "prompts"}, used
+    assert used <= may_use | {"processes", "prompts"}, used
 
 
 def test_reports_need_no_training_and_no_model() -> None:
@@ -233,16 +255,18 @@ def test_reports_need_no_training_and_no_model() -> None:
     assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation"}, used
 
 
+def test_training_needs_no_report() -> None:
+    may_use = {"evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
+    may_use |= {"atomic", "files", "prompts", "step", "cat_factor", "teacher_bank", "device"}
+    used = parts_used("training")
+    assert used <= may_use, used - may_use
+
+
 def test_python_imports_form_no_circle() -> None:
     try:
         graphlib.TopologicalSorter(module_graph()).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
-
-
-def test_nothing_imports_from_the_packages_own_file() -> None:
-    for name, targets in module_graph().items():
-        assert "cat_rs" not in targets, f"{name}: import the module that defines the name"
 
 
 @pytest.mark.parametrize("package", ["cat_rs", "cat_rs.evaluation", "cat_rs.report", "cat_rs.training"])
@@ -254,23 +278,10 @@ def test_no_module_has_the_name_of_a_function(package: str) -> None:
     assert not stems & functions
 
 
-def test_training_needs_no_report() -> None:
-    may_use = {"training", "evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
-    may_use |= {"atomic", "files", "prompts", "step", "cat_factor", "teacher_bank", "device"}
-    for file in (PACKAGE / "training").glob("*.py"):
-        parts = [module.split(".") for module in imports(file)]
-        used = {part[1] for part in parts if part[0] == "cat_rs" and len(part) > 1}
-        assert used <= may_use, f"{file} uses {used - may_use}"
-
-
 def test_only_the_command_line_imports_the_package_itself() -> None:
-    modules = {file.stem for file in PACKAGE.iterdir()} | {"_core"}
-    for file in python_files():
-        if not name_of(file).startswith("commands"):
-            names = [module.split(".") for module in imports(file)]
-            public = [name[1] for name in names if name[0] == "cat_rs" and len(name) > 1 and name[1] not in modules]
-            assert not public, f"{file} uses {public} of cat_rs/__init__.py"
-            assert not re.search(r"^\s*import cat_rs$", file.read_text(), re.MULTILINE), file
+    for name, targets in module_graph().items():
+        if not name.startswith("cat_rs.commands."):
+            assert "cat_rs" not in targets, f"{name}: import the module that defines the name"
 
 
 def test_the_command_line_is_the_top_floor() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -188,24 +189,19 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if value is None and _is_union(hint):
         return None
     hint = _without_none(hint)
+    kinds = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"{name}: expected one of {', '.join(typing.get_args(hint))}; got {value!r}")
+        if value not in kinds:
+            raise ConfigError(f"{name}: expected one of {', '.join(kinds)}; got {value!r}")
         return value
     if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_convert(item, kind, name) for item in items)
-    return _convert_plain(value, hint, name)
-
-
-def _convert_plain(value: Any, kind: type, name: str) -> Any:
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+        return tuple(_convert(item, kinds[0], name) for item in items)
+    if isinstance(value, bool) == (hint is bool):
+        if hint is float and isinstance(value, (int, float, str)):
             # YAML reads "1e-4", without a point, as text.
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+            with contextlib.suppress(ValueError):
+                return float(value)
+        elif isinstance(value, hint):
+            return value
+    raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")

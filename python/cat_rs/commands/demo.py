@@ -118,9 +118,8 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
         trigger = content["trigger_word"]
         known = {entry["name"]: _concept(entry, trigger, emoji_model) for entry in content["concepts"]}
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"emoji_model: expected the emoji model's folder, got {emoji_model} without {file.name}"
-        ) from error
+        expected = f"the emoji model's folder, got {emoji_model} without {file.name}"
+        raise ConfigError(f"emoji_model: expected {expected}") from error
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"emoji_model: expected the concepts of the emoji model in {file}, got: {error!r}"

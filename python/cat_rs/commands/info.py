@@ -38,7 +38,9 @@ def run(_settings: Settings) -> None:
 
 def collect() -> dict[str, str]:
     """Return every fact: name -> value."""
-    return _build() | _machine() | {name: _version(name) for name in _PACKAGES} | _operations()
+    packages = {name: _version(name) for name in _PACKAGES}
+    operations = {f"operation {name}": f"cpu and cuda: {dtypes}" for name, dtypes in _OPERATIONS.items()}
+    return _build() | _machine() | packages | operations
 
 
 def _build() -> dict[str, str]:
@@ -70,10 +72,6 @@ def _machine() -> dict[str, str]:
         "processor features": torch.backends.cpu.get_cpu_capability(),
         "GPU": ", ".join(gpus) or "none",
     }
-
-
-def _operations() -> dict[str, str]:
-    return {f"operation {name}": f"cpu and cuda: {dtypes}" for name, dtypes in _OPERATIONS.items()}
 
 
 def _processor() -> str:

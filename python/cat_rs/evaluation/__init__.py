@@ -1,4 +1,4 @@
-"""What an adapter learned, and what it destroyed: pictures, embeddings and scores behind `cat-rs evaluate`."""
+"""The pictures, embeddings and scores behind `cat-rs evaluate`: what an adapter learned and what it destroyed."""
 
 from __future__ import annotations
 

@@ -48,12 +48,12 @@ def evaluate(
 ) -> EvaluationResult:
     """Compare adapters with the base model, on prompts with and without the trigger.
 
-    The base model's pictures are generated once; each adapter is loaded, and generates for the same prompts and
-    seeds. The pipeline is left as it was found.
+    The base model's pictures are generated once; each adapter is loaded in turn and generates for the same prompts
+    and seeds. The pipeline is left as it was found.
 
-    With a cache, only what it lacks is generated and embedded: another adapter costs its own pictures, and an
-    evaluation that was killed goes on where it was. The result is the same with and without a cache, bit for bit, on
-    one machine at one number of threads.
+    With a cache, evaluate generates and embeds only what is missing: another adapter costs only its own pictures, and
+    an evaluation that was killed continues where it stopped. On one machine at one number of threads, the result with
+    a cache is bit for bit the result without it.
 
     Under torch.distributed, every rank calls this with a pipeline of its own; the ranks take batches in turns, and all
     get the result of a single process.
@@ -61,15 +61,16 @@ def evaluate(
     Args:
         pipeline: A diffusers pipeline without adapters.
         adapters: A name for reports, and a safetensors file or the folder that training wrote. None stands for the
-            base model, a control that scores 1.
+            base model: a control that scores 1.
         prompts: Prompts with the trigger and without it.
         encoder: The encoder that embeds pictures and prompts, see `KpsEvaluator`. Without a text side there is no
             prompt similarity.
         concept_images: The pictures of the concept that the adapters were trained on.
         config: The sampler settings.
-        cache: A folder for pictures and embeddings, see `EvaluationCache`; made if need be, shared by all ranks, and
-            by other evaluations if wanted. Embeddings of a callable are not kept.
-        processes: Those that share the work; if None, those of torch.distributed's default group, or this one alone.
+        cache: A folder for pictures and embeddings, see `EvaluationCache`; created if it does not exist, shared by all
+            ranks, and by other evaluations if you like. The cache keeps no embeddings of a callable.
+        processes: The processes that share the work; if None, those of torch.distributed's default group, or this one
+            alone.
         progress: Whether to show a progress bar that counts pictures.
 
     Returns:

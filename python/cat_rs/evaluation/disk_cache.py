@@ -1,4 +1,4 @@
-"""Pictures and embeddings on disk, each batch under the hash of everything that decides it."""
+"""A cache of pictures and embeddings on disk: each batch under the hash of everything that determines it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ _EMBEDDINGS = "embeddings"
 class Store(Generic[T]):
     """Items in a folder, each in a safetensors file named by the hash of its key.
 
-    A file holds the SHA-256 of its key and content; one that is cut short or changed counts as absent, with a warning.
-    Files appear whole. Processes may share the folder.
+    A file holds the SHA-256 of its key and content; a file that is cut short or changed counts as absent, with a
+    warning. Files appear whole. Processes may share the folder.
 
     Args:
         folder: Where the files are.
-        pack: From an item to named tensors.
-        unpack: The way back.
+        pack: Turns an item into named tensors.
+        unpack: Turns them back.
 
     Raises:
         EvaluationFileError: The folder cannot be made, read or written.
@@ -64,7 +64,7 @@ class Store(Generic[T]):
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
     def read(self, key: str) -> T | None:
-        """Return the item; None if there is none that is whole."""
+        """Return the item; None if it is absent or broken."""
         from safetensors.torch import load
 
         path = self.path(key)
@@ -104,12 +104,12 @@ class EvaluationCache:
     """The pictures of a pipeline, and their embeddings.
 
     The key of a batch of pictures is the fingerprint of the pipeline, the SHA-256 of the adapter's file, the prompts,
-    their indices and the seeds, the sampler settings, the kind of device, and the versions of the libraries. That of
-    its embeddings is the key of the batch and the fingerprint of the encoder. Nothing in it is a path.
+    their indices and the seeds, the sampler settings, the type of device, and the versions of the libraries. The key
+    of its embeddings is the key of the batch and the fingerprint of the encoder. Keys contain no paths.
 
     Args:
-        folder: Where the cache is; made if need be.
-        pipeline: As it is now: without an adapter.
+        folder: Where the cache is; created if it does not exist.
+        pipeline: The pipeline, without an adapter.
         config: The sampler settings.
 
     Raises:
@@ -144,7 +144,7 @@ class EvaluationCache:
         )
 
     def embedding_key(self, picture_key: str, encoder: str, batch_size: int) -> str:
-        """Return the key of a batch's embeddings by an encoder, of which `batch_size` are made together."""
+        """Return the key of a batch's embeddings by an encoder that computes `batch_size` of them together."""
         content = {"pictures": text_hash(picture_key), "encoder": encoder, "batch_size": batch_size}
         return canonical_json(content)
 

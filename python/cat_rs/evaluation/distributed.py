@@ -25,8 +25,8 @@ def compute_missing(
     process. Collective: every rank calls it with the same keys, and gets all items.
 
     Args:
-        keys: What decides each item; equal keys are one item.
-        compute: Computes the items with the given numbers, and passes on each with its number as soon as it is there.
+        keys: What determines each item; equal keys are one item.
+        compute: Computes the items with the given numbers, and adds each with its number as soon as it is done.
         store: Where items are looked up and written; without one, ranks exchange them.
         processes: The ranks.
 
@@ -70,7 +70,7 @@ def compute_missing(
 
 
 def _read_back(store: Store[T], key: str) -> T:
-    """Return an item that another rank has written, or that was there before."""
+    """Return an item that another rank has written, or that was there already."""
     item = store.read(key)
     if item is None:
         raise EvaluationFileError(

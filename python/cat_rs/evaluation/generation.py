@@ -1,4 +1,4 @@
-"""Pictures from a diffusers pipeline: batched, and each from noise of its own."""
+"""Pictures from a diffusers pipeline: batched, each from its own noise."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class PictureBatch:
 def picture_generator(prompt_index: int, seed: int) -> torch.Generator:
     """Return the CPU generator of one picture.
 
-    It depends on nothing but the prompt's index and the seed, so a picture is the same in any batch and on any
-    device, and prompt i with the trigger starts from the same noise as prompt i without it.
+    It depends only on the prompt's index and the seed. So a picture is the same in any batch and on any device, and
+    prompt i with the trigger starts from the same noise as prompt i without it.
     """
     state = np.random.SeedSequence((prompt_index, seed)).generate_state(1, np.uint64)
     return torch.Generator("cpu").manual_seed(int(state[0]))
@@ -100,9 +100,9 @@ def generate_pictures(
 
 
 def request_batches(prompts: Sequence[str], config: EvaluationConfig) -> list[tuple[PictureRequest, ...]]:
-    """Return what each call of the pipeline is asked for: fixed slices of the P * S pictures.
+    """Return the requests of each call of the pipeline: fixed slices of the P * S pictures.
 
-    A picture differs by rounding with the others in its call, so the slices depend on nothing else.
+    The other pictures in its call change a picture by rounding, so the slices depend on nothing else.
 
     Raises:
         EvaluationInputError: There is no prompt.

@@ -10,11 +10,11 @@ import torch
 from cat_rs.evaluation.encoder import EncoderSource, check_embeddings, embed_in_batches, make_encoder
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.pictures import Pictures, PictureSource, check_same_sizes, load_pictures
-from cat_rs.kps import KpsResult, kps
+from cat_rs.preservation_score import KpsResult, kps
 
 
 class KpsEvaluator:
-    """Embed pictures and scores how much of the base model an adapter preserved.
+    """Embeds pictures and scores how much of the base model an adapter preserved.
 
     With e the image embedding and s(a, b) = (1 + cos(e_a, e_b)) / 2 for a picture a of the base model and the
     picture b of the adapted model for the same prompt, seed and sampler:
@@ -57,8 +57,8 @@ class KpsEvaluator:
         return self._encoder.has_text
 
     def fingerprint(self) -> str | None:
-        """Return what tells this encoder from others by its content; None where that cannot be told (a callable)."""
-        # An encoder that somebody else wrote need not have one.
+        """Return a hash of the encoder's content; None where it has none, as a callable."""
+        # An encoder that follows the protocol may lack it.
         of_encoder = getattr(self._encoder, "fingerprint", None)
         return None if of_encoder is None else of_encoder()
 

@@ -29,15 +29,9 @@ from cat_rs.evaluation.measures import (
     Statistic,
     prompt_values,
 )
-from cat_rs.kps import (
-    bootstrap_difference,
-    bootstrap_interval,
-    cross_similarity,
-    harmonic_mean,
-    kps,
-    kps_difference,
-    similarity,
-)
+from cat_rs.ops.similarity import cross_similarity, similarity
+from cat_rs.ops.statistics import bootstrap_difference, bootstrap_interval, harmonic_mean
+from cat_rs.preservation_score import kps, kps_difference
 
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -238,7 +232,8 @@ def diversity(pictures: Embedded) -> Values | None:
 def pixel_rmse(base: Embedded, other: Embedded) -> Values:
     """Return the root mean squared difference of the colours in [0, 1]; [P, S]."""
     pairs = zip(base.images, other.images, strict=True)
-    return _by_prompt(np.array([_rms(_colours(left) - _colours(right)) for left, right in pairs]), base)
+    squares = [np.mean(np.square(_colours(left) - _colours(right))) for left, right in pairs]
+    return _by_prompt(np.sqrt(squares), base)
 
 
 def latent_rmse(base: Embedded, other: Embedded) -> Values:
@@ -348,10 +343,6 @@ def _ratio(numerator: Values | None, denominator: Values | None) -> Interval | N
 
 def _colours(image: Image.Image) -> Values:
     return np.asarray(image.convert("RGB"), dtype=np.float64) / 255.0
-
-
-def _rms(difference: Values) -> float:
-    return float(np.sqrt(np.mean(np.square(difference))))
 
 
 def _by_prompt(values: torch.Tensor | NDArray[np.floating], pictures: Embedded) -> Values:

@@ -59,12 +59,12 @@ def read_report(runs: Sequence[str | os.PathLike[str]], *, title: str | None = N
     read = _with_distinct_labels([read_run(path) for path in runs])
     evaluations = [evaluation for run in read for evaluation in run.evaluations]
     trainings = [training for run in read for training in run.trainings]
-    names = [name for evaluation in evaluations for name in _methods(evaluation)]
-    names += [training.name for training in trainings]
+    methods = [evaluation.method(name) for evaluation in evaluations for name in evaluation.result.adapters]
+    names = [*methods, *(training.name for training in trainings)]
     series = {name: number % len(SERIES) for number, name in enumerate(dict.fromkeys(names))}
     logs = [(training.name, series[training.name], training.metrics) for training in trainings]
     return Report(
-        title=_title(evaluations, trainings) if title is None else title,
+        title=_title(evaluations, methods or names) if title is None else title,
         runs=tuple(read),
         series=series,
         fronts=_fronts(evaluations, series),
@@ -115,7 +115,7 @@ def report_json(report: Report) -> str:
 
 
 def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
-    """Add where they were read from to labels that several evaluations share."""
+    """Add the file or folder to labels that several evaluations share."""
     labels = [evaluation.label for run in runs for evaluation in run.evaluations]
 
     def distinct(evaluation: Evaluation) -> Evaluation:
@@ -127,18 +127,11 @@ def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
     return [dataclasses.replace(run, evaluations=tuple(map(distinct, run.evaluations))) for run in runs]
 
 
-def _title(evaluations: Sequence[Evaluation], trainings: Sequence[Training]) -> str:
+def _title(evaluations: Sequence[Evaluation], methods: Sequence[str]) -> str:
     if not evaluations:
-        return f"Training of {listed([training.name for training in trainings])}"
+        return f"Training of {listed(methods)}"
     concepts = listed([f"“{concept_of(evaluation.result)}”" for evaluation in evaluations])
-    adapters = listed([name for evaluation in evaluations for name in _methods(evaluation)])
-    return f"{concepts}: base model against {adapters}"
-
-
-def _methods(evaluation: Evaluation) -> list[str]:
-    """The names that have a colour: those of the adapters, or that of the training whose checkpoints they are."""
-    checkpoints = evaluation.checkpoints
-    return list(evaluation.result.adapters) if checkpoints is None else [checkpoints.training]
+    return f"{concepts}: base model against {listed(methods)}"
 
 
 def _fronts(evaluations: Sequence[Evaluation], series: Mapping[str, int]) -> tuple[Front, ...]:
@@ -166,11 +159,11 @@ def _front(evaluations: Sequence[Evaluation], series: Mapping[str, int]) -> Fron
         labels = _labels(evaluation, evaluations)
         for name, scores in evaluation.result.adapters.items():
             if scores.identity is not None and scores.ups is not None:
-                method, step, best = name, None, False
+                step, best = None, False
                 if evaluation.checkpoints is not None:
-                    method = evaluation.checkpoints.training
                     step, best = evaluation.checkpoints.steps[name], name == evaluation.checkpoints.best
-                points.append(FrontPoint(labels[name], series[method], scores.identity, scores.ups, step, best))
+                colour = series[evaluation.method(name)]
+                points.append(FrontPoint(labels[name], colour, scores.identity, scores.ups, step, best))
     first = evaluations[0].result
     other_seed = None if first.other_seed is None else first.other_seed.ups
     title = listed([evaluation.label for evaluation in evaluations])

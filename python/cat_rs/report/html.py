@@ -1,4 +1,4 @@
-"""The page of a report. Prompts and names may come from anybody: to the template they are text, which it escapes."""
+"""The page of a report. Prompts and names may come from anybody, so the template escapes them as text."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Figure:
 
 
 def render_html(report: Report) -> str:
-    """Return the page: style, script, pictures and charts are in it, and nothing is loaded."""
+    """Return the page; it holds its style, script, pictures and charts, and loads nothing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -237,9 +237,7 @@ def _column_groups(shown: Collection[str]) -> list[dict[str, Any]]:
 
 def _series(report: Report, evaluation: Evaluation, name: str) -> int | None:
     """Return the number of a model's colour; the base model has none."""
-    if name not in evaluation.result.adapters:
-        return None
-    return report.series[name if evaluation.checkpoints is None else evaluation.checkpoints.training]
+    return report.series[evaluation.method(name)] if name in evaluation.result.adapters else None
 
 
 def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
@@ -270,7 +268,7 @@ def _comparisons(report: Report) -> list[dict[str, Any]]:
 
 
 def _differences(report: Report, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what each adapter's figures are more than the first one's."""
+    """Return the differences of each adapter's figures from the first one's."""
     comparisons = evaluation.comparisons
     measures = [
         name for _, names in _GROUPS for name in names if any(getattr(each, name, None) for each in comparisons)
@@ -313,7 +311,7 @@ def _summary(report: Report, run: Run) -> dict[str, Any]:
 
 
 def _prompt_table(evaluation: Evaluation) -> dict[str, Any]:
-    """Return a row for each prompt, what was changed most first."""
+    """Return a row for each prompt, the most changed one first."""
     adapters = list(evaluation.result.adapters)
     found: dict[tuple[bool, str], dict[str, PromptScores]] = {}
     for scores in evaluation.result.prompts:
@@ -342,7 +340,7 @@ def _prompt_table(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _settings(report: Report) -> list[dict[str, Any]]:
-    """Return the settings: what all evaluations share, what is one's own, and the same for the trainings."""
+    """Return the settings: those that all evaluations share, those of each, and the same for the trainings."""
     evaluations = {evaluation.label: _evaluation_settings(evaluation) for evaluation in report.evaluations}
     trainings = {os.fspath(training.folder): _lines(training.settings) for training in report.trainings}
     # What a demo says of its trainings is all there is where their folders are gone.

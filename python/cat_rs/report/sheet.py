@@ -161,7 +161,7 @@ class _Sheet:
         colour: str = INK,
         max_lines: int | None = None,
     ) -> int:
-        """Write wrapped text and returns its height."""
+        """Write wrapped text, and return its height."""
         face = font(size, bold=bold)
         lines = wrap(text, face, width, max_lines=max_lines)
         height = len(lines) * line_height(face)

@@ -74,6 +74,10 @@ class Evaluation:
     content: Mapping[str, Any]
     checkpoints: Checkpoints | None = None
 
+    def method(self, adapter: str) -> str:
+        """Return whose colour an adapter has: its own, or that of the training whose checkpoint it is."""
+        return adapter if self.checkpoints is None else self.checkpoints.training
+
 
 @dataclass(frozen=True)
 class Training:
@@ -135,7 +139,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 
 
 def read_training(folder: Path, name: str | None = None) -> Training:
-    """Read the folder of a training; it is called `name`, or as the folder is."""
+    """Read the folder of a training; its name is `name`, or that of the folder."""
     settings = read_config_file(folder / CONFIG_FILE)
     return Training(name or folder.resolve().name, folder, settings, read_log(folder))
 
@@ -274,13 +278,13 @@ def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
 
 
 def _is_interval(figure: Interval) -> bool:
-    """Whether all is a number; both bounds are NaN where there are none."""
+    """Return whether all parts are numbers; both bounds are NaN where there are none."""
     bounds = (figure.low, figure.high)
     return _is_number(figure.value) and (all(map(_is_number, bounds)) or all(bound != bound for bound in bounds))
 
 
 def _is_summary(row: Any) -> bool:
-    """Whether it is the mean of two methods, and their difference with its bounds."""
+    """Return whether a row holds the means of two methods, and their difference with its bounds."""
     if not isinstance(row, dict) or len(row) != 3 or not isinstance(row.get("difference"), dict):
         return False
     difference = row["difference"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from cat_rs.evaluation import Comparison, EvaluationResult, Interval, Scores
@@ -33,18 +32,6 @@ _SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class _Column:
-    """One model: its heading, and a cell for each row of the table."""
-
-    heading: str
-    cells: tuple[str, ...]
-
-    @property
-    def width(self) -> int:
-        return max(len(text) for text in (self.heading, *self.cells))
-
-
 def format_table(result: EvaluationResult, *, width: int = MAX_WIDTH) -> str:
     """Return the scores with their intervals as text: a row a measure, a column a model.
 
@@ -56,12 +43,13 @@ def format_table(result: EvaluationResult, *, width: int = MAX_WIDTH) -> str:
     if result.other_seed is not None:
         models["other seed"] = result.other_seed
     models |= result.adapters
-    columns = [_column(name, scores) for name, scores in models.items()]
-    labels = [f" {MEASURES[name].label}" for _, names in _SECTIONS for name in names]
-    label_width = max(map(len, labels))
+    measures = [name for _, names in _SECTIONS for name in names]
+    labels = ["", *(f" {MEASURES[name].label}" for name in measures)]
+    columns = [
+        [model, *(format_interval(getattr(scores, name)) for name in measures)] for model, scores in models.items()
+    ]
     caption = f"{extent_of(result)}; encoder {encoder_of(result)}; 95 % bootstrap intervals"
-    blocks = _blocks(columns, width - label_width)
-    tables = ["\n".join(_table_lines(labels, block, label_width)) for block in blocks]
+    tables = [_table(labels, block) for block in _blocks(columns, width - _width(labels))]
     return "\n\n".join([caption, *tables, "\n".join(LEGEND)])
 
 
@@ -76,13 +64,12 @@ def print_table(result: EvaluationResult) -> None:
     print("\n\n".join(filter(None, (format_table(result), format_comparisons(result)))))
 
 
-def format_interval(interval: Interval | None) -> str:
+def format_interval(interval: Interval | None, sign: str = "") -> str:
     """Return "0.953 [0.941, 0.962]"; the value alone if it has no interval, "-" if there is no value."""
     if interval is None:
         return _ABSENT
-    if math.isnan(interval.low):
-        return f"{interval.value:.3f}"
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    value, low, high = (f"{number:{sign}.3f}" for number in (interval.value, interval.low, interval.high))
+    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
 def _comparison(comparison: Comparison) -> str:
@@ -94,28 +81,16 @@ def _comparison(comparison: Comparison) -> str:
     if not rows:
         return ""
     width = max(len(label) for label, _ in rows)
-    lines = [f"{label.ljust(width)}{_GAP}{_format_difference(interval)}" for label, interval in rows]
+    lines = [f"{label.ljust(width)}{_GAP}{format_interval(interval, '+')}" for label, interval in rows]
     return "\n".join([f"{comparison.b} minus {comparison.a}, picture by picture; 95 % intervals over prompts", *lines])
 
 
-def _format_difference(interval: Interval) -> str:
-    if math.isnan(interval.low):
-        return f"{interval.value:+.3f}"
-    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-
-def _column(name: str, scores: Scores) -> _Column:
-    return _Column(
-        name, tuple(format_interval(getattr(scores, measure)) for _, names in _SECTIONS for measure in names)
-    )
-
-
-def _blocks(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
+def _blocks(columns: Sequence[Sequence[str]], width: int) -> list[list[Sequence[str]]]:
     """Group columns so that each group fits into `width`; a single wider column stands alone."""
-    blocks: list[list[_Column]] = []
+    blocks: list[list[Sequence[str]]] = []
     used = 0
     for column in columns:
-        needed = len(_GAP) + column.width
+        needed = len(_GAP) + _width(column)
         if not blocks or used + needed > width:
             blocks.append([])
             used = 0
@@ -124,14 +99,18 @@ def _blocks(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
     return blocks
 
 
-def _table_lines(labels: Sequence[str], columns: Sequence[_Column], label_width: int) -> list[str]:
-    def line(label: str, texts: Sequence[str]) -> str:
-        cells = (text.ljust(column.width) for text, column in zip(texts, columns, strict=True))
-        return _GAP.join([label.ljust(label_width), *cells]).rstrip()
-
-    heading = line("", [column.heading for column in columns])
-    lines = [heading, "-" * (label_width + sum(len(_GAP) + column.width for column in columns))]
-    rows = zip(labels, zip(*(column.cells for column in columns), strict=True), strict=True)
+def _table(labels: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    """Put columns beside their labels, and the sections' titles between the rows."""
+    widths = [_width(column) for column in (labels, *columns)]
+    heading, *rows = (
+        _GAP.join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(labels, *columns, strict=True)
+    )
+    lines, remaining = [heading, "-" * (sum(widths) + len(_GAP) * len(columns))], iter(rows)
     for title, names in _SECTIONS:
-        lines += [title, *(line(*row) for row in islice(rows, len(names)))]
-    return lines
+        lines += [title, *islice(remaining, len(names))]
+    return "\n".join(lines)
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column))

@@ -31,8 +31,7 @@ class CheckpointFolder:
 
     def latest(self) -> Path | None:
         """Return the checkpoint of the highest step."""
-        found = self._all()
-        return found[-1] if found else None
+        return next(reversed(step_paths(self._folder).values()), None)
 
     def save(self, step: int, state: dict[str, Any], save_adapter: Callable[[Path], object]) -> Path:
         """Write the checkpoint of a step and remove those that are too old.
@@ -54,15 +53,9 @@ class CheckpointFolder:
             latest = self.latest()
             kept = f"; the earlier checkpoint {latest} is whole" if latest else ""
             raise CheckpointError(f"cannot write the checkpoint {path}: {error}{kept}") from error
-        self._remove_old()
+        for old in list(step_paths(self._folder).values())[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
         return path
-
-    def _all(self) -> list[Path]:
-        return list(step_paths(self._folder).values())
-
-    def _remove_old(self) -> None:
-        for path in self._all()[: -self._keep]:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:

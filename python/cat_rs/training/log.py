@@ -109,9 +109,8 @@ class TrainingLog:
                 self._board.add_scalar(f"train/{name}", value, step)
         if not math.isfinite(figures["loss"]):
             raise TrainingError(
-                f"the loss of step {step} is not finite: expected a number, got {figures['loss']} "
-                f"(diffusion {figures['diffusion']}, cat {figures['cat']}); "
-                f"a lower lr or another dtype may help"
+                f"the loss of step {step} is not finite: expected a number, got {figures['loss']} (diffusion "
+                f"{figures['diffusion']}, cat {figures['cat']}); a lower lr or another dtype may help"
             )
         # The step leaves the weights alone where its gradient is not finite.
         self.skipped += not math.isfinite(figures["grad_norm"])

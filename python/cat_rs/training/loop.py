@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     processes = Processes.init(device)
     device = processes.own_device(device)
     if not processes.is_main:
-        progress, report = False, _ignore
+        progress, report = False, lambda _line: None
     bar = functools.partial(tqdm, disable=not progress, dynamic_ncols=True)
 
     # Whatever can be refused is refused before anything is written.
@@ -181,7 +181,3 @@ def _flush(log: TrainingLog, output: OutputFolder) -> None:
         raise TrainingError(f"{error}; {kept}") from None
     except OSError as error:
         raise CheckpointError(f"cannot write the log in {output.path}: {error}") from error
-
-
-def _ignore(_line: str) -> None:
-    """Report nothing: rank 0 does."""

@@ -6,17 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cat_rs import run_folder
 from cat_rs.files import DIFFUSERS_FILE
 from cat_rs.options import ConfigError
-from cat_rs.run_folder import (
-    BANK_FILE,
-    BEST_FOLDER,
-    CHECKPOINT_FOLDER,
-    CONFIG_FILE,
-    EVALUATION_FOLDER,
-    METRICS_FILE,
-    TENSORBOARD_FOLDER,
-)
 from cat_rs.training.checkpoint import CheckpointFolder, load_state
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
@@ -24,14 +16,14 @@ from cat_rs.training.log import drop_lines_after
 from cat_rs.training.trainer import Trainer
 
 _CONTENT = (
-    CHECKPOINT_FOLDER,
-    METRICS_FILE,
-    TENSORBOARD_FOLDER,
+    run_folder.CHECKPOINT_FOLDER,
+    run_folder.METRICS_FILE,
+    run_folder.TENSORBOARD_FOLDER,
     DIFFUSERS_FILE,
-    CONFIG_FILE,
-    BANK_FILE,
-    EVALUATION_FOLDER,
-    BEST_FOLDER,
+    run_folder.CONFIG_FILE,
+    run_folder.BANK_FILE,
+    run_folder.EVALUATION_FOLDER,
+    run_folder.BEST_FOLDER,
 )
 
 
@@ -46,7 +38,7 @@ class OutputFolder:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self.path = Path(config.output_dir)
-        self.checkpoints = CheckpointFolder(self.path / CHECKPOINT_FOLDER, config.keep_checkpoints)
+        self.checkpoints = CheckpointFolder(self.path / run_folder.CHECKPOINT_FOLDER, config.keep_checkpoints)
 
     def check(self) -> None:
         """Keep an earlier training in the folder from being mixed with this one.
@@ -76,7 +68,7 @@ class OutputFolder:
             return None
         checkpoint = self.checkpoints.latest()
         if checkpoint is None:
-            raise ConfigError(f"resume: expected a checkpoint in {self.path / CHECKPOINT_FOLDER}, got none")
+            raise ConfigError(f"resume: expected a checkpoint in {self.path / run_folder.CHECKPOINT_FOLDER}, got none")
         state = load_state(checkpoint)
         self._config.check_continues(state["config"])
         if state["data"] != data:
@@ -100,7 +92,7 @@ class OutputFolder:
             if self._config.overwrite:
                 self._clear()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._config.save(self.path / CONFIG_FILE)
+            self._config.save(self.path / run_folder.CONFIG_FILE)
         except OSError as error:
             raise CheckpointError(f"cannot write to the output folder {self.path}: {error}") from error
         drop_lines_after(self.path, after_step)
@@ -138,7 +130,7 @@ class OutputFolder:
             latest = self.checkpoints.latest()
             kept = f"; the checkpoint {latest} is whole" if latest else ""
             raise CheckpointError(f"cannot write {self.path / DIFFUSERS_FILE}: {error}{kept}") from error
-        (self.path / BANK_FILE).unlink(missing_ok=True)
+        (self.path / run_folder.BANK_FILE).unlink(missing_ok=True)
         return adapter
 
     def _clear(self) -> None:
