@@ -149,7 +149,7 @@ def test_python_imports_go_one_way() -> None:
         "schedule.py": below,
         "distributed.py": {"errors"},
         "_version.py": set(),
-        "options.py": {"errors"},
+        "options.py": {"errors", "text_files"},
         "processes.py": {"errors", "options"},
         "run_folder.py": {"errors", "text_files"},
         "optim.py": below | {"distributed"},
@@ -247,17 +247,17 @@ def test_modules_of_a_package_use_only_floors_below(package: str, floors: tuple[
 def test_evaluations_need_no_training_and_no_report() -> None:
     may_use = {"errors", "options", "peft", "atomic", "files", "image_files", "ops", "preservation_score"}
     used = parts_used("evaluation")
-    assert used <= may_use | {"processes", "prompts"}, used
+    assert used <= may_use | {"processes", "prompts", "text_files"}, used
 
 
 def test_reports_need_no_training_and_no_model() -> None:
     used = parts_used("report")
-    assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation"}, used
+    assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation", "text_files"}, used
 
 
 def test_training_needs_no_report() -> None:
     may_use = {"evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
-    may_use |= {"atomic", "files", "prompts", "step", "cat_factor", "teacher_bank", "device"}
+    may_use |= {"atomic", "files", "prompts", "step", "cat_factor", "teacher_bank", "device", "text_files"}
     used = parts_used("training")
     assert used <= may_use, used - may_use
 
