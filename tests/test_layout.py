@@ -144,12 +144,14 @@ def test_python_imports_go_one_way() -> None:
         "errors.py": set(),
         "_native.py": {"_core"},
         "_version.py": set(),
-        "options.py": {"errors"},
+        "options.py": {"errors", "text_files"},
         "processes.py": {"errors", "options"},
-        "run_folder.py": {"errors"},
+        "run_folder.py": {"errors", "text_files"},
         "preservation_score.py": {"errors", "ops"},
         "peft.py": below | {"frozen_layers", "unwrap"},
-        "prompts.py": below,
+        "folding.py": set(),
+        "prompts.py": {"errors", "folding"},
+        "text_files.py": {"errors"},
         "frozen_layers.py": {"ops"},
         "image_files.py": {"errors"},
         "atomic.py": set(),
@@ -281,17 +283,18 @@ def test_evaluations_need_no_training_and_no_report() -> None:
         "preservation_score",
         "processes",
         "prompts",
+        "text_files",
     }, used
 
 
 def test_reports_need_no_training_and_no_model() -> None:
     used = parts_used("report")
-    assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation"}, used
+    assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation", "text_files"}, used
 
 
 def test_training_needs_no_report() -> None:
     may_use = {"evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
-    may_use |= {"atomic", "adapter_file", "prompts", "step"}
+    may_use |= {"atomic", "adapter_file", "prompts", "step", "text_files"}
     used = parts_used("training")
     assert used <= may_use, used - may_use
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -92,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Hints of the libraries below, such as which of their optional parts are missing, are not news to our user.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path need not be text: its bytes that are not UTF-8 are printed as escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run(_parse(given))
     except KeyboardInterrupt:

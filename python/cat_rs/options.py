@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cat_rs.errors import CatRsError
+from cat_rs.text_files import read_text
 
 __all__ = ["ConfigError", "add_options", "check_range", "from_mapping", "given_options", "option", "read_config_file"]
 
@@ -93,9 +94,9 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
         raise ConfigError(f"{path}: cannot read the config file: {error}") from error
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: expected YAML or JSON, got text that is neither: {error}") from error

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_rs.errors import CatRsError
+from cat_rs.text_files import json_lines
 
 CONFIG_FILE = "train_config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -64,8 +65,8 @@ def metrics_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     file = _metrics_file(path)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = json_lines(file)
+    except OSError as error:
         raise OSError(f"{file} cannot be read: {error}") from error
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):

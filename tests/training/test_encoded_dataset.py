@@ -12,6 +12,7 @@ from cat_rs.training.captions import pair_captions
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.dataset import read_folder
 from cat_rs.training.encoded_dataset import EncodedDataset, encode_dataset
+from cat_rs.training.errors import DatasetError
 from cat_rs.training.model import encode_caption, load_pipeline
 
 
@@ -114,3 +115,23 @@ def test_batches_for_a_bank_name_the_views_they_are_of(pipeline: Any, concept_di
         assert torch.equal(batch.cond_no_trigger["encoder_hidden_states"], expected)
         assert torch.equal(batch.cond["encoder_hidden_states"], again.cond["encoder_hidden_states"])
     assert seen == {0, 1, 4, 5}
+
+
+@pytest.mark.parametrize("pipelines", ["tiny_pipeline_dir", "tiny_sdxl_pipeline_dir"])
+def test_a_trigger_that_the_tokenizer_cuts_off_is_refused(
+    pipelines: str, concept_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    pipeline = load_pipeline(str(request.getfixturevalue(pipelines)), torch.float32, torch.device("cpu"))
+    # The tiny tokenizer reads 40 characters.
+    seen, cut = "a sks cat" + 9 * " abcd", 9 * "abcd " + "a sks cat"
+    for captions in ([seen, seen, cut], [cut] * 3):
+        for number, caption in enumerate(captions):
+            (concept_dir / f"{number}.txt").write_text(caption)
+        (concept_dir / "metadata.jsonl").unlink(missing_ok=True)
+        count = captions.count(cut)
+        with pytest.raises(DatasetError, match=rf"trigger: .* got {count} captions .* such as 'abcd .*a sks cat'"):
+            build(pipeline, concept_dir)
+        build(pipeline, concept_dir, cat_factor=0.0)
+    for number in range(3):
+        (concept_dir / f"{number}.txt").write_text(seen)
+    assert len(build(pipeline, concept_dir)) == 3

@@ -13,6 +13,7 @@ from cat_rs.atomic import write_bytes
 from cat_rs.commands.sampling import SamplingSettings
 from cat_rs.options import ConfigError, option
 from cat_rs.run_folder import CONTACT_SHEET_FILE, CURVES_FILE, DEMO_FORMAT, PICTURES_FOLDER, RESULTS_FILE
+from cat_rs.text_files import read_text
 
 _WHAT = "model and concepts"
 _TRAINING = "training (the same for both adapters)"
@@ -113,7 +114,7 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
     """
     file = emoji_model / "prompts.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         trigger = content["trigger_word"]
         known = {entry["name"]: _concept(entry, trigger, emoji_model) for entry in content["concepts"]}
     except FileNotFoundError as error:
@@ -247,6 +248,9 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
             for run in runs
         ],
     }
-    write_bytes(output / RESULTS_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(
+        output / RESULTS_FILE,
+        (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
+    )
     for name in (CONTACT_SHEET_FILE, CURVES_FILE):
         write_bytes(output / name, (runs[0].folder / name).read_bytes())

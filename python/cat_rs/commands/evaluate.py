@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,11 +54,18 @@ class Settings(SamplingSettings):
 
     def named_adapters(self) -> dict[str, str]:
         """Return name -> path."""
-        pairs = [adapter.partition("=") for adapter in self.adapters]
-        named = {name if path else Path(name).stem: path or name for name, _, path in pairs}
-        if len(named) < len(pairs):
+        named = dict(map(_name_and_path, self.adapters))
+        if len(named) < len(self.adapters):
             raise ConfigError(f"adapters: expected different names, got {' '.join(self.adapters)}; give NAME=PATH")
         return named
+
+
+def _name_and_path(adapter: str) -> tuple[str, str]:
+    """Split NAME=PATH; a path may have a "=" of its own, such as runs/lr=1e-4."""
+    name, _, path = adapter.partition("=")
+    if not path or os.sep in name or os.path.exists(adapter):
+        return Path(adapter).stem, adapter
+    return name, path
 
 
 def run(settings: Settings) -> None:

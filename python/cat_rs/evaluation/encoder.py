@@ -19,6 +19,8 @@ ImageEncoder: TypeAlias = Callable[[list[Image.Image]], torch.Tensor]
 EncoderSource: TypeAlias = "str | os.PathLike[str] | tuple[Any, Any] | ImageEncoder | Encoder"
 """A folder or hub name of a CLIP, SigLIP or DINOv2 model, the pair (model, processor), or a callable."""
 
+_LONGEST_OF_SHORT = 16
+
 
 class Encoder(Protocol):
     """What the evaluation needs of an encoder. The caller makes the batches.
@@ -65,9 +67,20 @@ class TransformersEncoder:
         )
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        preparation = getattr(self._processor, "image_processor", self._processor)
+        if getattr(preparation, "do_center_crop", False):
+            images = [_middle(image) for image in images]
         inputs = self._processor(images=list(images), return_tensors="pt")
         pixels: torch.Tensor = inputs["pixel_values"].to(self._model.device, self._model.dtype)
         return pixels
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Cut the ends off a long and thin picture: scaled whole it could fill the memory, and only its middle is seen."""
+    longest = _LONGEST_OF_SHORT * min(image.size)
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
 class ClipEncoder(TransformersEncoder):

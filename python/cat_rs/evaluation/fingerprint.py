@@ -41,7 +41,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def text_hash(content: Any) -> str:
     """Return the SHA-256 of plain values, whatever the order of their keys."""
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(content).encode(errors="backslashreplace")).hexdigest()
 
 
 def canonical_json(content: Any) -> str:

@@ -218,7 +218,7 @@ def save_pictures(grid: PictureGrid, folder: str | os.PathLike[str]) -> list[Pat
         files.append(file)
         rows.append({"file_name": file.name, "text": grid.prompts[index], "seed": seed})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(target / "metadata.jsonl", lines.encode())
+    write_bytes(target / "metadata.jsonl", lines.encode(errors="backslashreplace"))
     return files
 
 

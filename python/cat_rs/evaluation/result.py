@@ -23,7 +23,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -33,6 +32,7 @@ from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.evaluation.generation import PictureGrid
 from cat_rs.evaluation.measures import Comparison, Interval, PromptScores, Scores
 from cat_rs.evaluation.scores import compare_prompts
+from cat_rs.text_files import read_text
 
 FORMAT = "cat-rs evaluation 1"
 
@@ -112,7 +112,7 @@ class EvaluationResult:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced as a whole or not at all."""
-        write_bytes(path, self.to_json().encode())
+        write_bytes(path, self.to_json().encode(errors="backslashreplace"))
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationResult:
@@ -140,8 +140,8 @@ class EvaluationResult:
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
         """Read a result that `save` wrote; it has no pictures."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path)
+        except OSError as error:
             raise EvaluationFileError(f"result: {path} cannot be read: {error}") from error
         return cls.from_json(text)
 

@@ -34,6 +34,7 @@ from cat_rs.evaluation import (
     save_pictures,
 )
 from cat_rs.evaluation.measures import BASE
+from cat_rs.text_files import json_lines
 
 _CONCEPT = "concept"
 _CONCEPT_SIDE = 512
@@ -134,8 +135,8 @@ def _read_grid(
 
 def _read_metadata(file: Path) -> list[Mapping[str, Any]]:
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        rows = [json.loads(line) for line in json_lines(file)]
+    except (OSError, json.JSONDecodeError) as error:
         raise EvaluationFileError(f"pictures: {file} cannot be read: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
         raise EvaluationInputError(f"pictures: expected one JSON object a line in {file}")

@@ -29,6 +29,7 @@ from cat_rs.run_folder import (
     RESULTS_FILE,
     step_name,
 )
+from cat_rs.text_files import read_text
 
 # What a page holds without growing out of a mail's size.
 MAX_PROMPTS = 24
@@ -189,8 +190,8 @@ def _read_results(given: Path, file: Path) -> Run:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        content = json.loads(read_text(file))
+    except OSError as error:
         raise EvaluationFileError(f"runs: {file} cannot be read: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise EvaluationInputError(f"runs: expected JSON in {file}: {error}") from error

@@ -29,9 +29,9 @@ def write_report(
     """
     report = read_report(runs, title=title)
     files = {
-        "report.json": report_json(report).encode(),
+        "report.json": report_json(report).encode(errors="backslashreplace"),
         "report.png": draw_overview(report),
-        "report.html": render_html(report).encode(),
+        "report.html": render_html(report).encode(errors="backslashreplace"),
     }
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cat_rs.options import ConfigError
 from cat_rs.prompts import remove_trigger
+from cat_rs.text_files import read_prompts
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import DatasetError
 
@@ -85,10 +85,9 @@ def _read_preserved(config: TrainConfig) -> tuple[str, ...]:
     if config.preserve_prompts is None:
         return ()
     try:
-        lines = Path(config.preserve_prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = tuple(dict.fromkeys(read_prompts(config.preserve_prompts)))
+    except OSError as error:
         raise DatasetError(f"preserve_prompts: cannot read {config.preserve_prompts}: {error}") from error
-    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise DatasetError(f"preserve_prompts: expected prompts, one a line, got none in {config.preserve_prompts}")
     for prompt in prompts:

@@ -140,7 +140,7 @@ def encode_dataset(
         config: The settings: resolution, crops and mirroring.
 
     Raises:
-        DatasetError: A picture is broken, or the resolution does not fit the VAE.
+        DatasetError: A picture is broken, the resolution does not fit the VAE, or the text encoder cuts a trigger off.
     """
     size = config.resolution or default_resolution(pipeline)
     if size % pipeline.vae_scale_factor:
@@ -149,7 +149,27 @@ def encode_dataset(
     views = [_views(pipeline, example, size, config, generator) for example in examples]
     texts = dict.fromkeys((*captions.with_trigger, *captions.without_trigger, *captions.preserved))
     embeddings = {text: encode_caption(pipeline, text) for text in texts}
+    if config.preserves():
+        _check_triggers_are_encoded(captions, embeddings)
     return EncodedDataset(views, captions, embeddings, config.preserve_share)
+
+
+def _check_triggers_are_encoded(captions: CaptionPairs, embeddings: dict[str, Conditioning]) -> None:
+    """Raise DatasetError if a trigger does not reach the model: the same prompt would be learned and preserved."""
+    pairs = zip(captions.with_trigger, captions.without_trigger, strict=True)
+    cut = [text for text, other in pairs if text != other and _equal(embeddings[text], embeddings[other])]
+    if cut:
+        raise DatasetError(
+            f"trigger: expected it within what the text encoder reads, got {len(cut)} captions that it encodes as it "
+            f"does without the trigger, such as {cut[0]!r}: shorten them, or move the trigger to the front"
+        )
+
+
+def _equal(one: Conditioning, other: Conditioning) -> bool:
+    return all(
+        _equal(value, other[name]) if isinstance(value, dict) else torch.equal(value, other[name])
+        for name, value in one.items()
+    )
 
 
 def _views(pipeline: Any, example: Example, size: int, config: TrainConfig, generator: torch.Generator) -> list[View]:
