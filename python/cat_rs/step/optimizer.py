@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
@@ -37,7 +38,7 @@ def _own_storages(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
     Whoever looks for tied weights looks for tensors of one storage: accelerate and safetensors would save one of them
     and drop the others, and a deep copy of one would copy all.
     """
-    return [torch.from_dlpack(view) for view in _views(flat, params)]
+    return [from_dlpack(view) for view in _views(flat, params)]
 
 
 class _Span(NamedTuple):
