@@ -23,8 +23,8 @@ from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow
 from tests.cuda import reference_core
 from tests.cuda.simulation import NoWaiting, Recorder, SimulatedGraphs
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_text_encoder, tiny_transformer, tiny_unet
-from tests.test_step import unet_pair
-from tests.test_text_encoders import adapted
+from tests.step.test_cat_step import unet_pair
+from tests.step.test_text_encoders import adapted
 
 EAGER_STEPS = cuda_graphs.WARM_UP
 STEPS = EAGER_STEPS + 4
