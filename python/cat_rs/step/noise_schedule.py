@@ -37,6 +37,8 @@ class NoiseSchedule:
             self.prediction_type = prediction_type or config.get("prediction_type", "epsilon")
             expected: tuple[str, ...] = ("epsilon", "v_prediction")
         elif type(scheduler).__name__.startswith("FlowMatch") and hasattr(scheduler, "timesteps"):
+            # Sampling replaces a scheduler's timesteps by the few that it visits: a new one has those of training.
+            scheduler = type(scheduler).from_config(config)
             self.timesteps: torch.Tensor = scheduler.timesteps.to(self.device, torch.float32)
             self.num_train_timesteps: int = config["num_train_timesteps"]
             self.prediction_type = prediction_type or "flow"
