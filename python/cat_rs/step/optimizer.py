@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
-from cat_rs import distributed
-from cat_rs.device import DeviceValues
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
 from cat_rs.ops.operator import LOW_PRECISION
+from cat_rs.step import collectives, device_values
+from cat_rs.step.device_values import DeviceValues
 
 __all__ = ["FlatAdamW"]
 
@@ -37,7 +38,7 @@ def _own_storages(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
     Whoever looks for tied weights looks for tensors of one storage: accelerate and safetensors would save one of them
     and drop the others, and a deep copy of one would copy all.
     """
-    return [torch.from_dlpack(view) for view in _views(flat, params)]
+    return [from_dlpack(view) for view in _views(flat, params)]
 
 
 class _Span(NamedTuple):
@@ -76,7 +77,8 @@ class _FlatBuffers:
             view.copy_(param.detach())
         self._low_precision = None if dtype == self.master.dtype else self.master.to(dtype)
         weights = self.master if self._low_precision is None else self._low_precision
-        for param, own in zip(params, _own_storages(weights, params), strict=True):
+        self._weights = _own_storages(weights, params)
+        for param, own in zip(params, self._weights, strict=True):
             param.data = own
         self.grad = torch.zeros(size, dtype=dtype, device=device)
         self.grads = _own_storages(self.grad, params)
@@ -86,7 +88,7 @@ class _FlatBuffers:
         self.copies = [] if self._copy is None else _views(self._copy, params)
         self.addresses = list(map(_ADDRESS, params))
         # Versions of the parameters and gradients when this class last wrote to them: whoever wrote since raised them.
-        self.versions = self.copied_versions = [param._version for param in params]
+        self.versions, self.copied_versions = ([param._version for param in params] for _ in range(2))
         self._zeroed_versions = [grad._version for grad in self.grads]
         self.spans = self._spans_of([torch.zeros((), dtype=torch.float32, device=device)] * len(params))
         self.active = [True] * len(params)
@@ -134,7 +136,7 @@ class _FlatBuffers:
             for index, grad in enumerate(self.grads):
                 if touched_only and active[index]:
                     # What was written through .data raised no version; a GPU would have to be waited for.
-                    active[index] = touched[index] or (not grad.is_cuda and bool(grad.any()))
+                    active[index] = touched[index] or (not device_values.is_gpu(grad.device) and bool(grad.any()))
                 elif touched[index] and not active[index]:
                     grad.zero_()
                     versions[index] = grad._version
@@ -197,19 +199,36 @@ class _FlatBuffers:
 
     def broadcast_(self, group: Any) -> None:
         """Gives every rank the weights of rank 0."""
-        distributed.broadcast_(self.master, group)
+        collectives.broadcast_(self.master, group)
         if self._low_precision is not None:
             self._low_precision.copy_(self.master)
         if self._copy is not None:
             self._copy.copy_(self.master)
 
-    def check_in_place(self) -> None:
-        """Refuses parameters that were moved out of the flat buffer, by ``model.to`` for example."""
-        if list(map(_ADDRESS, self.params)) != self.addresses:
-            raise InvalidValueError(
-                "FlatAdamW: `params` must stay where the optimizer put them, got a parameter whose memory was "
-                "replaced: move or convert the model before creating the optimizer"
-            )
+    def take_back(self) -> None:
+        """Puts parameters back that somebody gave other memory, as DistributedDataParallel does, with their values.
+
+        Raises:
+            DeviceError, DtypeError: They were moved or converted.
+        """
+        if list(map(_ADDRESS, self.params)) == self.addresses:
+            return
+        for index, (param, own) in enumerate(zip(self.params, self._weights, strict=True)):
+            if param.data_ptr() == self.addresses[index]:
+                continue
+            advice = "move or convert the model, and call accelerator.prepare, before creating the optimizer"
+            if param.device != own.device:
+                raise DeviceError(
+                    f"FlatAdamW: `params` must stay on {own.device}, got one on {param.device}: {advice}"
+                )
+            if param.dtype != own.dtype or param.shape != own.shape:
+                raise DtypeError(
+                    f"FlatAdamW: `params` must stay {own.dtype} of shape {list(own.shape)}, got {param.dtype} of "
+                    f"shape {list(param.shape)}: {advice}"
+                )
+            own.copy_(param)
+            param.data = own
+            self.versions[index] = self.copied_versions[index] = -1
 
     def refresh_master(self) -> None:
         """Takes over what somebody wrote to the parameters since the last step."""
@@ -262,7 +281,7 @@ class _FlatBuffers:
         torch.autograd.graph.increment_version(self.params if self._copy is None else [*self.params, self._copy])
         self._note_versions()
         if self._copy is not None:
-            self.copied_versions = self.versions
+            self.copied_versions = list(self.versions)
 
     def note_zeroed_grads(self) -> None:
         """Takes note that the gradients are zero now."""
@@ -284,7 +303,7 @@ def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
 def _check_param(param: torch.nn.Parameter) -> None:
     if not param.is_floating_point():
         raise DtypeError(f"FlatAdamW: `params` must have a float dtype, got {param.dtype}")
-    sharding = distributed.sharding_of(param)
+    sharding = collectives.sharding_of(param)
     if sharding is not None:
         raise InvalidValueError(f"FlatAdamW: `params` must be whole on every rank, got {sharding}")
     if param.device.type not in ("cpu", "cuda"):
@@ -357,12 +376,12 @@ class FlatAdamW(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidValueError(f"FlatAdamW: `max_grad_norm` must be > 0 or None, got {max_grad_norm}")
         if process_group is not None:
-            distributed.check_group("FlatAdamW", process_group)
+            collectives.check_group("FlatAdamW", process_group)
         if low_precision not in (None, *LOW_PRECISION):
             expected = "torch.bfloat16, torch.float16 or None"
             raise InvalidValueError(f"FlatAdamW: `low_precision` must be {expected}, got {low_precision}")
         self.max_grad_norm = max_grad_norm
-        self._process_group = process_group
+        self.process_group = process_group
         self._low_precision = low_precision
         self._reset()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -401,14 +420,14 @@ class FlatAdamW(torch.optim.Optimizer):
                 raise DeviceError(
                     f"FlatAdamW: `params` must be on one device, got parameters on {' and '.join(map(str, devices))}"
                 )
-            if self._process_group is not None:
-                distributed.check_alike("FlatAdamW", self._process_group, group["params"])
+            if self.process_group is not None:
+                collectives.check_alike("FlatAdamW", self.process_group, group["params"])
         except Exception:
             del self.param_groups[-1]
             raise
         for flat in self._flatten(group):
-            if self._process_group is not None:
-                flat.broadcast_(self._process_group)
+            if self.process_group is not None:
+                flat.broadcast_(self.process_group)
 
     def _flatten(self, group: dict[str, Any]) -> list[_FlatBuffers]:
         """Moves a group's parameters into flat buffers, one for each dtype."""
@@ -454,11 +473,11 @@ class FlatAdamW(torch.optim.Optimizer):
 
         For what must see the averaged gradients before the step, as a ``GradScaler`` must.
         """
-        if self._process_group is None or self._averaged:
+        if self.process_group is None or self._averaged:
             return
         for flat in self._flats:
             flat.attach_grads()
-            distributed.average_(flat.grad, self._process_group)
+            collectives.average_(flat.grad, self.process_group)
         self._averaged = True
 
     @torch.no_grad()
@@ -497,12 +516,12 @@ class FlatAdamW(torch.optim.Optimizer):
         """
         # Whatever may fail comes before the gradients count as used.
         for flat, settings in zip(self._flats, self._settings, strict=True):
-            flat.check_in_place()
+            flat.take_back()
             settings.write(self._settings_of(flat.group))
         for flat in self._flats:
             flat.refresh_master()
             flat.attach_grads()
-            if flat.choose_active(touched_only=not gradients_follow and self._process_group is None):
+            if flat.choose_active(touched_only=not gradients_follow and self.process_group is None):
                 self.state.update(flat.state_of())
 
     @property
@@ -525,7 +544,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 adamw_step(*span.buffers, settings=settings.tensor, sums=self._sums, step=span.step, skipped=skipped)
                 # A step counts as skipped once.
                 skipped = None
-        if self._sums.is_cuda:
+        if device_values.is_gpu(self._sums.device):
             return self._sums.sum().sqrt().to(torch.float32)
         return math.sqrt(sum(self._sums.tolist()))
 
@@ -592,7 +611,7 @@ class FlatAdamW(torch.optim.Optimizer):
             self.state.update(flat.state_of())
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._process_group not in (None, distributed.data_parallel_group(None)):
+        if self.process_group not in (None, collectives.data_parallel_group(None)):
             raise InvalidValueError(
                 "FlatAdamW: `process_group` must be None or the default group for a copy or a pickle, got another one"
             )
@@ -600,7 +619,7 @@ class FlatAdamW(torch.optim.Optimizer):
             **super().__getstate__(),
             "max_grad_norm": self.max_grad_norm,
             "low_precision": self._low_precision,
-            "whole_world": self._process_group is not None,
+            "whole_world": self.process_group is not None,
             "skipped_steps": self.skipped_steps,
         }
 
@@ -610,7 +629,7 @@ class FlatAdamW(torch.optim.Optimizer):
         state = dict(state)
         states = state.pop("state")
         self.max_grad_norm, self._low_precision = state.pop("max_grad_norm"), state.pop("low_precision")
-        self._process_group = distributed.data_parallel_group(None) if state.pop("whole_world") else None
+        self.process_group = collectives.data_parallel_group(None) if state.pop("whole_world") else None
         self._reset()
         self._skipped.fill_(state.pop("skipped_steps"))
         super().__setstate__({**state, "state": defaultdict(dict)})
