@@ -120,8 +120,8 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
         fronts.append([name, "; ".join(on_the_way)])
     sections = [
         "# Plain LoRA stopped at CAT's identity",
-        "Written by `python examples/study/stopped_early.py`; [earlier.md](earlier.md) says what was trained. Plain LoRA is "
-        f"scored every {EVERY} steps and stopped where its identity is at least CAT's less {EQUAL_IDENTITY}.",
+        "Written by `python examples/study/stopped_early.py`; [earlier.md](earlier.md) says what was trained.",
+        f"Plain LoRA is scored every {EVERY} steps and stopped when its identity is CAT's up to {EQUAL_IDENTITY}.",
         "## Scores\n\n" + table(("concept, seed", "adapter, steps", *FIGURES.values()), scores),
         "## CAT - LoRA, paired\n\n" + table(("concept, seed", "LoRA's steps", *COMPARED.values()), differences),
         "## Plain LoRA on the way\n\n" + table(("concept, seed", "steps: identity / UPS"), fronts),
