@@ -22,10 +22,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import cat_rs
-from cat_rs import distributed
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, InvalidValueError
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
+from cat_rs.step import collectives
 from cat_rs.training import TrainConfig, train
 from cat_rs.training.encoded_dataset import EncodedDataset
 from cat_rs.training.sampler import BatchSampler
@@ -562,7 +562,7 @@ def test_something_else_than_a_group_is_named() -> None:
 def test_a_group_that_cannot_move_the_tensors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     with pytest.raises(DeviceError, match=r"must have a backend for tensors on cpu, as gloo .* got cuda:nccl"):
-        distributed.check_alike("CatStep", None, some_params(0))
+        collectives.check_alike("CatStep", None, some_params(0))
 
 
 def test_resumes_bit_for_bit_within_an_accumulation(ranks: Results) -> None:

@@ -127,3 +127,16 @@ def test_a_missing_file_is_an_error_of_the_operating_system(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     with pytest.raises(TextFileError, match="UTF-16 or no text"):
         read_text(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(("name", "read"), [reader[::2] for reader in READERS if "json" in reader[0].lower()])
+def test_endless_brackets_are_refused_by_name(tmp_path: Path, name: str, read: Callable[[Path], Any]) -> None:
+    (tmp_path / name).write_text("[" * 100_000 + "\n{}\n")
+    with pytest.raises(CatRsError, match=name):
+        read(tmp_path / name)
+
+
+def test_half_a_surrogate_pair_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text('{"trigger_prompts": ["a sks \\ud83d"]}')
+    with pytest.raises(CatRsError, match=r"prompts\.json, got half of a surrogate pair"):
+        prompts(tmp_path / "prompts.json")

@@ -98,7 +98,7 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config file: {error}") from error
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (json.JSONDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: expected YAML or JSON, got text that is neither: {error}") from error
     if values is None:
         return {}

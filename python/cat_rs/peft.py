@@ -19,9 +19,10 @@ from cat_rs.ops.frozen_linear import frozen_linear
 from cat_rs.ops.lora_linear import LoraLinearFunction, WeightCopyFunction, lora_linear
 from cat_rs.ops.lora_up import LoraUpFunction, lora_up_
 from cat_rs.ops.operator import LOW_PRECISION, rounded
+from cat_rs.unwrap import unwrap_model
 
 if TYPE_CHECKING:
-    from cat_rs.optim import FlatAdamW
+    from cat_rs.step.optimizer import FlatAdamW
 
 __all__ = [
     "PatchReport",
@@ -392,8 +393,7 @@ def has_adapter(model: torch.nn.Module) -> bool:
 
 def base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The base model's parameters under the names that they have without an adapter."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    yield from _base_parameters(unwrap() if unwrap else model, "")
+    yield from _base_parameters(unwrap_model(model, peft=True), "")
 
 
 def _base_parameters(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -74,7 +74,7 @@ def metrics_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             if number == len(lines):
                 break
             raise MetricsError(f"line {number} of {file} is not valid JSON: {error}") from error

@@ -120,7 +120,7 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
     except FileNotFoundError as error:
         expected = f"the emoji model's folder, got {emoji_model} without {file.name}"
         raise ConfigError(f"emoji_model: expected {expected}") from error
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(
             f"emoji_model: expected the concepts of the emoji model in {file}, got: {error!r}"
         ) from error

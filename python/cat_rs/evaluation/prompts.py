@@ -11,7 +11,7 @@ from typing import Any
 
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.prompts import remove_trigger
-from cat_rs.text_files import read_prompts, read_text
+from cat_rs.text_files import is_unicode, read_prompts, read_text
 
 _PROMPTS = "_prompts"
 _TRIGGER_PROMPTS = f"trigger{_PROMPTS}"
@@ -141,7 +141,7 @@ def _json_entry(text: str, file: Path, concept: str | None) -> Mapping[str, Any]
     """Return the object of one concept, completed from the whole file."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise EvaluationInputError(f"prompts: {file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise EvaluationInputError(f"prompts: expected a JSON object in {file}, got {type(content).__name__}")
@@ -183,4 +183,9 @@ def _texts(entry: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
     value = entry.get(key, ())
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
         raise EvaluationInputError(f"prompts: expected a list of texts as {key!r} in {file}, got {value!r}")
+    for text in value:
+        if not is_unicode(text):
+            raise EvaluationInputError(
+                f"prompts: expected Unicode in {file}, got half of a surrogate pair in {text!r}"
+            )
     return tuple(value)

@@ -133,7 +133,7 @@ class EvaluationResult:
                 adapters={name: _scores(scores) for name, scores in content["adapters"].items()},
                 prompts=tuple(_prompt_scores(row) for row in content["prompts"]),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationInputError(f"result: expected the JSON of an evaluation, got {error!r}") from error
 
     @classmethod

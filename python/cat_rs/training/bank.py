@@ -9,7 +9,7 @@ import torch
 
 from cat_rs.processes import Processes
 from cat_rs.run_folder import BANK_FILE
-from cat_rs.teacher_bank import TeacherBank
+from cat_rs.step.teacher_bank import TeacherBank
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.encoded_dataset import EncodedDataset
 from cat_rs.training.errors import CheckpointError

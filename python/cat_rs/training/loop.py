@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from cat_rs import device as devices
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
 from cat_rs.run_folder import METRICS_FILE
+from cat_rs.step import device_values
 from cat_rs.training.bank import open_bank
 from cat_rs.training.captions import fill_template, pair_captions
 from cat_rs.training.config import TrainConfig
@@ -79,9 +79,9 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     from tqdm import tqdm
 
     device = choose_device(config.device)
-    if config.capture and not devices.is_gpu(device):
+    if config.capture and not device_values.is_gpu(device):
         raise ConfigError(f"capture: expected a GPU to record on, got device {config.device}")
-    if config.teacher_draws and devices.is_gpu(device):
+    if config.teacher_draws and device_values.is_gpu(device):
         raise ConfigError(f"teacher_draws: expected 0 on a GPU, got {config.teacher_draws}")
     processes = Processes.init(device)
     device = processes.own_device(device)

@@ -9,10 +9,10 @@ import torch
 
 from cat_rs._version import __version__
 from cat_rs.adapter_file import save_lora
-from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.processes import Processes
 from cat_rs.step import CatStep
-from cat_rs.teacher_bank import TeacherBank
+from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
+from cat_rs.step.teacher_bank import TeacherBank
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.encoded_dataset import EncodedDataset
 from cat_rs.training.sampler import BatchSampler

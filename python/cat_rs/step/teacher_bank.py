@@ -1,4 +1,4 @@
-"""Base predictions computed once: draws of noise and timestep for each picture, and what the base model predicts.
+"""Base predictions computed once, for stored draws of noise and timestep.
 
 Shape letters: P pictures, K draws a picture, B batch, [...] one latent.
 """
@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from cat_rs.adapter_file.disk import TensorParts, write_safetensors
-from cat_rs.denoiser import Cond, Predict, as_kwargs, denoiser_predict
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.noising import noising
-from cat_rs.schedule import NoiseSchedule
+from cat_rs.step.conditions import Cond, as_kwargs
+from cat_rs.step.denoiser import Predict, denoiser_predict
+from cat_rs.step.noise_schedule import NoiseSchedule
+from cat_rs.step.pytree import map_tensors, named_tensors
 
 __all__ = ["TeacherBank", "TeacherDraws"]
 
@@ -28,9 +30,9 @@ STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SEEDS = 2**32
 # Values kept of each picture's condition, and of each weight for the model's fingerprint.
 SAMPLED = 256
-# What rounding may do to a condition or a latent that is computed again, relative to its norm; other captions or
-# pictures are much farther away.
-SAME = 0.02
+# Rounding of a condition or a latent that is computed again, relative to its norm; other captions or pictures are much
+# farther away.
+ROUNDING = 0.02
 
 
 class TeacherDraws(NamedTuple):
@@ -52,14 +54,13 @@ class TeacherDraws(NamedTuple):
 class TeacherBank:
     """Draws of (noise, timestep) with their base predictions, K for each of P pictures, in memory or in a file.
 
-    A step with a bank takes a stored draw instead of a fresh one and so saves the base model's forward. The same K
-    draws of a picture come again and again: too few of them preserve less. A bank belongs to one base model, one
+    A step with a bank takes a stored draw instead of a fresh one, which saves the base model's forward. The K draws of
+    a picture repeat throughout the training: too few of them preserve less. A bank belongs to one base model, one
     schedule, one set of pictures and their captions without the trigger.
 
-    Only the prediction and a seed are kept of a draw; its noise is drawn again from the seed when it is read. A draw
-    costs the latent's size in ``dtype`` and 16 bytes.
+    Each draw stores one latent-sized prediction in ``dtype`` plus 16 bytes; its noise is regenerated from a seed.
 
-    Made by :meth:`build` or :meth:`load`.
+    Create one with :meth:`build` or :meth:`load`.
 
     Attributes:
         pictures: P.
@@ -69,7 +70,7 @@ class TeacherBank:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> None:
-        self._tensors, self._facts = tensors, facts
+        self._tensors, self._metadata = tensors, facts
         self._base, self._latents, self._latents_std = tensors["base"], tensors["latents"], tensors.get("latents_std")
         self._timesteps, self._seeds = tensors["timesteps"], tensors["seeds"]
         self._cond_shapes: dict[str, list[int]] = json.loads(facts["cond_shapes"])
@@ -104,12 +105,12 @@ class TeacherBank:
             cond_no_trigger: The pictures' prompts without the trigger, in the form that :class:`CatStep` takes, with
                 batch dimension P.
             draws: K.
-            latents_std: Standard deviation of the latents, [P, ...], as a VAE's posterior has: each draw then has
-                latents of its own, latents + latents_std * (standard normal).
+            latents_std: Standard deviation of the latents, [P, ...], such as that of a VAE's posterior: each draw then
+                has its own latents, latents + latents_std * (standard normal).
             generator: Draws the timesteps and a seed for each draw; by default torch's global one.
-            dtype: To store predictions in: bfloat16, float16 or float32.
-            path: File to write the bank into as it is built; the bank returned reads from it as it needs. An older
-                file there is replaced when the new one is whole. By default the bank is in memory.
+            dtype: Dtype of the stored predictions: bfloat16, float16 or float32.
+            path: File that the bank is written to while it is built, and that the returned bank reads from on demand.
+                An older file there is replaced when the new one is complete. By default the bank is in memory.
             batch_size: Draws predicted in one call of the model.
             prediction_type, predict: As of :class:`CatStep`.
             progress: Show a progress bar (needs tqdm).
@@ -118,89 +119,62 @@ class TeacherBank:
             InvalidValueError, ShapeError, DtypeError, DeviceError: Naming what was expected and what came.
             OSError: The file cannot be written; nothing is left behind.
         """
+        _check_counts(draws=draws, batch_size=batch_size)
         _check_latents(latents, latents_std)
-        for name, value in (("draws", draws), ("batch_size", batch_size)):
-            if value < 1:
-                raise InvalidValueError(f"TeacherBank.build: `{name}` must be at least 1, got {value}")
         if dtype not in STORAGE_DTYPES:
-            raise DtypeError(
-                f"TeacherBank.build: `dtype` must be {_names(STORAGE_DTYPES)}, got {str(dtype).removeprefix('torch.')}"
-            )
+            got = str(dtype).removeprefix("torch.")
+            raise DtypeError(f"TeacherBank.build: `dtype` must be bfloat16, float16 or float32, got {got}")
         schedule = NoiseSchedule(scheduler, prediction_type)
         cond = as_kwargs("cond_no_trigger", cond_no_trigger)
-        count = len(latents)
-        timesteps = schedule.draw(count * draws, generator).reshape(count, draws)
-        seeds = torch.randint(SEEDS, (count, draws), generator=generator)
-        leaves = dict(_leaves("", cond))
-        for name, leaf in leaves.items():
-            if leaf.dim() == 0 or len(leaf) != count:
-                raise ShapeError(
-                    f"TeacherBank.build: `cond_no_trigger{name}` must have a batch dimension of the {count} pictures, "
-                    f"got {list(leaf.shape)}"
-                )
+        pictures = len(latents)
+        cond_tensors = _batched_tensors(cond, pictures)
+        timesteps = schedule.draw(pictures * draws, generator).reshape(pictures, draws)
         tensors = {
-            "base": torch.empty((count, draws, *latents.shape[1:]), dtype=dtype, device="meta"),
-            # A copy that lies as a file's does: noise is drawn in memory order.
+            "base": torch.empty((pictures, draws, *latents.shape[1:]), dtype=dtype, device="meta"),
+            # A copy in the memory order that a file has, which is the order that noise is drawn in.
             "latents": latents.detach().clone(memory_format=torch.contiguous_format),
             "timesteps": timesteps,
-            "seeds": seeds,
-            "schedule": _table(schedule),
+            "seeds": torch.randint(SEEDS, (pictures, draws), generator=generator),
+            "schedule": schedule.table(),
             **({} if latents_std is None else {"latents_std": latents_std.detach().clone()}),
-            **{f"cond{name}": _sampled(leaf) for name, leaf in leaves.items()},
+            **{f"cond{name}": _sampled(tensor) for name, tensor in cond_tensors.items()},
         }
-        facts = {
+        metadata = {
             "format": FORMAT,
-            "pictures": str(count),
+            "pictures": str(pictures),
             "draws": str(draws),
             "prediction_type": schedule.prediction_type,
             "model": _fingerprint(model),
-            "cond_shapes": json.dumps({name: list(leaf.shape[1:]) for name, leaf in leaves.items()}),
+            "cond_shapes": json.dumps({name: list(tensor.shape[1:]) for name, tensor in cond_tensors.items()}),
         }
-        # Everything but the predictions is known: the bank itself reads the draws that they are made from.
-        bank = cls(tensors, facts)
+        # A bank without predictions reads the draws that the predictions are made from.
+        bank = cls(tensors, metadata)
         tensors["noise_check"] = bank._first_noise()
         predictions = bank._predict(model, schedule, cond, predict or denoiser_predict(model), batch_size, progress)
         if path is not None:
-            written = TensorParts(dtype, tuple(tensors["base"].shape), predictions)
-            write_safetensors(path, {**tensors, "base": written}, facts)
+            parts = TensorParts(dtype, tuple(tensors["base"].shape), predictions)
+            write_safetensors(path, {**tensors, "base": parts}, metadata)
             return cls.load(path, latents=None)
-        base = torch.empty(tensors["base"].shape, dtype=dtype)
-        done = 0
-        for chunk in predictions:
-            base.flatten(0, 1)[done : done + len(chunk)] = chunk
-            done += len(chunk)
-        return cls({**tensors, "base": base}, facts)
+        base = torch.empty_like(tensors["base"], device="cpu")
+        for rows, predicted in zip(base.flatten(0, 1).split(batch_size), predictions, strict=True):
+            rows.copy_(predicted)
+        return cls({**tensors, "base": base}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, latents: torch.Tensor | None) -> TeacherBank:
-        """Opens a bank that :meth:`build` wrote; predictions are mapped into memory and read as they are needed.
+        """Opens a bank that :meth:`build` wrote; predictions are mapped into memory and read on demand.
 
         Args:
             path: The file.
-            latents: The pictures' latents now, [P, ...], to refuse a bank of other pictures; None trusts the file.
+            latents: The pictures' current latents, [P, ...], to refuse a bank of other pictures; None trusts the file.
 
         Raises:
-            InvalidValueError: The file is no bank of this format, or one of other pictures, or this PyTorch draws
-                other noise from its seeds.
+            InvalidValueError: The file is no bank of this format, or has other pictures, or this PyTorch draws other
+                noise from its seeds.
             OSError: The file cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
-
-        # safe_open's own error does not tell a missing file from a folder.
-        with open(path, "rb"):
-            pass
-        try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("format") != FORMAT:
-                    raise InvalidValueError(
-                        f"TeacherBank.load: `path` must be a file of format {FORMAT!r}, got {path} of format "
-                        f"{facts.get('format')!r}"
-                    )
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise InvalidValueError(f"TeacherBank.load: `path` must be a teacher bank, got {path}: {error}") from error
-        bank = cls(tensors, facts)
+        tensors, metadata = _read(path)
+        bank = cls(tensors, metadata)
         if not torch.allclose(bank._first_noise(), tensors["noise_check"], rtol=0, atol=0.05):
             raise InvalidValueError(
                 f"TeacherBank.load: `path` must be a bank whose seeds give the same noise here, got {path}: it was "
@@ -211,7 +185,7 @@ class TeacherBank:
         return bank
 
     def read(self, pictures: torch.Tensor, draws: torch.Tensor) -> TeacherDraws:
-        """Stored draws.
+        """Reads stored draws.
 
         Args:
             pictures: Indices below P, [B] int64.
@@ -227,14 +201,14 @@ class TeacherBank:
         return TeacherDraws(latents, noise, self._timesteps[pictures, draws], self._base[pictures, draws])
 
     def draw(self, pictures: torch.Tensor, generator: torch.Generator | None = None) -> TeacherDraws:
-        """One of each picture's draws, uniformly: ``read(pictures, torch.randint(K, [B], generator=generator))``."""
+        """Reads one draw of each picture: ``read(pictures, torch.randint(K, [B], generator=generator))``."""
         _check_index("CatStep: `latents` with a teacher bank", pictures, self.pictures)
         return self.read(pictures, torch.randint(self.draws, pictures.shape, generator=generator))
 
     def check_model(self, model: torch.nn.Module, schedule: NoiseSchedule) -> None:
         """Refuses a step of another base model or schedule.
 
-        Weights are compared by a sample of each, its dtype included.
+        Of each weight a sample of its values and its dtype are compared.
 
         Raises:
             InvalidValueError: The predictions are not those of this base model and schedule.
@@ -244,17 +218,17 @@ class TeacherBank:
             raise InvalidValueError(
                 f"{must} prediction type {schedule.prediction_type!r}, got one of {self.prediction_type!r}"
             )
-        ours, theirs = _table(schedule), self._tensors["schedule"]
+        ours, theirs = schedule.table(), self._tensors["schedule"]
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6):
             raise InvalidValueError(f"{must} this scheduler's noise schedule, got one of another")
-        if self._facts["model"] != (fingerprint := _fingerprint(model)):
+        if self._metadata["model"] != (fingerprint := _fingerprint(model)):
             raise InvalidValueError(
                 f"{must} this base model (fingerprint {fingerprint[:12]}), got one of another base model or dtype "
-                f"({self._facts['model'][:12]})"
+                f"({self._metadata['model'][:12]})"
             )
 
     def check_cond(self, pictures: torch.Tensor, cond_no_trigger: Mapping[str, Any]) -> None:
-        """Refuses conditions that the predictions of these pictures were not made with.
+        """Refuses conditions other than those that these pictures' predictions were made with.
 
         A sample of each picture's condition is compared.
 
@@ -262,24 +236,24 @@ class TeacherBank:
             InvalidValueError, ShapeError: They differ by more than rounding.
         """
         _check_index("CatStep: `latents` with a teacher bank", pictures, self.pictures)
-        leaves = dict(_leaves("", cond_no_trigger))
-        if leaves.keys() != self._cond_shapes.keys():
+        ours = dict(named_tensors(cond_no_trigger))
+        if ours.keys() != self._cond_shapes.keys():
             raise InvalidValueError(
                 f"CatStep: `cond_no_trigger` must have the teacher bank's tensors {sorted(self._cond_shapes)}, got "
-                f"{sorted(leaves)}"
+                f"{sorted(ours)}"
             )
-        for name, leaf in leaves.items():
+        for name, tensor in ours.items():
             expected = [len(pictures), *self._cond_shapes[name]]
-            if list(leaf.shape) != expected:
+            if list(tensor.shape) != expected:
                 raise ShapeError(
                     f"CatStep: `cond_no_trigger{name}` must have shape {expected} as in the teacher bank, got "
-                    f"{list(leaf.shape)}"
+                    f"{list(tensor.shape)}"
                 )
-            place = _first_difference(_sampled(leaf), self._tensors[f"cond{name}"][pictures])
-            if place is not None:
+            row = _first_difference(_sampled(tensor), self._tensors[f"cond{name}"][pictures])
+            if row is not None:
                 raise InvalidValueError(
                     f"CatStep: `cond_no_trigger{name}` must be what the teacher bank's predictions were made with, "
-                    f"got another at index {place} (picture {int(pictures[place])}): other captions, another order of "
+                    f"got another at index {row} (picture {int(pictures[row])}): other captions, another order of "
                     "pictures, or another text encoder"
                 )
 
@@ -289,10 +263,11 @@ class TeacherBank:
                 f"TeacherBank.load: `latents` must have the bank's shape {list(self._latents.shape)}, got "
                 f"{list(latents.shape)}"
             )
-        place = _first_difference(latents.flatten(1), self._latents.flatten(1))
-        if place is not None:
+        picture = _first_difference(latents.flatten(1), self._latents.flatten(1))
+        if picture is not None:
             raise InvalidValueError(
-                f"TeacherBank.load: `latents` must be those that the bank was built from, got another picture {place}"
+                f"TeacherBank.load: `latents` must be those that the bank was built from, got another picture "
+                f"{picture}"
             )
 
     def _redraw(self, pictures: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,7 +286,7 @@ class TeacherBank:
         return latents, noise
 
     def _first_noise(self) -> torch.Tensor:
-        """The start of the first draw's noise, which tells whether seeds mean here what they meant at the build."""
+        """The start of the first draw's noise, to detect a PyTorch that draws other noise from the seeds."""
         first = torch.zeros(1, dtype=torch.long)
         return self._redraw(first, first)[1].flatten()[:SAMPLED].float()
 
@@ -324,7 +299,7 @@ class TeacherBank:
         batch_size: int,
         progress: bool,
     ) -> Iterator[torch.Tensor]:
-        """Base predictions in the storage dtype, picture after picture, `batch_size` at a time."""
+        """Base predictions in the storage dtype, picture after picture, ``batch_size`` at a time."""
         # PEFT is imported only where a model with its layers is trained.
         from cat_rs.peft import adapter_disabled
 
@@ -340,7 +315,7 @@ class TeacherBank:
             rates = schedule.rates(timesteps, len(chunk))
             noisy, _ = noising(latents, noise, *rates, schedule.prediction_type)
             with torch.no_grad(), adapter_disabled(model):
-                base = predict(model, noisy, timesteps, _take(cond, pictures))
+                base = predict(model, noisy, timesteps, _rows(cond, pictures))
             if base.shape != latents.shape:
                 raise ShapeError(
                     f"TeacherBank.build: `model` must predict the latents' shape {list(latents.shape)}, got "
@@ -353,6 +328,32 @@ class TeacherBank:
                     f"pictures {int(pictures[0])}..{int(pictures[-1])}"
                 )
             yield stored
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a bank's file, mapped into memory, and its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    # safe_open's own error does not tell a missing file from a folder.
+    with open(path, "rb"):
+        pass
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise InvalidValueError(
+                    f"TeacherBank.load: `path` must be a file of format {FORMAT!r}, got {path} of format "
+                    f"{metadata.get('format')!r}"
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise InvalidValueError(f"TeacherBank.load: `path` must be a teacher bank, got {path}: {error}") from error
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise InvalidValueError(f"TeacherBank.build: `{name}` must be at least 1, got {count}")
 
 
 def _check_latents(latents: torch.Tensor, latents_std: torch.Tensor | None) -> None:
@@ -381,52 +382,34 @@ def _check_index(what: str, index: torch.Tensor, count: int) -> None:
         raise InvalidValueError(f"{what} must be indices in 0..{count - 1}, got {low}..{high}")
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{', '.join(most)} or {last}"
+def _batched_tensors(cond: Mapping[str, Any], pictures: int) -> dict[str, torch.Tensor]:
+    """The tensors of a condition by name; all must have a batch dimension."""
+    tensors = dict(named_tensors(cond))
+    for name, tensor in tensors.items():
+        if tensor.dim() == 0 or len(tensor) != pictures:
+            raise ShapeError(
+                f"TeacherBank.build: `cond_no_trigger{name}` must have a batch dimension of the {pictures} pictures, "
+                f"got {list(tensor.shape)}"
+            )
+    return tensors
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a condition, by the expression that finds them."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(f"{name}[{key!r}]", inner)
-    elif isinstance(value, list | tuple):
-        for index, inner in enumerate(value):
-            yield from _leaves(f"{name}[{index}]", inner)
+def _rows(cond: Mapping[str, Any], index: torch.Tensor) -> Mapping[str, Any]:
+    """The condition of some of the pictures."""
+    return map_tensors(lambda tensor: tensor[index], cond)
 
 
-def _take(value: Any, index: torch.Tensor) -> Any:
-    """A condition of some of the pictures."""
-    if isinstance(value, torch.Tensor):
-        return value[index]
-    if isinstance(value, Mapping):
-        return {key: _take(inner, index) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_take(inner, index) for inner in value])
-    return value
-
-
-def _sampled(leaf: torch.Tensor) -> torch.Tensor:
-    """Values of each row at equal distances, [len(leaf), at most SAMPLED] float32."""
-    rows = leaf.detach().reshape(len(leaf), -1)
+def _sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """Values of each row at equal distances, [rows, at most SAMPLED] float32."""
+    rows = tensor.detach().reshape(len(tensor), -1)
     return rows[:, :: max(1, math.ceil(rows.shape[1] / SAMPLED))].to("cpu", torch.float32).contiguous()
 
 
 def _first_difference(ours: torch.Tensor, theirs: torch.Tensor) -> int | None:
     """The first row that differs by more than rounding."""
     # Written so that NaN differs.
-    same = (ours.float() - theirs.float()).norm(dim=1) <= SAME * theirs.float().norm(dim=1)
+    same = (ours.float() - theirs.float()).norm(dim=1) <= ROUNDING * theirs.float().norm(dim=1)
     return None if same.all() else int((~same).nonzero()[0])
-
-
-def _table(schedule: NoiseSchedule) -> torch.Tensor:
-    """What decides z_t at each timestep."""
-    if schedule.alphas_cumprod is not None:
-        return schedule.alphas_cumprod
-    return torch.cat([schedule.timesteps, torch.tensor([float(schedule.num_train_timesteps)])])
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Weights of the preservation term that change while training."""
+"""The weight of the preservation term: a number, or a schedule of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from cat_rs.errors import InvalidValueError
 
-__all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor"]
+__all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor", "factor_after"]
 
 CatFactor = float | Callable[[int], float]
 """A number, or a function of the number of finished optimizer steps."""
@@ -33,9 +33,9 @@ class CatFactorRamp:
     """A ``cat_factor`` that goes from one value to another over a number of optimizer steps, and stays there.
 
     Attributes:
-        start: In the first step.
-        end: From step ``steps`` on.
-        steps: How long it takes, >= 1.
+        start: The factor in the first step.
+        end: The factor from step ``steps`` on.
+        steps: Length of the ramp, >= 1.
         shape: "linear", or "cosine" for half a wave.
     """
 
@@ -64,14 +64,15 @@ class CatFactorRatio:
     """A ``cat_factor`` that keeps the preservation term at a chosen fraction of the diffusion term.
 
     cat_factor = ratio * mean(L_diff) / mean(L_cat), with exponentially decaying means over the steps so far, at most
-    ``maximum``. The useful factor depends on model, data and learning rate; a ratio does so less. L_cat is zero where
-    training starts, so the first steps use ``maximum``. Note the direction: where preservation gets worse, L_cat grows
-    and the factor falls, so that the two terms keep their proportion. In several processes each follows its own terms.
+    ``maximum``. The useful factor depends on model, data and learning rate; a useful ratio depends on them less. L_cat
+    is zero where training starts, so the first steps use ``maximum``. Note the direction: where preservation gets
+    worse, L_cat grows and the factor falls, so that the two terms keep their proportion. Each of several processes
+    follows its own terms.
 
     Args:
         ratio: cat_factor * L_cat / L_diff, > 0.
         maximum: The largest factor, > 0.
-        decay: Of the means, in [0, 1); 0 looks at the last step alone.
+        decay: Decay of the means, in [0, 1); 0 uses the last step alone.
     """
 
     def __init__(self, ratio: float, *, maximum: float = 1000.0, decay: float = 0.9) -> None:
@@ -83,7 +84,7 @@ class CatFactorRatio:
         self.ratio = ratio
         self.maximum = maximum
         self.decay = decay
-        # Of L_diff and L_cat, where the terms are: nothing waits for a GPU to tell them.
+        # Means of L_diff and L_cat, on the terms' device: nothing waits for a GPU.
         self._means = torch.zeros(2, dtype=torch.float64)
 
     def __call__(self, step: int) -> float:
@@ -98,7 +99,7 @@ class CatFactorRatio:
         return torch.where(wanted < self.maximum * cat, wanted / cat, self.maximum)
 
     def update(self, diffusion: float | torch.Tensor, cat: float | torch.Tensor) -> None:
-        """Takes a step's terms into the means; terms that are not finite are left out."""
+        """Updates the means with a step's terms; terms that are not finite are left out."""
         terms = torch.stack([torch.as_tensor(term, dtype=torch.float64) for term in (diffusion, cat)])
         means = self._means.to(terms.device)
         self._means = torch.where(terms.isfinite().all(), self.decay * means + (1 - self.decay) * terms, means)
@@ -112,3 +113,14 @@ class CatFactorRatio:
         """Continues where :meth:`state_dict` was called."""
         means = [state_dict["diffusion"], state_dict["cat"]]
         self._means = torch.tensor(means, dtype=torch.float64, device=self._means.device)
+
+
+def factor_after(cat_factor: CatFactor, steps_done: int) -> float | torch.Tensor:
+    """The factor of the step after ``steps_done`` others; a ratio's is a tensor, whose value need not be waited for.
+
+    Raises:
+        InvalidValueError: The function returned a factor that is negative or not finite.
+    """
+    if isinstance(cat_factor, CatFactorRatio):
+        return cat_factor.factor()
+    return check_cat_factor(cat_factor(steps_done) if callable(cat_factor) else cat_factor)

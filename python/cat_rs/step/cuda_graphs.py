@@ -1,4 +1,4 @@
-"""Functions on a GPU recorded as CUDA graphs: one launch replays all of their kernels."""
+"""CUDA graphs: one launch replays all kernels of a recorded function."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 import torch
 
 from cat_rs.errors import InvalidValueError
-from cat_rs.nested import map_tensors, tensors
+from cat_rs.step.pytree import map_tensors, tensors
 
 __all__ = ["CapturedFunctions"]
 
-# Calls before a recording: libraries choose their algorithms, and kernels are compiled, in the first ones.
+# Eager calls before a recording, in which libraries choose their algorithms and kernels are compiled.
 WARM_UP = 3
 
 Outputs = tuple[torch.Tensor, ...]
-# Recordings that failed on the way: PyTorch's allocator may still ask them whether they are recording.
+# Graphs whose recording failed: PyTorch's allocator may still ask them whether they are recording.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class NotCapturable(Exception):
-    """Why a function cannot be recorded, in a line."""
+    """A function cannot be recorded; the message says why in one line."""
 
 
 class CudaGraphs:
-    """What PyTorch offers to record work on one device. All that is recorded shares one pool of memory."""
+    """Records work on one device; all recordings share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -38,7 +38,7 @@ class CudaGraphs:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Work within runs on the stream that recordings are made on, in order with the current stream."""
+        """Runs work on the stream that recordings are made on, in order with the current stream."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         try:
@@ -49,11 +49,11 @@ class CudaGraphs:
 
     @contextmanager
     def waits(self) -> Iterator[list[str]]:
-        """Lists the lines of Python within that wait for the device, which nothing recorded may do."""
+        """Collects the Python lines within that wait for the device, which nothing recorded may do."""
         found: list[str] = []
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
-            # Whoever turns the mode on is told that it is a prototype.
+            # Turning the mode on warns that it is a prototype.
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("warn")
             warnings.simplefilter("always")
@@ -71,7 +71,7 @@ class CudaGraphs:
         """Records the function's kernels without running them.
 
         Returns:
-            What runs them, on the current stream, and returns their outputs: the same tensors every time.
+            A function that runs them on the current stream and returns their outputs, the same tensors every time.
 
         Raises:
             NotCapturable: The function does something that cannot be recorded.
@@ -81,7 +81,7 @@ class CudaGraphs:
         reason: Exception | None = None
         with torch.cuda.device(self._device):
             try:
-                # As torch.compile's own graphs: other threads, of data loaders for example, may go on meanwhile.
+                # As torch.compile does: other threads, of data loaders for example, may go on meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     try:
                         outputs = function()
@@ -89,7 +89,7 @@ class CudaGraphs:
                         reason = error
                         raise
             except Exception as error:
-                # A recording that the driver gave up is not ended by PyTorch: neither stream nor allocator go back.
+                # PyTorch does not end a recording that the driver gave up: neither stream nor allocator are reset.
                 torch.cuda.set_stream(current)
                 _ABANDONED.append(graph)
                 with contextlib.suppress(RuntimeError):
@@ -108,45 +108,45 @@ def _first_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class _TensorForm:
-    """What of an input tensor a recording depends on."""
+class _TensorSignature:
+    """The properties of an input tensor that a recording depends on."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    # Which of the inputs' tensors it is: one that is given twice is one buffer.
-    number: int
+    # Position among the distinct tensors: one that is given twice is one buffer.
+    index: int
 
 
 @dataclass
 class _Recording:
-    """Inputs of one form, and their graph once there is one."""
+    """Inputs of one signature, and their graph once it is recorded."""
 
-    form: Any
+    signature: Any
     calls: int = 0
     inputs: Any = None
     replay: Callable[[], Outputs] | None = None
 
     def load(self, inputs: Any) -> None:
-        """Copies the inputs to where the graph reads them."""
-        for static, given in zip(tensors(self.inputs), tensors(inputs), strict=True):
-            static.copy_(given)
+        """Copies the inputs into the buffers that the graph reads."""
+        for buffer, given in zip(tensors(self.inputs), tensors(inputs), strict=True):
+            buffer.copy_(given)
 
 
 class CapturedFunctions:
-    """Calls functions of nested tensors through graphs, one for each form of their inputs.
+    """Calls functions of nested tensors through graphs, one for each signature of their inputs.
 
-    The first calls with inputs of a form (structure, shapes, dtypes, and the values of what is no tensor) run the
-    function as it is, on a side stream; the next one records it; later ones copy the inputs into the buffers that the
-    graph reads, and replay. What a function reads beside its inputs is recorded by address if it is a tensor, else as
-    the value that it has then.
+    A signature is structure, shapes, dtypes, devices, and the values of all that is not a tensor. The first calls with
+    a signature run the function eagerly on a side stream; the next one records it; later ones copy the inputs into the
+    buffers that the graph reads, and replay. A tensor that a function reads beside its inputs is recorded by address,
+    any other value as it is at that time.
 
-    Where a function cannot be recorded, a warning says why, once, and all functions run as they are from then on.
+    Where a function cannot be recorded, one warning says why, and all functions run eagerly from then on.
 
     Args:
-        owner: Who warns and refuses.
-        device: Of the inputs.
-        limit: Forms that may be recorded.
+        owner: Name in warnings and errors.
+        device: Device of the inputs.
+        limit: Largest number of signatures.
     """
 
     def __init__(self, owner: str, device: torch.device, limit: int) -> None:
@@ -156,15 +156,15 @@ class CapturedFunctions:
         self._given_up = False
 
     def __call__(self, function: Callable[[Any], Outputs], inputs: Any, variant: Any) -> Outputs:
-        """The function's outputs, in tensors of their own.
+        """Returns the function's outputs in new tensors.
 
         Args:
             function: Takes the inputs; queues work on the device and waits for none of it.
             inputs: Nested mappings and sequences of tensors and other values.
-            variant: Tells functions apart, and all else that their work depends on.
+            variant: Identifies the function, and all else that its work depends on; part of the signature.
 
         Raises:
-            InvalidValueError: An input requires a gradient, or the inputs have one form too many.
+            InvalidValueError: An input requires a gradient, or the inputs have one signature too many.
         """
         if self._given_up:
             return function(inputs)
@@ -180,35 +180,35 @@ class CapturedFunctions:
         return tuple(output.clone() for output in recording.replay())
 
     def _recording_of(self, inputs: Any, variant: Any) -> _Recording:
-        numbers: dict[int, int] = {}
+        indices: dict[int, int] = {}
 
-        def form_of(tensor: torch.Tensor) -> _TensorForm:
+        def signature_of(tensor: torch.Tensor) -> _TensorSignature:
             if tensor.requires_grad:
                 raise InvalidValueError(
                     f"{self._owner}: with capture=True no input must require a gradient, which a replay does not "
                     f"give, got a tensor of shape {list(tensor.shape)} that does"
                 )
-            number = numbers.setdefault(id(tensor), len(numbers))
-            return _TensorForm(tensor.shape, tensor.dtype, tensor.device, number)
+            index = indices.setdefault(id(tensor), len(indices))
+            return _TensorSignature(tensor.shape, tensor.dtype, tensor.device, index)
 
-        form = (variant, map_tensors(form_of, inputs))
+        signature = (variant, map_tensors(signature_of, inputs))
         for recording in self._recordings:
-            if recording.form == form:
+            if recording.signature == signature:
                 return recording
         if len(self._recordings) == self._limit:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors(inputs))
             raise InvalidValueError(
-                f"{self._owner}: `max_captures` must be at least the number of forms of the inputs, got "
-                f"{self._limit} and inputs of another form: tensors of shapes {shapes}"
+                f"{self._owner}: `max_captures` must be at least the number of input signatures, got {self._limit} "
+                f"and inputs of another signature: tensors of shapes {shapes}"
             )
-        self._recordings.append(_Recording(form))
+        self._recordings.append(_Recording(signature))
         return self._recordings[-1]
 
     def _warm_up(self, function: Callable[[Any], Outputs], inputs: Any, *, watched: bool) -> Outputs:
         with self._graphs.side_stream():
             if not watched:
                 return function(inputs)
-            # A recording that waits is lost, and may leave PyTorch in disorder: better not to begin one.
+            # A recording that waits fails and may leave PyTorch in disorder, so none is begun.
             with self._graphs.waits() as found:
                 outputs = function(inputs)
         if found:

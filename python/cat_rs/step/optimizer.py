@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
-from cat_rs import distributed
-from cat_rs.device import DeviceValues
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
 from cat_rs.ops.operator import LOW_PRECISION
+from cat_rs.step import collectives, device_values
+from cat_rs.step.device_values import DeviceValues
 
 __all__ = ["FlatAdamW"]
 
@@ -37,7 +38,7 @@ def _own_storages(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
     Whoever looks for tied weights looks for tensors of one storage: accelerate and safetensors would save one of them
     and drop the others, and a deep copy of one would copy all.
     """
-    return [torch.from_dlpack(view) for view in _views(flat, params)]
+    return [from_dlpack(view) for view in _views(flat, params)]
 
 
 class _Span(NamedTuple):
@@ -134,7 +135,7 @@ class _FlatBuffers:
             for index, grad in enumerate(self.grads):
                 if touched_only and active[index]:
                     # What was written through .data raised no version; a GPU would have to be waited for.
-                    active[index] = touched[index] or (not grad.is_cuda and bool(grad.any()))
+                    active[index] = touched[index] or (not device_values.is_gpu(grad.device) and bool(grad.any()))
                 elif touched[index] and not active[index]:
                     grad.zero_()
                     versions[index] = grad._version
@@ -197,7 +198,7 @@ class _FlatBuffers:
 
     def broadcast_(self, group: Any) -> None:
         """Gives every rank the weights of rank 0."""
-        distributed.broadcast_(self.master, group)
+        collectives.broadcast_(self.master, group)
         if self._low_precision is not None:
             self._low_precision.copy_(self.master)
         if self._copy is not None:
@@ -284,7 +285,7 @@ def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
 def _check_param(param: torch.nn.Parameter) -> None:
     if not param.is_floating_point():
         raise DtypeError(f"FlatAdamW: `params` must have a float dtype, got {param.dtype}")
-    sharding = distributed.sharding_of(param)
+    sharding = collectives.sharding_of(param)
     if sharding is not None:
         raise InvalidValueError(f"FlatAdamW: `params` must be whole on every rank, got {sharding}")
     if param.device.type not in ("cpu", "cuda"):
@@ -357,7 +358,7 @@ class FlatAdamW(torch.optim.Optimizer):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise InvalidValueError(f"FlatAdamW: `max_grad_norm` must be > 0 or None, got {max_grad_norm}")
         if process_group is not None:
-            distributed.check_group("FlatAdamW", process_group)
+            collectives.check_group("FlatAdamW", process_group)
         if low_precision not in (None, *LOW_PRECISION):
             expected = "torch.bfloat16, torch.float16 or None"
             raise InvalidValueError(f"FlatAdamW: `low_precision` must be {expected}, got {low_precision}")
@@ -402,7 +403,7 @@ class FlatAdamW(torch.optim.Optimizer):
                     f"FlatAdamW: `params` must be on one device, got parameters on {' and '.join(map(str, devices))}"
                 )
             if self._process_group is not None:
-                distributed.check_alike("FlatAdamW", self._process_group, group["params"])
+                collectives.check_alike("FlatAdamW", self._process_group, group["params"])
         except Exception:
             del self.param_groups[-1]
             raise
@@ -458,7 +459,7 @@ class FlatAdamW(torch.optim.Optimizer):
             return
         for flat in self._flats:
             flat.attach_grads()
-            distributed.average_(flat.grad, self._process_group)
+            collectives.average_(flat.grad, self._process_group)
         self._averaged = True
 
     @torch.no_grad()
@@ -525,7 +526,7 @@ class FlatAdamW(torch.optim.Optimizer):
                 adamw_step(*span.buffers, settings=settings.tensor, sums=self._sums, step=span.step, skipped=skipped)
                 # A step counts as skipped once.
                 skipped = None
-        if self._sums.is_cuda:
+        if device_values.is_gpu(self._sums.device):
             return self._sums.sum().sqrt().to(torch.float32)
         return math.sqrt(sum(self._sums.tolist()))
 
@@ -592,7 +593,7 @@ class FlatAdamW(torch.optim.Optimizer):
             self.state.update(flat.state_of())
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._process_group not in (None, distributed.data_parallel_group(None)):
+        if self._process_group not in (None, collectives.data_parallel_group(None)):
             raise InvalidValueError(
                 "FlatAdamW: `process_group` must be None or the default group for a copy or a pickle, got another one"
             )
@@ -610,7 +611,7 @@ class FlatAdamW(torch.optim.Optimizer):
         state = dict(state)
         states = state.pop("state")
         self.max_grad_norm, self._low_precision = state.pop("max_grad_norm"), state.pop("low_precision")
-        self._process_group = distributed.data_parallel_group(None) if state.pop("whole_world") else None
+        self._process_group = collectives.data_parallel_group(None) if state.pop("whole_world") else None
         self._reset()
         self._skipped.fill_(state.pop("skipped_steps"))
         super().__setstate__({**state, "state": defaultdict(dict)})

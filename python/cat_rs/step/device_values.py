@@ -1,4 +1,4 @@
-"""Devices whose work is queued: what a step must not wait for, and how numbers of the host get there."""
+"""Devices that work asynchronously, and numbers of the host on them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["DeviceValues", "is_gpu"]
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether the device works through a queue, so that reading one of its values waits for everything before it."""
+    """Whether the device works through a queue, so that reading one of its values waits for all work before it."""
     return device.type == "cuda"
 
 
 class DeviceValues:
-    """float64 numbers at one address of a device, set by the host without waiting.
+    """float64 numbers on a device that the host sets without waiting.
 
     Attributes:
-        tensor: The numbers, [K]; recorded graphs read it.
+        tensor: The numbers, [K], at an address that stays, which recorded graphs read.
     """
 
     def __init__(self, values: Sequence[float], device: torch.device) -> None:
@@ -26,12 +26,12 @@ class DeviceValues:
         self._written: list[float | None] = [float(value) for value in values]
 
     def write(self, values: Sequence[float | torch.Tensor]) -> None:
-        """Sets those that changed; tensors are numbers that the device has already."""
+        """Sets the numbers that changed; those in tensors on the device are copied there."""
         for index, value in enumerate(values):
-            if isinstance(value, torch.Tensor) and is_gpu(value.device):
+            if isinstance(value, torch.Tensor) and value.device == self.tensor.device:
                 self.tensor[index].copy_(value.detach())
                 self._written[index] = None
             elif value != self._written[index]:
-                # The number travels as the kernel's argument: no memory of the host is read later.
+                # fill_ passes the number to the kernel by value: no host memory is read later.
                 self.tensor[index].fill_(float(value))
                 self._written[index] = float(value)

@@ -1,4 +1,4 @@
-"""What training needs of a diffusers scheduler: timesteps to draw and the rates of signal and noise at each."""
+"""Timesteps, rates of signal and noise, and loss weights, from a diffusers scheduler."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from cat_rs import device as devices
 from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
 from cat_rs.ops.noising import snr_weights
+from cat_rs.step import device_values
 
 __all__ = ["NoiseSchedule"]
 
@@ -20,7 +20,7 @@ class NoiseSchedule:
         scheduler: One with a table ``alphas_cumprod`` (DDPM, DDIM and their kin) or a flow-matching one
             (FlowMatchEulerDiscreteScheduler and its kin).
         prediction_type: "epsilon", "v_prediction" or "flow"; by default the scheduler's own.
-        device: Where the tables are, and where timesteps are drawn.
+        device: Device of the tables and of drawn timesteps.
 
     Raises:
         InvalidValueError: The scheduler has no such table, or the prediction type does not fit it.
@@ -62,7 +62,11 @@ class NoiseSchedule:
     def rates(self, timesteps: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of latent and noise in z_t at each timestep, [batch] each.
 
-        On a GPU the range of the timesteps is not checked: that would wait for them.
+        On a GPU the timesteps' range is not checked, which would have to wait for their values.
+
+        Raises:
+            ShapeError, DeviceError, InvalidValueError: `timesteps` has another shape, device or dtype, or is out of
+                range.
         """
         if timesteps.shape != (batch,):
             raise ShapeError(f"CatStep: `timesteps` must have shape [{batch}], got {list(timesteps.shape)}")
@@ -79,16 +83,38 @@ class NoiseSchedule:
 
     @staticmethod
     def _check_range(timesteps: torch.Tensor, last: int) -> None:
-        if devices.is_gpu(timesteps.device):
+        if device_values.is_gpu(timesteps.device):
             return
         low, high = timesteps.min().item(), timesteps.max().item()
         if not 0 <= low <= high <= last:
             raise InvalidValueError(f"CatStep: `timesteps` must be in 0..{last}, got {low}..{high}")
 
-    def weights(self, timesteps: torch.Tensor, snr_gamma: float | None) -> torch.Tensor | None:
-        """Min-SNR weights, [B], or None without ``snr_gamma``."""
+    def check_snr_gamma(self, snr_gamma: float | None) -> None:
+        """Raises InvalidValueError where the schedule has no min-SNR weights of this gamma."""
         if snr_gamma is None:
-            return None
+            return
+        if not snr_gamma > 0:
+            raise InvalidValueError(f"CatStep: `snr_gamma` must be > 0 or None, got {snr_gamma}")
         if self.alphas_cumprod is None:
             raise InvalidValueError("CatStep: `snr_gamma` must be None for a flow-matching scheduler")
-        return snr_weights(timesteps, self.alphas_cumprod, snr_gamma, self.prediction_type)
+
+    def weights(
+        self, timesteps: torch.Tensor, snr_gamma: float | None, sample_weight: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The loss's weight of each sample: its own times that of min-SNR, [B]; None where it has neither."""
+        self.check_snr_gamma(snr_gamma)
+        if snr_gamma is None or self.alphas_cumprod is None:
+            return sample_weight
+        weights = snr_weights(timesteps, self.alphas_cumprod, snr_gamma, self.prediction_type)
+        if sample_weight is None:
+            return weights
+        if sample_weight.shape != weights.shape:
+            expected, got = list(weights.shape), list(sample_weight.shape)
+            raise ShapeError(f"CatStep: `sample_weight` must have shape {expected}, got {got}")
+        return weights * sample_weight
+
+    def table(self) -> torch.Tensor:
+        """The numbers that decide z_t at each timestep, 1-dim."""
+        if self.alphas_cumprod is not None:
+            return self.alphas_cumprod
+        return torch.cat([self.timesteps, torch.tensor([float(self.num_train_timesteps)])])

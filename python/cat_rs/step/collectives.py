@@ -1,4 +1,4 @@
-"""Several processes that train one adapter: alike at the start, and one averaged gradient a step."""
+"""Data parallelism: ranks that train one adapter start alike and average their gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ __all__ = [
     "check_group",
     "data_parallel_group",
     "sharding_of",
-    "without_ddp",
 ]
 
 Group = Any
@@ -45,7 +44,7 @@ def check_group(owner: str, group: Group) -> None:
 
 
 def check_alike(owner: str, group: Group, params: Iterable[torch.Tensor]) -> None:
-    """Refuses parameters that the ranks cannot average: a collective over them would hang, or mix up values.
+    """Refuses parameters that the ranks cannot average, since a collective over them would hang or mix up values.
 
     Raises:
         DeviceError: The group cannot move tensors of the parameters' device.
@@ -80,22 +79,15 @@ def broadcast_(tensor: torch.Tensor, group: Group) -> None:
 
 
 def average_(tensor: torch.Tensor, group: Group) -> None:
-    """The mean over the group's ranks, in place: one all_reduce. All ranks get the same bits."""
+    """Averages over the group's ranks, in place, by one all_reduce; all ranks get the same bits."""
     # Divided first, as DistributedDataParallel does: a sum of float16 gradients could overflow.
     tensor.div_(group.size())
     dist.all_reduce(tensor, group=group)
 
 
-def without_ddp(model: torch.nn.Module) -> torch.nn.Module:
-    """The module inside DistributedDataParallel, whose own reduction runs only where its wrapper is called."""
-    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
-
-
 def sharding_of(param: torch.Tensor) -> str | None:
-    """What keeps the parameter in pieces, if something does."""
-    # By what each library leaves on a parameter: importing them to ask costs more than the rest of the package.
+    """A description of what shards the parameter; None where nothing does."""
+    # By each library's marks on a parameter, since importing the libraries costs more than the rest of the package.
     if hasattr(param, "device_mesh") and hasattr(param, "placements"):
         return "a DTensor, as fully_shard and tensor parallelism make it"
     if getattr(param, "_fsdp_flattened", False):
