@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import cat_rs
 from cat_rs.errors import CatRsError
 from cat_rs.evaluation import EvaluationConfig, EvaluationResult, Interval, Scores
-from cat_rs.teacher_bank import TeacherBank
+from cat_rs.step.teacher_bank import TeacherBank
 from cat_rs.training import TrainConfig, encoded_dataset, evaluation, loop, trainer
 from cat_rs.training.encoded_dataset import EncodedDataset
 from cat_rs.training.log import TrainingLog
@@ -75,7 +75,7 @@ OPTIONS: dict[str, Case] = {
     "cat_factor_shape": Case(
         "cosine", {"row.cat_factor": [1.0, 0.75, 0.25, 0.0]}, {"cat_factor_end": 0.0, "steps": 4}
     ),
-    "cat_ratio": Case(0.1, {"step.cat_ratio": (0.1, 1e6), "metadata.cat_ratio": 0.1}, {"cat_factor": 1e6}),
+    "cat_ratio": Case(0.1, {"step.cat_ratio": (0.1, 1e6), "metadata.cat_ratio": 0.1}, {"cat_factor": 1e6, "steps": 3}),
     "preserve_prompts": Case("<preserve>", {"preserved": ("a dog", "a red car")}),
     "preserve_share": Case(1.0, {"preserve_share": 1.0}, {"preserve_prompts": "<preserve>"}),
     "snr_gamma": Case(0.05, {"step.snr_gamma": 0.05, "metadata.snr_gamma": 0.05}),
