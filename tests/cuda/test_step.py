@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -302,6 +303,28 @@ def test_a_learning_rate_scheduler_takes_effect() -> None:
             schedules[id(step)].step()
 
     compare(between=between)
+
+
+def test_snr_gamma_takes_effect() -> None:
+    gammas = [None] * STEPS + [5.0] * STEPS + [0.5] * STEPS + [None, 5.0, 0.5]
+
+    def between(step: Step, number: int) -> None:
+        step.snr_gamma = gammas[number]
+
+    compare(between=between, batches=[batch(n) for n in range(len(gammas))], graphs=3)
+
+
+def test_autocast_takes_effect() -> None:
+    dtypes = [None, torch.bfloat16, torch.float16]
+    numbers = [0] * STEPS + [1] * STEPS + [2] * STEPS + [0, 1, 2]
+    with contextlib.ExitStack() as entered:
+
+        def between(step: Step, number: int) -> None:
+            entered.close()
+            if (dtype := dtypes[numbers[number]]) is not None:
+                entered.enter_context(torch.autocast("cpu", dtype))
+
+        compare(between=between, batches=[batch(n) for n in range(len(numbers))], graphs=3)
 
 
 def test_settings_take_effect() -> None:

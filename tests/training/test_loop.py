@@ -206,6 +206,29 @@ def test_metrics_have_a_line_for_each_step(configure: Configure) -> None:
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["diffusion"] + rows[-1]["cat"])
 
 
+def test_logged_figures_are_means_over_the_batches_of_a_step(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+
+    class Noting(cat_rs.CatStep):
+        def __call__(self, *arguments: Any, **settings: Any) -> Any:
+            measured.append(super().__call__(*arguments, **settings))
+            return measured[-1]
+
+    monkeypatch.setattr("cat_rs.training.trainer.CatStep", Noting)
+    result = quiet(configure(accumulate=3, steps=2, cat_factor_end=3.0))
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        of_step = measured[3 * number : 3 * number + 3]
+        for name in ("loss", "diffusion", "cat", "cat_factor"):
+            values = [float(getattr(one, name)) for one in of_step]
+            assert row[name] == pytest.approx(sum(values) / 3), name
+            assert name in ("cat", "cat_factor") or row[name] != pytest.approx(values[-1])
+        # The gradient is whole with the last.
+        assert row["grad_norm"] == pytest.approx(float(of_step[-1].grad_norm))
+
+
 def test_plain_lora_has_no_preservation_term(configure: Configure) -> None:
     result = quiet(configure(cat_factor=0.0, trigger=()))
     assert all(json.loads(line)["cat"] == 0 for line in result.metrics.read_text().splitlines())
