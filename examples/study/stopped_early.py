@@ -29,11 +29,15 @@ COMPARED = {"ups": "UPS", "identity": "identity", "diversity": "diversity", "kps
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--concepts", nargs="+", metavar="NAME", help="those of the demo's runs; all if not given")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="the same")
     parser.add_argument("--work", type=Path, default=Path("stopped-early"), metavar="DIR", help="folder for all parts")
     parser.add_argument("--output", type=Path, default=DOCS / "study", metavar="DIR", help="folder for the results")
     options = parser.parse_args()
     runs = []
     for file, concept, seed, demo in demo_runs():
+        if concept not in (options.concepts or [concept]) or seed not in (options.seeds or [seed]):
+            continue
         print(f"{file}: {concept}, seed {seed}", flush=True)
         train_plain(options.work, concept, seed)
         runs.append({"file": file, "concept": concept, "seed": seed, **stop(options.work, concept, seed, demo)})
