@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks import harness
 from benchmarks.harness import OURS, Case, Contender
-from cat_rs.frozen import FrozenConv2dFunction, most_positions
+from cat_rs.ops.frozen_conv2d import FrozenConv2dFunction, max_output_positions
 
 NAME = "frozen_conv2d"
 CHANNELS = ((1280, 1280), (2560, 1280), (640, 1280), (640, 640))
@@ -47,7 +47,7 @@ def run(inner: int, out: int, batch: int, size: int, report: harness.Report) -> 
     report.add_times(case, samples)
     # The weight is read forward and backward.
     report.add_bandwidth(case, 2 * weight.nbytes, {OURS: samples[OURS]})
-    used = batch * size * size <= most_positions(weight.numel())
+    used = batch * size * size <= max_output_positions(weight.numel())
     report.add_ratio(f"torch / cat_rs, {case.shape}{'' if used else ' (not used)'}", samples["torch"], samples[OURS])
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for size in SIZES[:2] if report.smoke else SIZES:
                 run(inner, out, batch, size, report)
     report.note(
-        "not used: layers of too few weights or on too many positions, by cat_rs.frozen.most_positions; CatStep and "
+        "not used: layers of too few weights or on too many positions, by max_output_positions; CatStep and "
         "patch_peft leave them to PyTorch."
     )
     report.note("bandwidth: of reading the weight once forward and once backward, which has to happen.")

@@ -11,7 +11,7 @@ from tests import references
 
 from benchmarks import harness, models
 from benchmarks.harness import OURS, Case, Contender
-from cat_rs.functional import noising
+from cat_rs.ops.noising import noising
 from cat_rs.schedule import NoiseSchedule
 
 NAME = "noising"

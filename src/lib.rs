@@ -9,5 +9,4 @@ pub mod error;
 pub mod ops;
 #[cfg(feature = "python")]
 mod python;
-pub mod step;
 pub mod tensor;

@@ -220,6 +220,13 @@ unsafe fn elements_at<'a>(op: &'static str, tensor: &'a Tensor, len: usize) -> R
     })
 }
 
+/// The values of a contiguous CPU float tensor.
+pub fn numbers(op: &'static str, tensor: &Tensor) -> Result<Vec<f64>> {
+    let mut numbers = vec![0.0; tensor.numel()];
+    elements(op, tensor)?.copy_into(&mut numbers);
+    Ok(numbers)
+}
+
 /// The elements of a contiguous CPU float tensor, for writing.
 ///
 /// The caller holds the only use of the tensor's memory for the lifetime of the view: outputs are freshly

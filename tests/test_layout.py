@@ -69,14 +69,13 @@ def test_cpu_kernels_and_the_cuda_driver_see_no_tensors() -> None:
 
 
 def test_rust_imports_go_one_way() -> None:
-    # python -> step -> ops -> tensor, cpu, cuda, error; python -> adapter_file -> tensor, error
+    # python -> ops -> tensor, cpu, cuda, error; python -> adapter_file -> tensor, error
     may_use = {
         "error.rs": {"error"},
         "cpu": {"cpu", "error"},
         "cuda": {"cuda", "error"},
         "tensor.rs": {"tensor", "cpu", "error"},
         "ops": {"ops", "tensor", "cpu", "cuda", "error"},
-        "step.rs": {"ops", "tensor", "error"},
         "adapter_file": {"adapter_file", "tensor", "error"},
     }
     for file in rust_files():
@@ -108,26 +107,24 @@ def test_only_native_imports_the_extension() -> None:
 
 
 def test_python_imports_go_one_way() -> None:
-    below = {"errors", "_native", "_core", "functional", "device"}
+    below = {"errors", "ops", "device"}
     may_use = {
         "errors.py": set(),
         "device.py": set(),
         "nested.py": set(),
         "capture.py": {"errors", "nested"},
         "_native.py": {"_core"},
-        "operators.py": {"_native"},
-        "functional.py": {"errors", "_native", "operators"},
         "schedule.py": below,
         "distributed.py": {"errors"},
         "processes.py": {"errors", "options"},
         "optim.py": below | {"distributed"},
-        "kps.py": below,
-        "peft.py": below | {"frozen"},
+        "preservation_score.py": {"errors", "ops"},
+        "peft.py": below | {"frozen_layers"},
         "prompts.py": below,
-        "frozen.py": {"_native", "operators"},
+        "frozen_layers.py": {"ops"},
         "cat_factor.py": {"errors"},
         "denoiser.py": {"errors", "device"},
-        "files.py": below | {"atomic"},
+        "files.py": below | {"atomic", "_native", "_core"},
         "step.py": below | {"capture", "cat_factor", "denoiser", "distributed", "nested", "schedule", "optim", "peft"},
         "teacher_bank.py": below | {"atomic", "denoiser", "schedule", "peft"},
     }
@@ -140,8 +137,42 @@ def test_python_imports_go_one_way() -> None:
         assert used <= allowed, f"{name} uses {used - allowed}"
 
 
+def test_an_operation_uses_none_but_what_all_share() -> None:
+    for file in (PACKAGE / "ops").glob("*.py"):
+        used = {module for module in imports(file) if module.startswith("cat_rs.ops.")}
+        assert all(module.startswith("cat_rs.ops.operator") for module in used), f"{file} uses {used}"
+        parts = {module.split(".")[1] for module in imports(file) if module.startswith("cat_rs.")}
+        assert parts <= {"_native", "errors", "ops"}, f"{file} uses {parts}"
+
+
+def test_operations_have_the_same_name_everywhere() -> None:
+    operations = {folder.name for folder in (CRATE / "ops").iterdir() if folder.is_dir()}
+    assert {file.stem for file in (PACKAGE / "ops").glob("*.py")} == operations | {"__init__", "operator"}
+    assert {file.stem for file in (ROOT / "tests/ops").glob("test_*.py")} == {f"test_{name}" for name in operations}
+    assert operations <= {file.stem for file in (CRATE / "python").glob("*.rs")}
+    assert operations <= {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
+
+
+def test_the_extension_is_called_through_operations() -> None:
+    may_call = ("ops/", "files.py", "info.py")
+    for file in python_files():
+        if "cat_rs._native._core" in set(imports(file)):
+            assert name_of(file).startswith(may_call), file
+
+
 def test_evaluations_need_no_training_and_no_report() -> None:
-    may_use = {"evaluation", "errors", "options", "peft", "atomic", "files", "kps", "processes", "prompts"}
+    may_use = {
+        "evaluation",
+        "errors",
+        "options",
+        "peft",
+        "atomic",
+        "files",
+        "ops",
+        "preservation_score",
+        "processes",
+        "prompts",
+    }
     for file in (PACKAGE / "evaluation").glob("*.py"):
         parts = [module.split(".") for module in imports(file)]
         used = {part[1] for part in parts if part[0] == "cat_rs" and len(part) > 1}

@@ -1,4 +1,4 @@
-"""The registered operators: PyTorch's own checks of them, and models under torch.compile and torch.export."""
+"""The registered operators: functions and models under torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import cat_rs
-from cat_rs import operators
-from cat_rs.functional import lora_up_, noising
+from cat_rs.ops.lora_up import lora_up_
+from cat_rs.ops.noising import noising
 from tests.models import LAYERS, add_lora, batch, tiny_unet
+from tests.operators import draw
 from tests.tolerances import assert_close, max_abs
 
 CONVOLUTIONS = [*LAYERS, "conv1", "conv_in"]
@@ -22,82 +23,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def draw(*shape: int, grad: bool = False, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
-
-
-OPERATORS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
-    "cat_loss": (
-        operators.cat_loss,
-        lambda: (
-            draw(3, 4, 5, grad=True),
-            draw(3, 4, 5),
-            draw(3, 4, 5, grad=True),
-            draw(3, 4, 5),
-            None,
-            None,
-            0.5,
-            False,
-        ),
-    ),
-    "cat_loss-weighted": (
-        operators.cat_loss,
-        lambda: (
-            draw(2, 4, 3, grad=True, dtype=torch.bfloat16),
-            draw(2, 4, 3),
-            draw(2, 4, 3, dtype=torch.bfloat16),
-            draw(2, 4, 3, dtype=torch.float64),
-            torch.tensor([1.0, 0.5]),
-            torch.rand(2, 1, 3),
-            2.0,
-            True,
-        ),
-    ),
-    "lora_linear": (
-        operators.lora_linear,
-        lambda: (
-            draw(2, 5, 6, grad=True),
-            draw(7, 6),
-            draw(7, grad=True),
-            draw(3, 6, grad=True),
-            draw(7, 3, grad=True),
-            0.5,
-        ),
-    ),
-    "lora_linear-frozen-input": (
-        operators.lora_linear,
-        lambda: (draw(5, 6), draw(7, 6), None, draw(3, 6, grad=True), draw(7, 3, grad=True), 1.0),
-    ),
-    "lora_up": (
-        operators.lora_up,
-        lambda: (draw(2, 5, 7, grad=True), draw(2, 5, 3, grad=True), draw(7, 3, grad=True), 0.5, False),
-    ),
-    "lora_up-picture": (
-        operators.lora_up,
-        lambda: (draw(2, 7, 4, 5), draw(2, 3, 4, 5, grad=True), draw(7, 3, grad=True), 1.0, True),
-    ),
-    "noising": (
-        operators.noising,
-        lambda: (draw(2, 4, 3), draw(2, 4, 3), torch.rand(2), torch.rand(2), "v_prediction", 2),
-    ),
-    "noising-epsilon": (
-        operators.noising,
-        lambda: (draw(2, 4, 3), draw(2, 4, 3), torch.rand(2), torch.rand(2), "epsilon", 1),
-    ),
-    "frozen_conv2d": (
-        operators.frozen_conv2d,
-        lambda: (draw(2, 3, 8, 7, grad=True), draw(4, 3, 3, 3), draw(4), [2, 1], [1, 0], [1, 2]),
-    ),
-}
-
-
-# PyTorch 2.15 hides its own look at .grad only where warnings are no errors.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize(("operator", "arguments"), [pytest.param(*row, id=name) for name, row in OPERATORS.items()])
-def test_pytorchs_checks_pass(operator: Any, arguments: Callable[[], tuple[Any, ...]]) -> None:
-    torch.library.opcheck(operator, arguments())
 
 
 def result(model: Callable[..., Any], parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import cat_rs
-from cat_rs import frozen
+from cat_rs import frozen_layers
 from cat_rs.errors import AdapterError
 from cat_rs.peft import FusedLinear, lower_dtype
 from tests.models import LAYERS, add_lora, batch, randomize_b, tiny_unet
@@ -140,16 +140,16 @@ def test_unpatch_gives_pefts_layers_back() -> None:
 
 
 def test_large_frozen_convolutions_are_patched_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "most_positions", lambda weights: 128)
+    monkeypatch.setattr(frozen_layers, "max_output_positions", lambda weights: 128)
     model = _convolutions(base_model())
     expected = result(model)
     report = cat_rs.patch_peft(model)
-    plain = [name for name, module in model.named_modules() if isinstance(module, frozen.FrozenConv2d)]
+    plain = [name for name, module in model.named_modules() if isinstance(module, frozen_layers.FrozenConv2d)]
     assert report.convolutions == plain
     assert {"conv_out", "conv_in.base_layer"} <= set(plain)
     assert_same(result(model), expected)
     cat_rs.unpatch_peft(model)
-    assert not any(isinstance(module, frozen.FrozenConv2d) for module in model.modules())
+    assert not any(isinstance(module, frozen_layers.FrozenConv2d) for module in model.modules())
 
 
 def test_patching_twice_is_patching_once() -> None:

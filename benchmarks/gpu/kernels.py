@@ -15,7 +15,7 @@ from benchmarks import cat_loss as cpu_cat_loss
 from benchmarks import harness, models
 from benchmarks.gpu.meter import Bench, copy_contender, measure, rotating, rotations
 from benchmarks.harness import OURS, Case, Contender
-from cat_rs.functional import noising as our_noising
+from cat_rs.ops.noising import noising as our_noising
 from cat_rs.schedule import NoiseSchedule
 
 SHARE_BAR, LOSS_BAR = ">= 0.85", ">= 4"

@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Any
 from cat_rs import errors
 from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.files import LoraFile, load_lora, save_lora
-from cat_rs.functional import CatLossParts, cat_loss, lora_linear, snr_weights
-from cat_rs.kps import (
-    KpsResult,
-    bootstrap_difference,
-    bootstrap_interval,
-    cross_similarity,
-    harmonic_mean,
-    kps,
-    kps_difference,
-    similarity,
-)
+from cat_rs.ops.cat_loss import CatLossParts, cat_loss
+from cat_rs.ops.lora_linear import lora_linear
+from cat_rs.ops.noising import snr_weights
+from cat_rs.ops.similarity import cross_similarity, similarity
+from cat_rs.ops.statistics import bootstrap_difference, bootstrap_interval, harmonic_mean
 from cat_rs.optim import FlatAdamW
+from cat_rs.preservation_score import KpsResult, kps, kps_difference
 from cat_rs.prompts import remove_trigger
 from cat_rs.step import CatStep, StepMetrics
 from cat_rs.teacher_bank import TeacherBank, TeacherDraws

@@ -9,7 +9,6 @@ from torch import Tensor
 
 __all__ = [
     "adamw_step",
-    "adamw_step_cuda",
     "adapter_layers",
     "adapter_tensors",
     "bootstrap_difference",
@@ -23,7 +22,6 @@ __all__ = [
     "frozen_conv2d_forward",
     "frozen_linear_backward",
     "frozen_linear_forward",
-    "grad_norm",
     "harmonic_mean",
     "kps_difference",
     "lora_linear_backward",
@@ -33,10 +31,9 @@ __all__ = [
     "noising",
     "paired_similarity",
     "read_safetensors",
-    "scale_gradients_cuda",
+    "scale_gradients",
     "student_loss",
-    "student_loss_cuda",
-    "sum_of_squares_cuda",
+    "sum_of_squares",
     "write_safetensors",
 ]
 
@@ -53,25 +50,16 @@ def cat_loss(
     wanted: tuple[bool, bool],
     stream: int = 0,
 ) -> tuple[Tensor, tuple[float, float] | Tensor, Tensor | None, Tensor | None]: ...
-def scale_gradients_cuda(first: Tensor | None, second: Tensor | None, factor: Tensor, *, stream: int) -> None: ...
+def scale_gradients(first: Tensor | None, second: Tensor | None, factor: Tensor, stream: int = 0) -> None: ...
 def student_loss(
     student: Tensor,
     target: Tensor,
     base: Tensor | None,
     sample_weight: Tensor | None,
     mask: Tensor | None,
-    cat_factor: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]: ...
-def student_loss_cuda(
-    student: Tensor,
-    target: Tensor,
-    base: Tensor | None,
-    sample_weight: Tensor | None,
-    mask: Tensor | None,
-    factors: Tensor,
-    *,
-    stream: int,
+    cat_factor: float | Tensor,
+    scale: float | Tensor,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def noising(
     latents: Tensor,
@@ -117,24 +105,8 @@ def frozen_conv2d_backward(
 ) -> Tensor: ...
 def frozen_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 def frozen_linear_backward(grad: Tensor, weight: Tensor) -> Tensor: ...
-def grad_norm(grad: Tensor) -> float: ...
+def sum_of_squares(grad: Tensor, sums: Tensor, index: int, stream: int = 0) -> None: ...
 def adamw_step(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    low_precision: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float,
-    step: Tensor,
-) -> None: ...
-def sum_of_squares_cuda(grad: Tensor, sums: Tensor, index: int, *, stream: int) -> None: ...
-def adamw_step_cuda(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -145,7 +117,7 @@ def adamw_step_cuda(
     sums: Tensor,
     step: Tensor,
     skipped: Tensor | None,
-    stream: int,
+    stream: int = 0,
 ) -> None: ...
 def paired_similarity(a: Tensor, b: Tensor, stream: int = 0) -> Tensor: ...
 def cross_similarity(a: Tensor, b: Tensor, reduce: str, stream: int = 0) -> Tensor: ...

@@ -38,9 +38,4 @@ from cat_rs import _core  # noqa: E402
 if _minor(_core.build_info()["torch"]) != _minor(torch.__version__):
     raise _mismatch(_minor(_core.build_info()["torch"]))
 
-__all__ = ["_core", "stream_of"]
-
-
-def stream_of(tensor: torch.Tensor) -> int:
-    """The handle of PyTorch's current stream on the tensor's device, where its kernels go; 0 on the CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+__all__ = ["_core"]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from cat_rs import device, distributed
-from cat_rs._native import _core, stream_of
 from cat_rs.device import DeviceValues
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
-from cat_rs.functional import LOW_PRECISION
+from cat_rs.ops.adamw import adamw_step, sum_of_squares
+from cat_rs.ops.operator import LOW_PRECISION
 
 __all__ = ["FlatAdamW"]
 
@@ -375,11 +375,11 @@ class FlatAdamW(torch.optim.Optimizer):
         It only queues work, whose every input is on the device, at an address that stays: a graph may record it.
         """
         assert self._gpu is not None
-        gpu, stream = self._gpu, stream_of(self._gpu.sums)
+        gpu = self._gpu
         for index, (_, flat) in enumerate(self._flats):
-            _core.sum_of_squares_cuda(flat.grad, gpu.sums, index, stream=stream)
+            sum_of_squares(flat.grad, gpu.sums, index)
         for index, (_, flat) in enumerate(self._flats):
-            _core.adamw_step_cuda(
+            adamw_step(
                 flat.master,
                 flat.grad,
                 flat.exp_avg,
@@ -389,7 +389,6 @@ class FlatAdamW(torch.optim.Optimizer):
                 sums=gpu.sums,
                 step=flat.step,
                 skipped=gpu.skipped if index == 0 else None,
-                stream=stream,
             )
         return gpu.sums.sum().sqrt().to(torch.float32)
 
@@ -408,32 +407,26 @@ class FlatAdamW(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(flat.grad)
 
     def _step_on_the_cpu(self) -> None:
-        norm = self.last_norm = math.hypot(*(_core.grad_norm(flat.grad) for _, flat in self._flats))
-        if not math.isfinite(norm):
-            self._skipped_steps += 1
-            for _, flat in self._flats:
-                flat.grad.zero_()
-            return
-        # As clip_grad_norm_: the 1e-6 keeps a zero norm from dividing.
-        limit = self.max_grad_norm
-        grad_scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        sums = torch.zeros(len(self._flats), dtype=torch.float64)
+        for index, (_, flat) in enumerate(self._flats):
+            sum_of_squares(flat.grad, sums, index)
+        norm = self.last_norm = math.sqrt(sum(sums.tolist()))
+        skipped = not math.isfinite(norm)
+        self._skipped_steps += skipped
         for group, flat in self._flats:
-            beta1, beta2 = group["betas"]
-            # Before the kernel, which drives all of these small objects out of the caches.
-            flat.note_kernel_writes()
-            _core.adamw_step(
+            if not skipped:
+                # Before the kernel, which drives all of these small objects out of the caches.
+                flat.note_kernel_writes()
+            adamw_step(
                 flat.master,
                 flat.grad,
                 flat.exp_avg,
                 flat.exp_avg_sq,
                 flat.low_precision if flat.copy is None else flat.copy,
-                lr=float(group["lr"]),
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                grad_scale=grad_scale,
+                settings=torch.tensor(self._settings_of(group), dtype=torch.float64),
+                sums=sums,
                 step=flat.step,
+                skipped=None,
             )
             flat.zeroed_version = flat.grad._version
 

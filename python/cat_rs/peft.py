@@ -14,16 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from cat_rs.errors import AdapterError
-from cat_rs.frozen import FrozenConv2d, FrozenLinear, frozen_linear, patch_frozen, unpatch_frozen
-from cat_rs.functional import (
-    LOW_PRECISION,
-    LoraLinearFunction,
-    LoraUpFunction,
-    WeightCopyFunction,
-    lora_linear,
-    lora_up_,
-    rounded,
-)
+from cat_rs.frozen_layers import FrozenConv2d, FrozenLinear, patch_frozen, unpatch_frozen
+from cat_rs.ops.frozen_linear import frozen_linear
+from cat_rs.ops.lora_linear import LoraLinearFunction, WeightCopyFunction, lora_linear
+from cat_rs.ops.lora_up import LoraUpFunction, lora_up_
+from cat_rs.ops.operator import LOW_PRECISION, rounded
 
 if TYPE_CHECKING:
     from cat_rs.optim import FlatAdamW
@@ -421,7 +416,7 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
 
     The model's frozen linear layers, with an adapter or without, run this package's float32 products on processors
     where PyTorch's are slower, and its large frozen convolutions run as one matrix product where their input is small:
-    see :mod:`cat_rs.frozen`.
+    see :mod:`cat_rs.frozen_layers`.
 
     Args:
         model: A model with PEFT LoRA layers, e.g. after ``model.add_adapter(LoraConfig(...))``.

@@ -8,7 +8,7 @@ import torch
 
 from cat_rs import device as devices
 from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
-from cat_rs.functional import snr_weights
+from cat_rs.ops.noising import snr_weights
 
 __all__ = ["NoiseSchedule"]
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cat_rs import device, distributed, nested
-from cat_rs._native import _core, stream_of
 from cat_rs.capture import CapturedFunctions
 from cat_rs.cat_factor import CatFactor, CatFactorRatio, check_cat_factor
 from cat_rs.denoiser import Cond, Predict, as_kwargs, convention_of, denoiser_predict, join_conditions
 from cat_rs.device import DeviceValues
 from cat_rs.errors import AdapterError, DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.ops.cat_loss import student_loss
+from cat_rs.ops.noising import noising
 from cat_rs.optim import FlatAdamW
 from cat_rs.schedule import NoiseSchedule
 
@@ -404,14 +405,13 @@ class CatStep:
             weight = weight * inputs.sample_weight
 
         preservation = inputs.preservation
-        noisy, target = _core.noising(
+        noisy, target = noising(
             inputs.latents,
             inputs.noise,
             signal_rate,
             noise_rate,
             self._schedule.prediction_type,
-            1 if preservation is None else 2,
-            stream=stream_of(inputs.latents),
+            copies=1 if preservation is None else 2,
         )
         base = None
         if preservation is None:
@@ -425,14 +425,8 @@ class CatStep:
                 inputs.cond, preservation.cond, batch, unbatched=self._unbatched, convention=self._convention
             )
             student = self._prediction(noisy, torch.cat([timesteps, timesteps]), both)
-        if self._factors is None:
-            loss, parts, grad = _core.student_loss(
-                student, target, base, weight, inputs.mask, inputs.cat_factor, 1.0 / self.accumulate
-            )
-        else:
-            loss, parts, grad = _core.student_loss_cuda(
-                student, target, base, weight, inputs.mask, self._factors.tensor, stream=stream_of(student)
-            )
+        factors = (inputs.cat_factor, 1.0 / self.accumulate) if self._factors is None else self._factors.tensor
+        loss, parts, grad = student_loss(student, target, base, weight, inputs.mask, *factors)
         del base
         if self.grad_scaler is not None:
             grad = self.grad_scaler.scale(grad)

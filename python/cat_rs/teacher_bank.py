@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cat_rs._native import _core
 from cat_rs.atomic import new_file
 from cat_rs.denoiser import Cond, Predict, as_kwargs, denoiser_predict
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.ops.noising import noising
 from cat_rs.schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ class TeacherBank:
             latents, noise = self._redraw(pictures, draws)
             timesteps = self._timesteps[pictures, draws]
             rates = schedule.rates(timesteps, len(chunk))
-            noisy, _ = _core.noising(latents, noise, *rates, schedule.prediction_type, 1)
+            noisy, _ = noising(latents, noise, *rates, schedule.prediction_type)
             with torch.no_grad(), adapter_disabled(model):
                 base = predict(model, noisy, timesteps, _take(cond, pictures))
             if base.shape != latents.shape:

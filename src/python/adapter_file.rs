@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
-use super::convert::{raise, wrap};
+use super::convert::{optional, raise, wrap, wrap_optional};
 use super::released;
 use crate::adapter_file::{self, Family, Format, KnownModules, Layer, Metadata, NamedTensors};
 
@@ -50,9 +50,8 @@ pub fn adapter_layers(
     let tensors = named(tensors);
     let adapter = released(py, move || adapter_file::layers_of(tensors, &known))?;
     let layers = adapter.layers.into_iter().map(|layer| {
-        let optional = |tensor: Option<tch::Tensor>| tensor.map(|tensor| wrap(py, tensor)).transpose();
         let (lora_a, lora_b) = (wrap(py, layer.lora_a)?, wrap(py, layer.lora_b)?);
-        let (bias, magnitude) = (optional(layer.bias)?, optional(layer.magnitude)?);
+        let (bias, magnitude) = (wrap_optional(py, layer.bias)?, wrap_optional(py, layer.magnitude)?);
         Ok((layer.component, layer.module, lora_a, lora_b, bias, magnitude, layer.alpha))
     });
     Ok((adapter.format.name(), adapter.family.map(Family::name), layers.collect::<PyResult<_>>()?))
@@ -75,8 +74,8 @@ pub fn adapter_tensors(
             module,
             lora_a: lora_a.0,
             lora_b: lora_b.0,
-            bias: bias.map(|tensor| tensor.0),
-            magnitude: magnitude.map(|tensor| tensor.0),
+            bias: optional(bias),
+            magnitude: optional(magnitude),
             alpha,
         })
         .collect();

@@ -27,6 +27,11 @@ pub fn wrap(py: Python<'_>, tensor: Tensor) -> PyResult<PyObject> {
     unsafe { PyObject::from_owned_ptr_or_err(py, pointer.cast()) }
 }
 
+/// As [`wrap`]; None where there is no tensor.
+pub fn wrap_optional(py: Python<'_>, tensor: Option<Tensor>) -> PyResult<Option<PyObject>> {
+    tensor.map(|tensor| wrap(py, tensor)).transpose()
+}
+
 /// The exception of `cat_rs.errors` that belongs to a failure.
 pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
     let class = match error {

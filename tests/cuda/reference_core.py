@@ -1,4 +1,4 @@
-"""The functions of the extension that exist for CUDA alone, in plain PyTorch, with their signatures."""
+"""What a step calls of the extension, in plain PyTorch, with its signatures: for tensors that have no values."""
 
 from __future__ import annotations
 
@@ -6,19 +6,34 @@ import torch
 
 
 @torch.no_grad()
-def student_loss_cuda(
+def noising(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    signal_rate: torch.Tensor,
+    noise_rate: torch.Tensor,
+    prediction_type: str,
+    copies: int,
+    stream: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """z_t, repeated, and the target, for "epsilon"."""
+    assert isinstance(stream, int)
+    noisy = signal_rate[:, None, None, None] * latents + noise_rate[:, None, None, None] * noise
+    return noisy.repeat(copies, 1, 1, 1), noise
+
+
+@torch.no_grad()
+def student_loss(
     student: torch.Tensor,
     target: torch.Tensor,
     base: torch.Tensor | None,
     sample_weight: torch.Tensor | None,
     mask: torch.Tensor | None,
-    factors: torch.Tensor,
-    *,
+    cat_factor: torch.Tensor,
+    scale: torch.Tensor,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, [diffusion, cat] and dL/dstudent of the doubled batch; ``factors`` are cat_factor and the gradient's."""
+    """Loss, [diffusion, cat] and dL/dstudent of the doubled batch."""
     assert isinstance(stream, int)
-    cat_factor, scale = factors.unbind()
     batch = target.shape[0]
     halves = [(student[:batch], target, torch.ones_like(cat_factor))]
     if base is not None:
@@ -38,14 +53,14 @@ def student_loss_cuda(
 
 
 @torch.no_grad()
-def sum_of_squares_cuda(grad: torch.Tensor, sums: torch.Tensor, index: int, *, stream: int) -> None:
+def sum_of_squares(grad: torch.Tensor, sums: torch.Tensor, index: int, stream: int) -> None:
     """``sums[index]`` becomes the sum of the squared gradient."""
     assert isinstance(stream, int)
     sums[index].copy_(grad.double().square().sum())
 
 
 @torch.no_grad()
-def adamw_step_cuda(
+def adamw_step(
     param: torch.Tensor,
     grad: torch.Tensor,
     exp_avg: torch.Tensor,

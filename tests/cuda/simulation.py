@@ -1,4 +1,4 @@
-"""The code for a GPU, run on the CPU: reference kernels, and graphs that replay PyTorch's operations.
+"""The code for a GPU, run on the CPU: with the kernels for the CPU, and graphs that replay PyTorch's operations.
 
 A simulated graph behaves as a CUDA graph does: recording runs nothing, a replay runs the recorded operations on the
 recorded tensors, with the numbers that Python had when it recorded, and an operation that would wait for the device is
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from cat_rs import capture, device
 from cat_rs._native import _core
-from tests.cuda import reference_core
 
 # On a GPU each of these waits for the device, or copies from memory of the host.
 WAITING = {
@@ -34,7 +33,6 @@ WAITING = {
     "aten::repeat_interleave",
     "aten::unique_consecutive",
 }
-GPU_ONLY = ("adamw_step_cuda", "student_loss_cuda", "sum_of_squares_cuda")
 
 
 def waits(func: Any, args: tuple[Any, ...]) -> str | None:
@@ -175,5 +173,3 @@ def simulate_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, function in vars(_core).copy().items():
         if callable(function) and not isinstance(function, type):
             monkeypatch.setattr(_core, name, _recordable(function))
-    for name in GPU_ONLY:
-        monkeypatch.setattr(_core, name, getattr(reference_core, name), raising=False)

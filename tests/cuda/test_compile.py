@@ -1,20 +1,18 @@
-"""The CUDA kernels compile for every architecture; without a GPU, calls that need one say so."""
+"""The CUDA kernels compile for every architecture."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
-import cat_rs
-from cat_rs._native import _core, stream_of
-from cat_rs.errors import DeviceError, InvalidValueError, KernelError
+from cat_rs._native import _core
+from cat_rs.errors import InvalidValueError, KernelError
 from cat_rs.info import collect
+from cat_rs.ops.operator import stream_of
 
 PROGRAMS = ("adamw", "cat_loss", "noising", "similarity")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -66,31 +64,3 @@ def test_the_extension_is_linked_to_nothing_of_cuda() -> None:
 
 def test_the_cpu_has_no_stream() -> None:
     assert stream_of(torch.zeros(1)) == 0
-
-
-def _step(**changes: Any) -> dict[str, Any]:
-    zeros = torch.zeros(4)
-    step = {"settings": torch.zeros(6), "sums": torch.zeros(1).double(), "step": torch.zeros(()), "skipped": None}
-    buffers = {"param": zeros, "grad": zeros, "exp_avg": zeros, "exp_avg_sq": zeros, "low_precision": None}
-    return {**buffers, **step, "stream": 0, **changes}
-
-
-ON_THE_CPU: dict[str, Callable[[], Any]] = {
-    "sum_of_squares": lambda: _core.sum_of_squares_cuda(torch.zeros(4), torch.zeros(1).double(), 0, stream=0),
-    "adamw": lambda: _core.adamw_step_cuda(**_step()),
-    "scale_gradients": lambda: _core.scale_gradients_cuda(torch.zeros(4), None, torch.ones(()), stream=0),
-}
-
-
-@pytest.mark.parametrize("name", ON_THE_CPU)
-def test_functions_for_cuda_refuse_tensors_on_the_cpu(name: str) -> None:
-    with pytest.raises(DeviceError, match="must be on CUDA, got a tensor on the CPU"):
-        ON_THE_CPU[name]()
-
-
-def test_a_factor_on_a_device_is_refused_for_tensors_on_the_cpu() -> None:
-    zeros, factors = torch.zeros(2, 3), torch.ones(2)
-    with pytest.raises(InvalidValueError, match="`cat_factor` must be a number for tensors on the CPU, got a tensor"):
-        _core.student_loss_cuda(zeros, zeros[:1], zeros[:1], None, None, factors, stream=0)
-    with pytest.raises(cat_rs.errors.ShapeError, match=r"`factors` must have shape \[2\], got \[3\]"):
-        _core.student_loss_cuda(zeros, zeros[:1], zeros[:1], None, None, torch.ones(3), stream=0)

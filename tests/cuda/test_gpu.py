@@ -15,9 +15,13 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as lora
 
 import cat_rs
-from cat_rs._native import _core, stream_of
+from cat_rs._native import _core
 from cat_rs.errors import DeviceError, InvalidValueError
-from cat_rs.functional import lora_up_, noising
+from cat_rs.ops.adamw import adamw_step, sum_of_squares
+from cat_rs.ops.cat_loss import student_loss
+from cat_rs.ops.lora_up import lora_up_
+from cat_rs.ops.noising import noising
+from cat_rs.ops.operator import stream_of
 from tests import references
 from tests.tolerances import assert_close, max_abs
 
@@ -173,8 +177,8 @@ def test_tensors_on_two_devices_are_an_error() -> None:
 def test_student_loss(preserve: bool) -> None:
     student, target, base = (on_gpu(random(rows, 4, 64, 64, dtype=BF16)) for rows in (4 if preserve else 2, 2, 2))
     factors = on_gpu(torch.tensor([0.7, 0.25], device="cpu"))
-    arguments = (student, target, base if preserve else None, None, None, factors)
-    loss, parts, grad = _core.student_loss_cuda(*arguments, stream=stream_of(student))
+    arguments = (student, target, base if preserve else None, None, None, *factors)
+    loss, parts, grad = student_loss(*arguments)
     twin = student.cpu().double().requires_grad_()
     wide_target, wide_base = target.cpu().double(), base.cpu().double()
     zero = torch.zeros_like(wide_base)
@@ -223,9 +227,8 @@ class GpuAdamW:
         self.max_grad_norm = max_grad_norm
 
     def step(self) -> None:
-        stream = stream_of(self.param)
-        _core.sum_of_squares_cuda(self.grad, self.sums, 0, stream=stream)
-        _core.adamw_step_cuda(
+        sum_of_squares(self.grad, self.sums, 0)
+        adamw_step(
             self.param,
             self.grad,
             self.exp_avg,
@@ -235,7 +238,6 @@ class GpuAdamW:
             sums=self.sums,
             step=self.count,
             skipped=self.skipped,
-            stream=stream,
         )
 
     def step_reference(self, grad: torch.Tensor) -> None:
@@ -289,7 +291,7 @@ def test_a_graph_replays_steps_and_losses_with_new_numbers() -> None:
     factors = on_gpu(torch.tensor([0.5, 1.0]))
 
     def work() -> torch.Tensor:
-        total, _, _ = _core.student_loss_cuda(student, target, target, None, None, factors, stream=stream_of(student))
+        total, _, _ = student_loss(student, target, target, None, None, *factors)
         ours.step()
         return total
 
@@ -471,10 +473,8 @@ def test_adamw_past_2_31_elements() -> None:
     low, kept = torch.empty_like(grad), grad.clone()
     settings = torch.tensor([0.01, 0.9, 0.999, 1e-15, 0.0, math.inf], dtype=F64, device="cuda")
     sums, count = torch.zeros(1, dtype=F64, device="cuda"), torch.zeros((), device="cuda")
-    stream = stream_of(param)
-    _core.sum_of_squares_cuda(grad, sums, 0, stream=stream)
-    numbers: dict[str, Any] = {"settings": settings, "sums": sums, "step": count, "skipped": None, "stream": stream}
-    _core.adamw_step_cuda(param, grad, exp_avg, exp_avg_sq, low, **numbers)
+    sum_of_squares(grad, sums, 0)
+    adamw_step(param, grad, exp_avg, exp_avg_sq, low, settings=settings, sums=sums, step=count, skipped=None)
     square = 0.0
     for old, new, m, v, p, rounded in pieces(kept, grad, exp_avg, exp_avg_sq, param, low):
         square += float((old.double() ** 2).sum())

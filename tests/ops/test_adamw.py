@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from cat_rs import FlatAdamW
-from cat_rs._native import _core
-from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
+from cat_rs.ops.adamw import adamw_step, sum_of_squares
 from tests.tolerances import assert_close, max_abs
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -613,9 +614,9 @@ def test_a_state_of_another_algorithm_is_an_error(option: str) -> None:
 )
 def test_a_bad_step_count_changes_nothing(step: torch.Tensor, error: type[Exception], text: str) -> None:
     buffers = [torch.ones(5) for _ in range(4)]
-    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "grad_scale": 1.0}
+    settings, sums = settings_tensor(0.1, betas=(0.9, 0.99)), torch.ones(1, dtype=F64)
     with pytest.raises(error, match=f"^adamw: {text}"):
-        _core.adamw_step(*buffers, None, **settings, step=step)
+        adamw_step(*buffers, None, settings=settings, sums=sums, step=step, skipped=None)
     assert all(torch.equal(buffer, torch.ones(5)) for buffer in buffers)
 
 
@@ -629,3 +630,121 @@ def test_the_kernel_counts_its_steps() -> None:
     param.grad.fill_(math.nan)
     optimizer.step()
     assert optimizer.state[param]["step"] == 3
+
+
+# The kernels by themselves
+
+
+def settings_tensor(
+    lr: float = 0.01,
+    betas: tuple[float, float] = (0.8, 0.95),
+    eps: float = 1e-6,
+    weight_decay: float = 0.1,
+    max_grad_norm: float = math.inf,
+) -> torch.Tensor:
+    return torch.tensor([lr, *betas, eps, weight_decay, max_grad_norm], dtype=F64)
+
+
+class FlatBuffers:
+    """A flat buffer of each parameter, and what all share."""
+
+    def __init__(self, params: Params) -> None:
+        self.params = [param.detach().clone().to(F64 if param.dtype == F64 else F32) for param in params]
+        self.grads = [torch.zeros_like(param) for param in params]
+        self.moments = [[torch.zeros_like(param) for _ in range(2)] for param in self.params]
+        self.low = [torch.empty_like(param) for param in params]
+        self.sums = torch.full((len(params),), math.nan, dtype=F64)
+        self.counts = [torch.tensor(0.0) for _ in params]
+        self.skipped = torch.tensor(0)
+
+    def step(self, settings: torch.Tensor) -> None:
+        for index, grad in enumerate(self.grads):
+            sum_of_squares(grad, self.sums, index)
+        rows = zip(self.params, self.grads, self.moments, self.low, self.counts, strict=True)
+        for index, (param, grad, moments, low, count) in enumerate(rows):
+            skipped = self.skipped if index == 0 else None
+            adamw_step(param, grad, *moments, low, settings=settings, sums=self.sums, step=count, skipped=skipped)
+
+
+@pytest.mark.parametrize("settings_dtype", by_id({"f64": F64, "f32": F32}))
+@pytest.mark.parametrize("max_grad_norm", [math.inf, 1.0, 1e-3], ids=["no-clipping", "some-clip", "all-clip"])
+@pytest.mark.parametrize("dtype", by_id(DTYPES))
+def test_kernels_equal_clip_grad_norm_and_torch_adamw(
+    dtype: torch.dtype, max_grad_norm: float, settings_dtype: torch.dtype
+) -> None:
+    params = make_params(dtype)
+    ours = FlatBuffers(params)
+    twin = TorchAdamW(params, max_grad_norm, **SETTINGS)
+    settings = settings_tensor(max_grad_norm=max_grad_norm).to(settings_dtype)
+    for number, grads in enumerate(gradients(params, 10)):
+        for mine, grad in zip(ours.grads, grads, strict=True):
+            mine.copy_(grad)
+        ours.step(settings)
+        assert math.sqrt(ours.sums.sum()) == pytest.approx(twin.step(grads), rel=1e-5)
+        for mine, theirs, low in zip(ours.params, twin.masters, ours.low, strict=True):
+            # Settings in float32 carry an error of half a unit each.
+            tolerance = {"dtype": mine.dtype, "factor": 8} if settings_dtype == F64 else {"dtype": F32, "factor": 50}
+            assert_close(mine, theirs, scale=max_abs(theirs), label=f"step {number}", **tolerance)
+            assert torch.equal(low, mine.to(dtype))
+        assert all(grad.count_nonzero() == 0 for grad in ours.grads)
+    assert [float(count) for count in ours.counts] == [10.0] * len(params)
+    assert int(ours.skipped) == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", by_id({"f32": F32, "bf16": BF16}))
+def test_a_norm_that_is_not_finite_skips_the_step_of_every_buffer(dtype: torch.dtype, value: float) -> None:
+    ours = FlatBuffers(make_params(dtype))
+    for grad in ours.grads:
+        grad.fill_(1.0)
+    ours.step(settings_tensor())
+    tensors = [*ours.params, *ours.low, *itertools.chain(*ours.moments)]
+    before = [tensor.clone() for tensor in tensors]
+    for grad in ours.grads:
+        grad.fill_(1.0)
+    ours.grads[3].fill_(value)
+    ours.step(settings_tensor())
+    assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
+    assert all(grad.count_nonzero() == 0 for grad in ours.grads)
+    assert [float(count) for count in ours.counts] == [1.0] * len(ours.params)
+    assert int(ours.skipped) == 1
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_sum_of_squares_goes_where_it_belongs(index: int) -> None:
+    sums = torch.full((2,), math.nan, dtype=F64)
+    sum_of_squares(torch.full((5,), 2.0), sums, 1)
+    assert sums.isnan().tolist() == [True, False]
+    assert sums[1] == 20.0
+    with pytest.raises(InvalidValueError, match=rf"^adamw: `index` must be in 0\.\.2, got {index}"):
+        sum_of_squares(torch.ones(5), sums, index)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"settings": settings_tensor(lr=-1.0)}, InvalidValueError, "`lr` must be a finite number >= 0, got -1"),
+        ({"settings": settings_tensor(lr=math.inf)}, InvalidValueError, "`lr` must be a finite number >= 0, got inf"),
+        ({"settings": settings_tensor(betas=(1.0, 0.9))}, InvalidValueError, r"`beta1` must be in \[0, 1\), got 1"),
+        ({"settings": settings_tensor(betas=(0.5, -1))}, InvalidValueError, r"`beta2` must be in \[0, 1\), got -1"),
+        ({"settings": settings_tensor(eps=math.nan)}, InvalidValueError, "`eps` must be a finite .*, got NaN"),
+        ({"settings": settings_tensor(weight_decay=-1.0)}, InvalidValueError, "`weight_decay` must be a finite .* -1"),
+        ({"settings": settings_tensor(max_grad_norm=0.0)}, InvalidValueError, "`max_grad_norm` must be > 0, got 0"),
+        ({"settings": torch.zeros(5).double()}, ShapeError, r"`settings` must have shape \[6\], got \[5\]"),
+        ({"settings": torch.zeros(6).half()}, DtypeError, "`settings` .* float32 or float64, got float16"),
+        ({"settings": torch.zeros(6, device="meta")}, DeviceError, "`settings` must be on the CPU"),
+        ({"sums": torch.zeros(1)}, DtypeError, "`sums` must have dtype float64, got float32"),
+        ({"sums": torch.zeros(0).double()}, ShapeError, r"`sums` must have shape \[K\] with K >= 1, got \[0\]"),
+        ({"skipped": torch.tensor(0.0)}, DtypeError, "`skipped` must have dtype int64, got float32"),
+        ({"param": torch.ones(5).bfloat16()}, DtypeError, "`param` must have dtype float32 or float64"),
+        ({"exp_avg": torch.ones(5).double()}, DtypeError, "`exp_avg` must have .* dtype of `param`, got float64"),
+        ({"grad": torch.ones(4)}, ShapeError, r"`grad` must have shape \[5\], got \[4\]"),
+        ({"low_precision": torch.ones(10)[::2]}, LayoutError, "`low_precision` must be contiguous"),
+    ],
+)
+def test_bad_arguments_of_a_step_are_named(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    arguments = {name: torch.ones(5) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "low_precision")}
+    numbers = {"settings": settings_tensor(), "sums": torch.ones(1).double(), "step": torch.tensor(0.0)}
+    with pytest.raises(error, match=f"^adamw: {text}"):
+        adamw_step(**{**arguments, **numbers, "skipped": torch.tensor(0), **change})
+    assert all(torch.equal(tensor, torch.ones(5)) for tensor in arguments.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 
 import cat_rs
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, KernelError, LayoutError, ShapeError
+from cat_rs.ops.cat_loss import student_loss
 from tests import references
+from tests.operators import check_operator, draw
 from tests.tolerances import assert_close
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -506,3 +509,77 @@ def test_what_is_not_a_tensor_is_a_type_error(name: str, value: Any) -> None:
         pytest.skip("None is a value of this argument")
     with pytest.raises(TypeError, match=f"'?{name}'?.* torch.Tensor, got"):
         cat_rs.cat_loss(**{**make_case(), name: value})
+
+
+def test_the_operator_passes_pytorchs_checks() -> None:
+    predictions = [draw(3, 4, 5, grad=True) for _ in range(2)]
+    check_operator("cat_loss", predictions[0], draw(3, 4, 5), predictions[1], draw(3, 4, 5), None, None, 0.5, False)
+    weighted = torch.tensor([1.0, 0.5]), torch.rand(2, 1, 3), 2.0, True
+    predictions = [draw(2, 4, 3, grad=grad, dtype=BF16) for grad in (True, False)]
+    check_operator("cat_loss", predictions[0], draw(2, 4, 3), predictions[1], draw(2, 4, 3, dtype=F64), *weighted)
+
+
+# student_loss
+
+
+@pytest.mark.parametrize("preserve", [True, False], ids=["preserve", "plain"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=["f32", "f64", "bf16", "f16"])
+def test_student_loss_is_the_loss_of_both_halves(dtype: torch.dtype, preserve: bool) -> None:
+    student = draw(4 if preserve else 2, 4, 5, 3, dtype=dtype)
+    target, base = draw(2, 4, 5, 3, dtype=dtype), draw(2, 4, 5, 3, dtype=dtype)
+    weight, mask = torch.tensor([0.5, 2.0]), torch.rand(2, 1, 5, 3)
+    total, parts, grad = student_loss(student, target, base if preserve else None, weight, mask, 0.7, 0.25)
+    twin = student.double().requires_grad_()
+    wide_base = base.double()
+    expected = references.cat_loss(
+        twin[:2],
+        target.double(),
+        twin[2:] if preserve else wide_base,
+        wide_base,
+        cat_factor=0.7,
+        sample_weight=weight,
+        mask=mask,
+    )
+    (0.25 * expected.total).backward()
+    assert_close(total, expected.total)
+    assert_close(parts, torch.stack([expected.diffusion, expected.cat]))
+    assert_close(grad, twin.grad)
+    assert grad.dtype == dtype
+
+
+def test_student_loss_takes_factors_as_tensors() -> None:
+    arguments = draw(4, 3, 5), draw(2, 3, 5), draw(2, 3, 5), None, None
+    factors = torch.tensor([0.3, 0.25], dtype=F64)
+    for ours, theirs in zip(student_loss(*arguments, *factors), student_loss(*arguments, 0.3, 0.25), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        pytest.param({"cat_factor": -1.0}, InvalidValueError, "cat_loss: `cat_factor` .* got -1", id="sign"),
+        pytest.param(
+            {"cat_factor": torch.tensor(math.nan)}, InvalidValueError, "cat_loss: `cat_factor` .* got NaN", id="nan"
+        ),
+        pytest.param(
+            {"cat_factor": torch.ones(2)},
+            InvalidValueError,
+            r"cat_loss: `cat_factor` must be one float32 or float64 element, got float32 of shape \[2\]",
+            id="two-factors",
+        ),
+        pytest.param(
+            {"scale": torch.ones((), dtype=F16)}, InvalidValueError, "cat_loss: `scale` .* got float16", id="scale-f16"
+        ),
+        pytest.param(
+            {"scale": torch.ones((), device="meta")}, DeviceError, "cat_loss: `scale` must be on the CPU", id="device"
+        ),
+        pytest.param({"student": torch.ones(3, 3)}, ShapeError, r"CatStep: `student` must have shape \[2", id="odd"),
+        pytest.param({"student": torch.ones(0, 3)}, ShapeError, r"CatStep: `student` must have shape", id="empty"),
+        pytest.param({"base": torch.ones(2, 4)}, ShapeError, r"cat_loss: `base_pred` must have shape", id="base"),
+    ],
+)
+def test_bad_arguments_of_student_loss_are_named(change: Case, error: type[Exception], text: str) -> None:
+    arguments = {"student": torch.ones(4, 3), "target": torch.ones(2, 3), "base": torch.ones(2, 3)}
+    others = {"sample_weight": None, "mask": None, "cat_factor": 1.0, "scale": 1.0}
+    with pytest.raises(error, match=f"^{text}"):
+        student_loss(**{**arguments, **others, **change})

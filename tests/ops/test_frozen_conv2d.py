@@ -9,16 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cat_rs import frozen
+from cat_rs import frozen_layers
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
-from cat_rs.frozen import (
-    FrozenConv2d,
-    FrozenConv2dFunction,
-    patch_frozen,
-    unpatch_frozen,
-)
+from cat_rs.frozen_layers import FrozenConv2d, patch_frozen, unpatch_frozen
+from cat_rs.ops.frozen_conv2d import FrozenConv2dFunction
 from tests.models import add_lora, tiny_unet
+from tests.operators import check_operator, draw
 from tests.tolerances import assert_close, max_abs
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
@@ -112,7 +109,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], error: type[Exception],
 
 @pytest.fixture
 def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "most_positions", lambda weights: 128)
+    monkeypatch.setattr(frozen_layers, "max_output_positions", lambda weights: 128)
 
 
 @pytest.mark.usefixtures("small_layers_count")
@@ -192,3 +189,8 @@ def test_a_patched_unet_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     for index, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         # Rounding of a whole forward and backward.
         assert_close(ours, theirs, factor=100, scale=max_abs(theirs), label=f"result {index}")
+
+
+def test_the_operator_passes_pytorchs_checks() -> None:
+    x, weight = draw(2, 3, 8, 7, grad=True), draw(4, 3, 3, 3)
+    check_operator("frozen_conv2d", x, weight, draw(4), [2, 1], [1, 0], [1, 2])

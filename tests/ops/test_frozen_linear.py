@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional as F
 
 import cat_rs
-from cat_rs import frozen
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, DtypeError, ShapeError
-from cat_rs.frozen import FrozenLinear, FrozenLinearFunction, frozen_linear, patch_frozen, unpatch_frozen
+from cat_rs.frozen_layers import FrozenLinear, patch_frozen, unpatch_frozen
+from cat_rs.ops.frozen_linear import FrozenLinearFunction, frozen_linear
+from cat_rs.ops.operator import OWN_MATMUL_IS_FASTER
 from tests.models import add_lora, tiny_unet
 from tests.tolerances import assert_close, max_abs
 
@@ -99,7 +100,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
                 torch.set_num_threads(count)
                 y = _core.frozen_linear_forward(x, weight, None)
                 results.append((y, _core.frozen_linear_backward(y, weight)))
-            if not frozen.OWN_PRODUCTS:
+            if not OWN_MATMUL_IS_FASTER:
                 continue  # PyTorch's library makes no such promise
             if min(math.prod(leading), out) >= 4 and math.prod(leading) * inner * out >= 1 << 16:
                 for y, dx in results[1:]:
@@ -133,7 +134,7 @@ def model_of_linear_layers() -> torch.nn.Sequential:
     return torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.SiLU(), torch.nn.Linear(512, 128))
 
 
-@pytest.mark.skipif(not frozen.OWN_PRODUCTS, reason="PyTorch's products are as fast on this processor")
+@pytest.mark.skipif(not OWN_MATMUL_IS_FASTER, reason="PyTorch's products are as fast on this processor")
 def test_a_frozen_model_is_patched_and_restored() -> None:
     model = model_of_linear_layers().requires_grad_(False)
     x = draw(40, 256).requires_grad_()
@@ -155,7 +156,7 @@ def test_a_frozen_model_is_patched_and_restored() -> None:
 def test_trained_layers_stay_pytorchs() -> None:
     model = model_of_linear_layers()
     assert patch_frozen(model).linear == []
-    if frozen.OWN_PRODUCTS:
+    if OWN_MATMUL_IS_FASTER:
         model.requires_grad_(False)
         patch_frozen(model)
         model.requires_grad_()
@@ -206,7 +207,7 @@ def test_patch_peft_takes_the_frozen_layers_too() -> None:
     report = cat_rs.patch_peft(model)
     plain = [name for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
     assert report.linear == plain
-    assert bool(plain) == frozen.OWN_PRODUCTS
+    assert bool(plain) == OWN_MATMUL_IS_FASTER
     assert report.fused
     assert all("lora_" not in name for name in plain)
     cat_rs.unpatch_peft(model)

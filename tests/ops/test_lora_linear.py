@@ -11,6 +11,7 @@ import torch
 import cat_rs
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from tests import references
+from tests.operators import check_operator, draw
 from tests.tolerances import assert_close, max_abs
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -310,3 +311,9 @@ def test_the_output_may_be_added_to_in_place() -> None:
     y.sum().backward()
     expected = 0.5 * (x @ lora_A.T).sum(dim=(0, 1)).expand(7, 3)
     torch.testing.assert_close(lora_B.grad, expected)
+
+
+def test_the_operator_passes_pytorchs_checks() -> None:
+    weight, lora_A, lora_B = draw(7, 6), draw(3, 6, grad=True), draw(7, 3, grad=True)
+    check_operator("lora_linear", draw(2, 5, 6, grad=True), weight, draw(7, grad=True), lora_A, lora_B, 0.5)
+    check_operator("lora_linear", draw(5, 6), weight, None, lora_A, lora_B, 1.0)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
-from cat_rs.functional import lora_up_
+from cat_rs.ops.lora_up import lora_up_
 from tests import references
+from tests.operators import check_operator, draw
 from tests.tolerances import assert_close, max_abs
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -247,3 +248,9 @@ def test_bad_arguments_are_named(arguments: Case, error: type[Exception], text: 
     assert isinstance(caught.value, CatRsError)
     if before.device.type == "cpu":
         assert torch.equal(case["y"], before)
+
+
+def test_the_operator_passes_pytorchs_checks() -> None:
+    lora_B = draw(7, 3, grad=True)
+    check_operator("lora_up", draw(2, 5, 7, grad=True), draw(2, 5, 3, grad=True), lora_B, 0.5, False)
+    check_operator("lora_up", draw(2, 7, 4, 5), draw(2, 3, 4, 5, grad=True), lora_B, 1.0, True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
-from cat_rs.functional import noising, snr_weights
+from cat_rs.ops.noising import noising, snr_weights
 from cat_rs.schedule import NoiseSchedule
 from tests import references
+from tests.operators import check_operator
 from tests.tolerances import assert_close
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -215,3 +216,9 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
 def test_an_empty_batch_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match=r"`latents` must have shape \[B, ...\] with no empty dimension"):
         noising(**make_case(shape), prediction_type="epsilon")
+
+
+@pytest.mark.parametrize(("prediction_type", "copies"), [("v_prediction", 2), ("epsilon", 1)])
+def test_the_operator_passes_pytorchs_checks(prediction_type: str, copies: int) -> None:
+    latents, noise = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    check_operator("noising", latents, noise, torch.rand(2), torch.rand(2), prediction_type, copies)

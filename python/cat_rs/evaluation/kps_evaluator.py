@@ -10,7 +10,7 @@ import torch
 from cat_rs.evaluation.encoder import EncoderSource, check_embeddings, embed_in_batches, make_encoder
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.pictures import Pictures, PictureSource, check_same_sizes, load_pictures
-from cat_rs.kps import KpsResult, kps
+from cat_rs.preservation_score import KpsResult, kps
 
 
 class KpsEvaluator:

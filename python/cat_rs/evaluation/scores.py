@@ -21,15 +21,9 @@ from PIL import Image
 
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.result import Comparison, Interval, PromptScores, Scores
-from cat_rs.kps import (
-    bootstrap_difference,
-    bootstrap_interval,
-    cross_similarity,
-    harmonic_mean,
-    kps,
-    kps_difference,
-    similarity,
-)
+from cat_rs.ops.similarity import cross_similarity, similarity
+from cat_rs.ops.statistics import bootstrap_difference, bootstrap_interval, harmonic_mean
+from cat_rs.preservation_score import kps, kps_difference
 
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{GpuStep, OP};
+use super::{AdamW, OP};
 use crate::cuda::{Define, Kernel, Program, Queue, Scalar, Variant};
 use crate::error::{Result, TorchContext};
 use crate::ops::{block_chunk, dtype, real_of};
@@ -84,10 +84,10 @@ pub fn sum_of_squares(queue: &Queue, on: Device, grad: &Tensor, sum: u64) -> Res
 }
 
 /// One step over the buffers; the gradients are zero afterwards.
-pub fn adamw(queue: &Queue, on: Device, problem: &GpuStep) -> Result<()> {
+pub fn adamw(queue: &Queue, on: Device, problem: &AdamW) -> Result<()> {
     let kind = |tensor: &Tensor| tensor.f_kind().during(OP);
     let (real, grad) = (kind(problem.param)?, kind(problem.grad)?);
-    let low_precision = problem.low_precision.map_or(Ok(grad), kind)?;
+    let low_precision = problem.low_precision.as_deref().map_or(Ok(grad), kind)?;
     let step = Tensor::f_empty([STEP_NUMBERS], (real, on)).during(OP)?;
     let step = address(OP, &step)?;
     let prepare = PrepareParameter {
@@ -95,7 +95,7 @@ pub fn adamw(queue: &Queue, on: Device, problem: &GpuStep) -> Result<()> {
         sums: address(OP, problem.sums)?,
         sum_count: problem.sums.numel() as u64,
         count: address(OP, problem.step)?,
-        skipped: optional_address(OP, problem.skipped)?,
+        skipped: optional_address(OP, problem.skipped.as_deref())?,
         step,
     };
     let len = problem.param.numel() as u64;
@@ -104,7 +104,7 @@ pub fn adamw(queue: &Queue, on: Device, problem: &GpuStep) -> Result<()> {
         grad: address(OP, problem.grad)?,
         exp_avg: address(OP, problem.exp_avg)?,
         exp_avg_sq: address(OP, problem.exp_avg_sq)?,
-        low_precision: optional_address(OP, problem.low_precision)?,
+        low_precision: optional_address(OP, problem.low_precision.as_deref())?,
         step,
         len,
     };
@@ -120,7 +120,6 @@ pub fn adamw(queue: &Queue, on: Device, problem: &GpuStep) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{adamw as adamw_on_cpu, AdamW, FlatBuffers};
     use super::*;
     use crate::cuda::fake;
 
@@ -132,56 +131,51 @@ mod tests {
 
     #[test]
     fn a_step_equals_the_cpus() {
-        for kind in [Kind::Float, Kind::BFloat16, Kind::Double] {
+        for (kind, last) in [(Kind::Float, 0.0), (Kind::BFloat16, 0.0), (Kind::Double, 0.0), (Kind::Float, f64::NAN)] {
             let real = real_of(kind);
             let start = [random(real), random(kind), random(real), random(real).f_abs().unwrap()];
+            let _ = start[1].f_get(0).unwrap().f_fill_(last).unwrap();
             let low = (kind == Kind::BFloat16).then(|| random(kind));
-            let (settings, sum) =
-                ([0.01, 0.8, 0.95, 1e-6, 0.1, 0.5], Tensor::f_zeros([2], (Kind::Double, Device::Cpu)));
-            let (settings, sums) = (Tensor::f_from_slice(&settings).unwrap(), sum.unwrap());
-            let ours = start.each_ref().map(Tensor::copy);
-            let our_low = low.as_ref().map(Tensor::copy);
-            let count = || Tensor::f_full(&[] as &[i64], 3.0, (Kind::Float, Device::Cpu)).unwrap();
-            let (our_count, mut count) = (count(), count());
-            let skipped = Tensor::f_zeros(&[] as &[i64], (Kind::Int64, Device::Cpu)).unwrap();
-            let [param, grad, exp_avg, exp_avg_sq] = &ours;
-            fake::with_queue(OP, |queue| {
-                sum_of_squares(queue, Device::Cpu, grad, address(OP, &sums).unwrap() + 8).unwrap();
-                let step = GpuStep {
-                    param,
-                    grad,
-                    exp_avg,
-                    exp_avg_sq,
-                    low_precision: our_low.as_ref(),
+            let settings = Tensor::f_from_slice(&[0.01, 0.8, 0.95, 1e-6, 0.1, 0.5]).unwrap();
+            let run = |on_gpu: bool| {
+                let [mut param, mut grad, mut exp_avg, mut exp_avg_sq] = start.each_ref().map(Tensor::copy);
+                let mut low = low.as_ref().map(Tensor::copy);
+                let mut sums = Tensor::f_zeros([2], (Kind::Double, Device::Cpu)).unwrap();
+                let mut step = Tensor::f_full(&[] as &[i64], 3.0, (Kind::Float, Device::Cpu)).unwrap();
+                let mut skipped = Tensor::f_zeros(&[] as &[i64], (Kind::Int64, Device::Cpu)).unwrap();
+                if on_gpu {
+                    let sum = address(OP, &sums).unwrap() + 8;
+                    fake::with_queue(OP, |queue| sum_of_squares(queue, Device::Cpu, &grad, sum).unwrap());
+                } else {
+                    super::super::sum_of_squares(&grad, &mut sums, 1, 0).unwrap();
+                }
+                let problem = AdamW {
+                    param: &mut param,
+                    grad: &mut grad,
+                    exp_avg: &mut exp_avg,
+                    exp_avg_sq: &mut exp_avg_sq,
+                    low_precision: low.as_mut(),
                     settings: &settings,
                     sums: &sums,
-                    step: &our_count,
-                    skipped: Some(&skipped),
+                    step: &mut step,
+                    skipped: Some(&mut skipped),
+                    stream: 0,
                 };
-                adamw(queue, Device::Cpu, &step).unwrap();
-            });
-
-            let norm = super::super::grad_norm(&start[1]).unwrap();
-            assert!((sums.f_double_value(&[1]).unwrap().sqrt() - norm).abs() < 1e-6 * norm);
-            let [mut param, mut grad, mut exp_avg, mut exp_avg_sq] = start;
-            let mut low = low;
-            let buffers = FlatBuffers {
-                param: &mut param,
-                grad: &mut grad,
-                exp_avg: &mut exp_avg,
-                exp_avg_sq: &mut exp_avg_sq,
-                low_precision: low.as_mut(),
-                step: &mut count,
+                if on_gpu {
+                    fake::with_queue(OP, |queue| adamw(queue, Device::Cpu, &problem).unwrap());
+                } else {
+                    super::super::adamw(problem).unwrap();
+                }
+                let written = [param, grad, exp_avg, exp_avg_sq, sums].into_iter().chain(low);
+                (written.collect::<Vec<_>>(), step.f_double_value(&[]), skipped.f_int64_value(&[]))
             };
-            let grad_scale = 0.5 / (norm + 1e-6);
-            let settings = AdamW { lr: 0.01, beta1: 0.8, beta2: 0.95, eps: 1e-6, weight_decay: 0.1, grad_scale };
-            adamw_on_cpu(buffers, settings).unwrap();
-            let theirs = [param, grad, exp_avg, exp_avg_sq];
-            for (ours, theirs) in ours.iter().zip(&theirs).chain(our_low.iter().zip(&low)) {
-                assert!(ours.f_allclose(theirs, 1e-5, 1e-6, false).unwrap());
+            let ((ours, our_step, our_skipped), (theirs, step, skipped)) = (run(true), run(false));
+            for (ours, theirs) in ours.iter().zip(&theirs) {
+                assert!(ours.f_allclose(theirs, 1e-5, 1e-6, true).unwrap());
             }
-            assert_eq!(our_count, count);
-            assert_eq!(skipped.f_int64_value(&[]).unwrap(), 0);
+            let counts = (step.unwrap(), skipped.unwrap());
+            assert_eq!((our_step.unwrap(), our_skipped.unwrap()), counts);
+            assert_eq!(counts, if last.is_nan() { (3.0, 1) } else { (4.0, 0) });
         }
     }
 }

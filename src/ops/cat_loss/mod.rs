@@ -4,17 +4,19 @@
 
 mod cpu;
 mod cuda;
+mod student;
 
 use tch::{Device, Kind, Tensor};
 
 use self::cpu::{Mask, Problem, Term};
 pub use self::cuda::variant;
+pub use self::student::StudentLoss;
 use super::{compute_kind, queue_of, threads};
 use crate::cuda::Scalar;
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
     address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
-    dtype_name, elements, elements_mut,
+    dtype_name, elements, elements_mut, numbers,
 };
 
 const OP: &str = "cat_loss";
@@ -28,13 +30,13 @@ pub struct Pair<'t> {
     pub target: &'t Tensor,
 }
 
-/// A factor that the host has, or one that a GPU has and that the host need not wait for.
+/// A number of the host, or one in a tensor: that of a GPU need not be waited for.
 #[derive(Clone, Copy, Debug)]
 pub enum Factor<'t> {
     /// A number.
     Number(f64),
-    /// A tensor of one element, float32 or float64, on the GPU of the predictions.
-    OnGpu(&'t Tensor),
+    /// A tensor of one element, float32 or float64, on the device of the predictions.
+    Tensor(&'t Tensor),
 }
 
 /// The arguments of the loss: tensors on the CPU or on one GPU.
@@ -121,23 +123,32 @@ impl Factor<'_> {
     fn number(self, argument: &'static str) -> Result<f64> {
         match self {
             Self::Number(number) => Ok(number),
-            Self::OnGpu(_) => Err(CatError::value(OP, argument, "a number for tensors on the CPU", "a tensor")),
+            Self::Tensor(tensor) => {
+                check_factor(argument, tensor, Device::Cpu)?;
+                Ok(numbers(OP, tensor)?[0])
+            }
         }
     }
 
-    /// What a kernel on the device `on` takes.
+    /// What a kernel on the GPU `on` takes.
     fn scalar(self, argument: &'static str, on: Device) -> Result<Scalar> {
-        let tensor = match self {
-            Self::Number(number) => return Ok(Scalar::host(number)),
-            Self::OnGpu(tensor) => tensor,
-        };
-        let kind = check_float(OP, argument, tensor, on)?;
-        if !matches!(kind, Kind::Float | Kind::Double) || tensor.numel() != 1 {
-            let got = format!("{} of shape {:?}", dtype_name(kind), tensor.size());
-            return Err(CatError::value(OP, argument, "one float32 or float64 element", got));
+        match self {
+            Self::Number(number) => Ok(Scalar::host(number)),
+            Self::Tensor(tensor) => {
+                let kind = check_factor(argument, tensor, on)?;
+                Ok(Scalar::device(address(OP, tensor)?, kind == Kind::Double))
+            }
         }
-        Ok(Scalar::device(address(OP, tensor)?, kind == Kind::Double))
     }
+}
+
+fn check_factor(argument: &'static str, tensor: &Tensor, on: Device) -> Result<Kind> {
+    let kind = check_float(OP, argument, tensor, on)?;
+    if !matches!(kind, Kind::Float | Kind::Double) || tensor.numel() != 1 {
+        let got = format!("{} of shape {:?}", dtype_name(kind), tensor.size());
+        return Err(CatError::value(OP, argument, "one float32 or float64 element", got));
+    }
+    Ok(kind)
 }
 
 const WEIGHT: &str = "sample_weight";
@@ -165,7 +176,8 @@ impl CatLoss<'_> {
         if shape.is_empty() || shape.contains(&0) {
             return Err(CatError::shape(OP, "model_pred", "[B, ...] with no empty dimension", &shape));
         }
-        if let Factor::Number(factor) = self.cat_factor {
+        if on == Device::Cpu || matches!(self.cat_factor, Factor::Number(_)) {
+            let factor = self.cat_factor.number("cat_factor")?;
             if !(factor >= 0.0 && factor.is_finite()) {
                 return Err(CatError::value(OP, "cat_factor", "a finite number >= 0", factor));
             }
@@ -193,16 +205,27 @@ pub fn cat_loss(loss: &CatLoss, wanted: [bool; 2]) -> Result<(LossValues, [Optio
     Ok((values, grads))
 }
 
-/// Multiplies gradients of one shape on a GPU by a factor that it has, in place; a factor of 1 costs nothing.
-pub fn scale_gradients(grads: [Option<&Tensor>; 2], factor: &Tensor, stream: u64) -> Result<()> {
-    let (queue, on) = queue_of(OP, "factor", factor, stream)?;
-    let factor = Factor::OnGpu(factor).scalar("factor", on)?;
-    let check = |grad: Option<&Tensor>| {
-        grad.map(|grad| check_contiguous(OP, "grad", grad).and(check_float(OP, "grad", grad, on))).transpose()
+/// Multiplies gradients of one shape by a factor on their device, in place; on a GPU a factor of 1 costs nothing.
+pub fn scale_gradients(mut grads: [Option<Tensor>; 2], factor: &Tensor, stream: u64) -> Result<()> {
+    let on = device_of(OP, "factor", factor)?;
+    let check = |grad: &Tensor| {
+        check_float(OP, "grad", grad, on).and_then(|kind| {
+            check_contiguous(OP, "grad", grad)?;
+            Ok(kind)
+        })
     };
-    match ([check(grads[0])?, check(grads[1])?], grads) {
-        ([Some(first), Some(second)], _) if first == second => cuda::scale_gradients(&queue, &grads, first, factor),
-        (kinds, _) => kinds.into_iter().zip(grads).try_for_each(|(kind, grad)| match kind {
+    let kinds = [grads[0].as_ref().map(check).transpose()?, grads[1].as_ref().map(check).transpose()?];
+    if on == Device::Cpu {
+        let factor = Factor::Tensor(factor).number("factor")?;
+        return grads.iter_mut().flatten().try_for_each(|grad| grad.f_mul_scalar_(factor).during(OP).map(drop));
+    }
+    let (queue, _) = queue_of(OP, "factor", factor, stream)?;
+    let factor = Factor::Tensor(factor).scalar("factor", on)?;
+    match (kinds, grads.each_ref().map(Option::as_ref)) {
+        ([Some(first), Some(second)], grads) if first == second => {
+            cuda::scale_gradients(&queue, &grads, first, factor)
+        }
+        (kinds, grads) => kinds.into_iter().zip(grads).try_for_each(|(kind, grad)| match kind {
             Some(kind) => cuda::scale_gradients(&queue, &[grad], kind, factor),
             None => Ok(()),
         }),
@@ -309,8 +332,7 @@ fn check_weights(weight: &Tensor, batch: i64, on: Device) -> Result<Tensor> {
 
 /// The weights, finite and >= 0: on a GPU, to see that would be to wait for them.
 fn weights_as_f64(weight: &Tensor) -> Result<Vec<f64>> {
-    let mut weights = vec![0.0f64; weight.numel()];
-    elements(OP, weight)?.copy_into(&mut weights);
+    let weights = numbers(OP, weight)?;
     match weights.iter().position(|weight| !(*weight >= 0.0 && weight.is_finite())) {
         Some(index) => {
             let got = format!("{} at index {index}", weights[index]);

@@ -9,7 +9,9 @@ use self::cpu::{Problem, Rates};
 pub use self::cuda::variant;
 use super::{compute_kind, queue_of, threads};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_constant, check_float, check_shape, contiguous, device_of, elements, elements_mut};
+use crate::tensor::{
+    check_constant, check_float, check_shape, contiguous, device_of, elements, elements_mut, numbers,
+};
 
 const OP: &str = "noising";
 
@@ -102,7 +104,7 @@ pub fn noising(
         cuda::noising(&queue, &problem)?;
         return Ok((noisy, target.unwrap_or(noise)));
     }
-    let (signal, sigma) = (as_f64(&signal)?, as_f64(&sigma)?);
+    let (signal, sigma) = (numbers(OP, &signal)?, numbers(OP, &sigma)?);
     let problem = Problem {
         latents: elements(OP, &latents)?,
         noise: elements(OP, &noise)?,
@@ -123,10 +125,4 @@ fn check_rates(rate: &Tensor, name: &'static str, batch: i64, on: Device) -> Res
     check_float(OP, name, rate, on)?;
     check_shape(OP, name, rate, &[batch])?;
     contiguous(OP, rate)
-}
-
-fn as_f64(rate: &Tensor) -> Result<Vec<f64>> {
-    let mut rates = vec![0.0f64; rate.numel()];
-    elements(OP, rate)?.copy_into(&mut rates);
-    Ok(rates)
 }

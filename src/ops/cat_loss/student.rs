@@ -1,10 +1,10 @@
-//! The training step's part between the model's forward and its backward.
+//! The loss of a training step over the doubled batch, with its gradient.
 
 use tch::Tensor;
 
+use super::{cat_loss_into, CatLoss, Factor, LossValues, Pair};
 use crate::error::{CatError, Result, TorchContext};
-use crate::ops::cat_loss::{cat_loss_into, CatLoss, Factor, LossValues, Pair};
-use crate::tensor::{check_float, check_shape, device_of};
+use crate::tensor::{check_float, device_of};
 
 const OP: &str = "CatStep";
 
@@ -26,13 +26,6 @@ pub struct StudentLoss {
 }
 
 impl StudentLoss {
-    /// As [`Self::evaluate`], with both factors in a tensor of two elements on the GPU.
-    pub fn evaluate_with(&self, factors: &Tensor) -> Result<(LossValues, Tensor)> {
-        check_shape(OP, "factors", factors, &[2])?;
-        let factor = |index| factors.f_select(0, index).during(OP);
-        self.evaluate(Factor::OnGpu(&factor(0)?), Factor::OnGpu(&factor(1)?))
-    }
-
     /// The loss and `scale` dL/dstudent, both halves written in place into one tensor; `scale` is
     /// 1 / accumulated micro-steps.
     pub fn evaluate(&self, cat_factor: Factor, scale: Factor) -> Result<(LossValues, Tensor)> {

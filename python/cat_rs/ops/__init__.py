@@ -1,0 +1,1 @@
+"""The operations, one a file: public functions, autograd, and operators for torch.compile and torch.export."""

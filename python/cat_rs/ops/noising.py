@@ -1,0 +1,105 @@
+"""Noising of latents, and the weights of timesteps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cat_rs._native import _core
+from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.ops.operator import stream_of
+
+__all__ = ["noising", "snr_weights"]
+
+
+def noising(
+    latents: Tensor,
+    noise: Tensor,
+    signal_rate: Tensor,
+    noise_rate: Tensor,
+    prediction_type: str,
+    *,
+    copies: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The noisy latents and the training target in one pass.
+
+    z_t = signal_rate * x + noise_rate * n. The target is n for "epsilon", signal_rate * n - noise_rate * x for
+    "v_prediction" (Salimans & Ho, arXiv 2202.00512) and n - x for "flow".
+
+    Args:
+        latents: x, [B, ...]; float32, float64, bfloat16 or float16; computed in float32 or float64.
+        noise: n, of the same shape.
+        signal_rate: [B], for example sqrt(alphas_cumprod[t]), or 1 - sigma for flows.
+        noise_rate: [B], for example sqrt(1 - alphas_cumprod[t]), or sigma for flows.
+        prediction_type: "epsilon", "v_prediction" or "flow".
+        copies: How often z_t is repeated along the batch; 2 makes the doubled student batch.
+
+    Returns:
+        z_t, [copies * B, ...] in the latents' dtype, and the target, [B, ...] in the noise's dtype (for "epsilon"
+        the noise itself).
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
+    """
+    if torch.compiler.is_compiling():
+        return noising_operator(latents, noise, signal_rate, noise_rate, prediction_type, copies)
+    return _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream_of(latents))
+
+
+def snr_weights(
+    timesteps: Tensor,
+    alphas_cumprod: Tensor,
+    gamma: float,
+    prediction_type: str = "epsilon",
+) -> Tensor:
+    """Min-SNR loss weights (Hang et al., arXiv 2303.09556).
+
+    min(SNR, gamma) / SNR for "epsilon" and min(SNR, gamma) / (SNR + 1) for "v_prediction", where
+    SNR = alphas_cumprod[t] / (1 - alphas_cumprod[t]). At SNR = 0 the first is its limit, 1.
+
+    Args:
+        timesteps: [B], integers.
+        alphas_cumprod: The scheduler's table, [T].
+        gamma: The bound, > 0; 5 is usual.
+        prediction_type: "epsilon" or "v_prediction".
+
+    Returns:
+        [B], in the table's dtype.
+
+    Raises:
+        ShapeError, InvalidValueError: Naming the argument, what was expected and what came.
+    """
+    if not gamma > 0:
+        raise InvalidValueError(f"snr_weights: `gamma` must be > 0, got {gamma}")
+    if timesteps.dim() != 1 or alphas_cumprod.dim() != 1:
+        raise ShapeError(
+            "snr_weights: `timesteps` must have shape [B] and `alphas_cumprod` [T], "
+            f"got {list(timesteps.shape)} and {list(alphas_cumprod.shape)}"
+        )
+    alphas = alphas_cumprod[timesteps]
+    inverse_snr = (1 - alphas) / alphas
+    if prediction_type == "epsilon":
+        return (gamma * inverse_snr).clamp(max=1)
+    if prediction_type == "v_prediction":
+        snr = alphas / (1 - alphas)
+        return torch.where(snr < gamma, alphas, gamma * (1 - alphas))
+    raise InvalidValueError(
+        f"snr_weights: `prediction_type` must be 'epsilon' or 'v_prediction', got {prediction_type!r}"
+    )
+
+
+@torch.library.custom_op("cat_rs::noising", mutates_args=())
+def noising_operator(
+    latents: Tensor, noise: Tensor, signal_rate: Tensor, noise_rate: Tensor, prediction_type: str, copies: int
+) -> tuple[Tensor, Tensor]:
+    """See :func:`noising`."""
+    stream = stream_of(latents)
+    noisy, target = _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream)
+    return noisy, target.clone() if target is noise else target
+
+
+@noising_operator.register_fake
+def _(
+    latents: Tensor, noise: Tensor, signal_rate: Tensor, noise_rate: Tensor, prediction_type: str, copies: int
+) -> tuple[Tensor, Tensor]:
+    return latents.new_empty((copies * latents.shape[0], *latents.shape[1:])), noise.new_empty(noise.shape)

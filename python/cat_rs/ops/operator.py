@@ -1,0 +1,67 @@
+"""What operations share.
+
+In eager mode an operation calls its kernels through ``torch.autograd.Function``, which costs less per call than an
+operator of the PyTorch dispatcher; under torch.compile and torch.export it calls the operator
+``torch.ops.cat_rs.<operation>``. An operator neither writes to an argument nor returns one, so some copy what the
+eager function works on in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cat_rs._native import _core
+from cat_rs.errors import DtypeError
+
+__all__ = [
+    "LOW_PRECISION",
+    "OWN_MATMUL_IS_FASTER",
+    "check_tensor",
+    "empty_for_none",
+    "fake_gradients",
+    "none_for_empty",
+    "rounded",
+    "stream_of",
+]
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+"""The dtypes in which a layer computes with float32 weights rounded to them."""
+
+OWN_MATMUL_IS_FASTER = _core.build_info()["matmul"] == "cat-rs"
+"""Whether this package's float32 products run faster than those of PyTorch's library on this processor."""
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    """Refuses what is no tensor, for arguments whose dtype or device an operation looks at before its kernel does."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{op}: `{argument}` must be a torch.Tensor, got {type(value).__name__}")
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The handle of PyTorch's current stream on the tensor's device, where its kernels go; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 weight in the lower dtype that its layer computes in; any other is left to the operation's checks."""
+    return weight.to(dtype) if weight.dtype == torch.float32 and dtype in LOW_PRECISION else weight
+
+
+def empty_for_none(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients as an operator returns them: tensors only, so that what was not asked for is empty."""
+    return [
+        tensor.new_empty(0) if gradient is None else gradient for gradient, tensor in zip(gradients, like, strict=True)
+    ]
+
+
+def fake_gradients(like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """What :func:`empty_for_none` returns, without values; gradients are contiguous."""
+    return [tensor.new_empty(tensor.shape if want else 0) for tensor, want in zip(like, wanted, strict=True)]
+
+
+def none_for_empty(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that an operator returned, as autograd takes them."""
+    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]

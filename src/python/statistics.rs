@@ -1,0 +1,102 @@
+//! Means and bootstrap intervals, for `cat_rs.ops.statistics`.
+
+use numpy::PyReadonlyArray1;
+use pyo3::prelude::*;
+
+use super::released;
+use crate::ops;
+use crate::ops::statistics::{Bootstrap, Group, Numbers, Statistic};
+
+type Values<'py> = PyReadonlyArray1<'py, f64>;
+type Clusters<'py> = Option<PyReadonlyArray1<'py, i64>>;
+
+fn numbers<'a>(argument: &'static str, values: &'a Values<'_>) -> PyResult<Numbers<'a, f64>> {
+    Ok(Numbers { argument, values: values.as_slice()? })
+}
+
+fn cluster_numbers<'a>(argument: &'static str, clusters: &'a Clusters<'_>) -> PyResult<Option<Numbers<'a, i64>>> {
+    clusters.as_ref().map(|clusters| Ok(Numbers { argument, values: clusters.as_slice()? })).transpose()
+}
+
+fn statistic(harmonic: bool) -> Statistic {
+    if harmonic {
+        Statistic::HarmonicMean
+    } else {
+        Statistic::Mean
+    }
+}
+
+/// See `cat_rs.harmonic_mean`.
+#[pyfunction]
+pub fn harmonic_mean(py: Python<'_>, values: PyReadonlyArray1<'_, f64>) -> PyResult<f64> {
+    let values = values.as_slice()?;
+    released(py, || ops::statistics::harmonic_mean(values))
+}
+
+/// See `cat_rs.bootstrap_interval`; several groups are resampled apart and joined by their harmonic mean.
+#[pyfunction]
+#[pyo3(signature = (groups, *, harmonic, confidence, resamples, seed))]
+pub fn bootstrap_interval(
+    py: Python<'_>,
+    groups: Vec<(Values<'_>, Clusters<'_>)>,
+    harmonic: bool,
+    confidence: f64,
+    resamples: i64,
+    seed: u64,
+) -> PyResult<(f64, f64)> {
+    let groups = groups
+        .iter()
+        .map(|(values, clusters)| {
+            let samples = [numbers("values", values)?];
+            Ok(Group { samples, clusters: cluster_numbers("clusters", clusters)? })
+        })
+        .collect::<PyResult<Vec<_>>>()?;
+    let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
+    released(py, || ops::statistics::bootstrap_interval(&groups, settings))
+}
+
+/// See `cat_rs.bootstrap_difference`.
+#[pyfunction]
+#[pyo3(signature = (a, b, clusters, *, harmonic, confidence, resamples, seed))]
+#[allow(clippy::too_many_arguments)]
+pub fn bootstrap_difference(
+    py: Python<'_>,
+    a: Values<'_>,
+    b: Values<'_>,
+    clusters: Clusters<'_>,
+    harmonic: bool,
+    confidence: f64,
+    resamples: i64,
+    seed: u64,
+) -> PyResult<(f64, f64)> {
+    let samples = [numbers("a", &a)?, numbers("b", &b)?];
+    let group = Group { samples, clusters: cluster_numbers("clusters", &clusters)? };
+    let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
+    released(py, || ops::statistics::bootstrap_difference("bootstrap_difference", &[group], settings))
+}
+
+/// See `cat_rs.kps_difference`.
+#[pyfunction]
+#[pyo3(signature = (a, b, clusters, *, confidence, resamples, seed))]
+pub fn kps_difference(
+    py: Python<'_>,
+    a: [Values<'_>; 2],
+    b: [Values<'_>; 2],
+    clusters: [Clusters<'_>; 2],
+    confidence: f64,
+    resamples: i64,
+    seed: u64,
+) -> PyResult<(f64, f64)> {
+    let groups = [
+        Group {
+            samples: [numbers("a[0]", &a[0])?, numbers("b[0]", &b[0])?],
+            clusters: cluster_numbers("clusters[0]", &clusters[0])?,
+        },
+        Group {
+            samples: [numbers("a[1]", &a[1])?, numbers("b[1]", &b[1])?],
+            clusters: cluster_numbers("clusters[1]", &clusters[1])?,
+        },
+    ];
+    let settings = Bootstrap { statistic: Statistic::HarmonicMean, confidence, resamples, seed };
+    released(py, || ops::statistics::bootstrap_difference("kps_difference", &groups, settings))
+}
