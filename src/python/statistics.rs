@@ -3,6 +3,7 @@
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 
+use super::convert::argument;
 use super::released;
 use crate::ops;
 use crate::ops::statistics::{Bootstrap, Group, Numbers, Statistic};
@@ -40,9 +41,9 @@ pub fn bootstrap_interval(
     py: Python<'_>,
     groups: Vec<(Values<'_>, Clusters<'_>)>,
     harmonic: bool,
-    confidence: f64,
-    resamples: i64,
-    seed: u64,
+    #[pyo3(from_py_with = argument)] confidence: f64,
+    #[pyo3(from_py_with = argument)] resamples: i64,
+    #[pyo3(from_py_with = argument)] seed: u64,
 ) -> PyResult<(f64, f64)> {
     let groups = groups
         .iter()
@@ -65,9 +66,9 @@ pub fn bootstrap_difference(
     b: Values<'_>,
     clusters: Clusters<'_>,
     harmonic: bool,
-    confidence: f64,
-    resamples: i64,
-    seed: u64,
+    #[pyo3(from_py_with = argument)] confidence: f64,
+    #[pyo3(from_py_with = argument)] resamples: i64,
+    #[pyo3(from_py_with = argument)] seed: u64,
 ) -> PyResult<(f64, f64)> {
     let samples = [numbers("a", &a)?, numbers("b", &b)?];
     let group = Group { samples, clusters: cluster_numbers("clusters", &clusters)? };
@@ -83,9 +84,9 @@ pub fn kps_difference(
     a: [Values<'_>; 2],
     b: [Values<'_>; 2],
     clusters: [Clusters<'_>; 2],
-    confidence: f64,
-    resamples: i64,
-    seed: u64,
+    #[pyo3(from_py_with = argument)] confidence: f64,
+    #[pyo3(from_py_with = argument)] resamples: i64,
+    #[pyo3(from_py_with = argument)] seed: u64,
 ) -> PyResult<(f64, f64)> {
     let groups = [
         Group {

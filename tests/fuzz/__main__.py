@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import random
 import shlex
@@ -41,7 +42,7 @@ def main() -> int:
             if number % 20 == 0:
                 _add_concurrency(report, seed)
         if found:
-            _add_calls(report, found, seed, min(BATCH, options.calls or BATCH))
+            _add_calls(report, found, seed, options)
     print(report.table())
     print()
     print(report.failures(options.failures))
@@ -56,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first batch of calls (default: %(default)s)")
     parser.add_argument("--only", default="", help="a part of the names of the functions to call")
     parser.add_argument("--failures", type=int, default=40, help="kinds of failures to print (default: %(default)s)")
+    parser.add_argument("--as-found", action="store_true", help="print failing calls without making them simpler")
     parser.add_argument("--call", help="evaluate a call, as failures are printed, here")
     return parser.parse_args()
 
@@ -70,11 +72,12 @@ def _over(options: argparse.Namespace, batches: int, started: float) -> bool:
     return time.monotonic() - started > options.seconds
 
 
-def _add_calls(report: Report, found: list[targets.Target], seed: int, count: int) -> None:
+def _add_calls(report: Report, found: list[targets.Target], seed: int, options: argparse.Namespace) -> None:
     rng = random.Random(seed)
-    calls = [random_call(found, rng) for _ in range(count)]
+    calls = [random_call(found, rng) for _ in range(min(BATCH, options.calls or BATCH))]
+    reproduction = (lambda call, _: _command(call)) if options.as_found else _reproduction
     for call, outcome in zip(calls, run_all(calls, evaluate), strict=True):
-        report.add(call.target.name, outcome, lambda call=call, outcome=outcome: _reproduction(call, outcome))
+        report.add(call.target.name, outcome, functools.partial(reproduction, call, outcome))
 
 
 def _reproduction(call: Call, outcome: Outcome) -> str:
