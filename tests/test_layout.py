@@ -154,7 +154,7 @@ def test_operations_have_the_same_name_everywhere() -> None:
 
 
 def test_the_extension_is_called_through_operations() -> None:
-    may_call = ("ops/", "files.py", "info.py")
+    may_call = ("ops/", "adapter_file/", "files.py", "info.py", "commands/info.py")
     for file in python_files():
         if "cat_rs._native._core" in set(imports(file)):
             assert name_of(file).startswith(may_call), file
