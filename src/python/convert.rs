@@ -110,7 +110,11 @@ pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
         CatError::Device { .. } => "DeviceError",
         CatError::Layout { .. } => "LayoutError",
         CatError::Value { .. } => "InvalidValueError",
-        CatError::Torch { .. } | CatError::Kernel { .. } | CatError::Cuda { .. } => "KernelError",
+        CatError::Memory { .. }
+        | CatError::Interrupted { .. }
+        | CatError::Torch { .. }
+        | CatError::Kernel { .. }
+        | CatError::Cuda { .. } => "KernelError",
         CatError::Adapter { .. } => "AdapterError",
         CatError::Io { path, source, .. } => return raise_io(py, path, source),
     };

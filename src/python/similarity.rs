@@ -5,7 +5,7 @@ use pyo3::pybacked::PyBackedStr;
 use pyo3_tch::PyTensor;
 
 use super::convert::{argument, raise, wrap};
-use super::released;
+use super::interruptible;
 use crate::ops;
 use crate::ops::similarity::Reduce;
 
@@ -18,7 +18,7 @@ pub fn paired_similarity(
     b: PyTensor,
     #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<PyObject> {
-    let values = released(py, move || ops::similarity::similarity(&a, &b, stream))?;
+    let values = interruptible(py, move || ops::similarity::similarity(&a, &b, stream))?;
     wrap(py, values)
 }
 
@@ -33,6 +33,6 @@ pub fn cross_similarity(
     #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<PyObject> {
     let reduce = Reduce::parse(&reduce).map_err(|error| raise(py, &error))?;
-    let values = released(py, move || ops::similarity::cross_similarity(&a, &b, reduce, stream))?;
+    let values = interruptible(py, move || ops::similarity::cross_similarity(&a, &b, reduce, stream))?;
     wrap(py, values)
 }

@@ -4,7 +4,7 @@ use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 
 use super::convert::argument;
-use super::released;
+use super::{interruptible, released};
 use crate::ops;
 use crate::ops::statistics::{Bootstrap, Group, Numbers, Statistic};
 
@@ -30,7 +30,7 @@ fn statistic(harmonic: bool) -> Statistic {
 /// See `cat_rs.harmonic_mean`.
 #[pyfunction]
 pub fn harmonic_mean(py: Python<'_>, values: PyReadonlyArray1<'_, f64>) -> PyResult<f64> {
-    let values = values.as_slice()?;
+    let values = numbers("values", &values)?.values;
     released(py, || ops::statistics::harmonic_mean(values))
 }
 
@@ -53,7 +53,7 @@ pub fn bootstrap_interval(
         })
         .collect::<PyResult<Vec<_>>>()?;
     let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
-    released(py, || ops::statistics::bootstrap_interval(&groups, settings))
+    interruptible(py, || ops::statistics::bootstrap_interval(&groups, settings))
 }
 
 /// See `cat_rs.bootstrap_difference`.
@@ -73,7 +73,7 @@ pub fn bootstrap_difference(
     let samples = [numbers("a", &a)?, numbers("b", &b)?];
     let group = Group { samples, clusters: cluster_numbers("clusters", &clusters)? };
     let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
-    released(py, || ops::statistics::bootstrap_difference("bootstrap_difference", &[group], settings))
+    interruptible(py, || ops::statistics::bootstrap_difference("bootstrap_difference", &[group], settings))
 }
 
 /// See `cat_rs.kps_difference`.
@@ -99,5 +99,5 @@ pub fn kps_difference(
         },
     ];
     let settings = Bootstrap { statistic: Statistic::HarmonicMean, confidence, resamples, seed };
-    released(py, || ops::statistics::bootstrap_difference("kps_difference", &groups, settings))
+    interruptible(py, || ops::statistics::bootstrap_difference("kps_difference", &groups, settings))
 }
