@@ -12,7 +12,7 @@ from tests import references
 from benchmarks import harness, models
 from benchmarks.harness import OURS, Case, Contender
 from cat_rs.ops.noising import noising
-from cat_rs.schedule import NoiseSchedule
+from cat_rs.step.noise_schedule import NoiseSchedule
 
 NAME = "noising"
 COPIES = 2

@@ -73,7 +73,7 @@ def main():
     dataset = PictureFolder(args.data, resolution)
     train_dataloader = DataLoader(dataset, batch_size=args.train_batch_size, shuffle=True)
 
-    step = CatStep(
+    cat_step = CatStep(
         unet,
         noise_scheduler,
         lr=args.learning_rate,
@@ -81,7 +81,7 @@ def main():
         max_grad_norm=args.max_grad_norm,
         accumulate=args.gradient_accumulation_steps,
     )
-    optimizer = step.optimizer
+    optimizer = cat_step.optimizer
     # accelerate moves the schedule on once for each process.
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
@@ -106,7 +106,7 @@ def main():
                 latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
                 prompt_embeds = encode(captions)
                 no_trigger_embeds = encode([remove_trigger(caption, *args.trigger)[0] for caption in captions])
-                loss = step(latents, prompt_embeds, no_trigger_embeds).loss
+                loss = cat_step(latents, prompt_embeds, no_trigger_embeds).loss
                 lr_scheduler.step()
             if accelerator.sync_gradients:
                 global_step += 1

@@ -185,6 +185,17 @@ fn data_pointer(op: &'static str, tensor: &Tensor) -> Result<*mut libc::c_void> 
     Ok(data)
 }
 
+/// The memory of a contiguous CPU tensor of any dtype.
+pub fn bytes<'a>(op: &'static str, tensor: &'a Tensor) -> Result<&'a [u8]> {
+    let size = tensor.f_kind().during(op)?.elt_size_in_bytes();
+    let data = data_pointer(op, tensor)?;
+    if tensor.numel() == 0 {
+        return Ok(&[]);
+    }
+    // SAFETY: the callers checked device and contiguity; the memory is alive as long as `tensor` is borrowed.
+    Ok(unsafe { std::slice::from_raw_parts(data.cast(), tensor.numel() * size) })
+}
+
 /// The elements of a contiguous CPU float tensor.
 pub fn elements<'a>(op: &'static str, tensor: &'a Tensor) -> Result<Elements<'a>> {
     // SAFETY: the callers checked device and contiguity.

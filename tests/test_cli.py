@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cat_rs.cli import main
+from cat_rs.commands.evaluate import Settings as EvaluateSettings
 from cat_rs.training import TrainConfig
 
 TRAIN = ["--trigger", "sks", "--class-word", "cat", "--rank", "2", "--steps", "4", "--batch-size", "2"]
@@ -141,9 +142,10 @@ def test_interrupt_exits_with_130_and_resumes(train_arguments: list[str], tmp_pa
     script = """
 import signal, sys
 from cat_rs.cli import main
-from cat_rs.training.run import TrainingRun
+from cat_rs.commands.evaluate import Settings as EvaluateSettings
+from cat_rs.training.trainer import Trainer
 
-advance = TrainingRun.advance
+advance = Trainer.advance
 
 def advance_and_interrupt(run):
     figures = advance(run)
@@ -151,7 +153,7 @@ def advance_and_interrupt(run):
         signal.raise_signal(signal.SIGINT)
     return figures
 
-TrainingRun.advance = advance_and_interrupt
+Trainer.advance = advance_and_interrupt
 sys.exit(main(sys.argv[1:]))
 """
     stopped = subprocess.run(
@@ -223,6 +225,7 @@ def test_evaluate_compares_several_adapters(
 KILL_AT_A_WRITE = """
 import os, signal, sys
 from cat_rs.cli import main
+from cat_rs.commands.evaluate import Settings as EvaluateSettings
 
 last, fsync = int(sys.argv[1]), os.fsync
 
@@ -265,6 +268,61 @@ def test_evaluate_needs_different_names(tiny_pipeline_dir: Path, capsys: pytest.
     arguments = ["--model", "m", "--data", "d", "--prompts", __file__, "--trigger", "expected"]
     assert main(["evaluate", *arguments, "--adapters", "a/x", "b/x"]) == 2
     assert "adapters: expected different names, got a/x b/x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "path"),
+    [
+        ("mine=runs/a.safetensors", "mine", "runs/a.safetensors"),
+        ("mine=runs/lr=1e-4", "mine", "runs/lr=1e-4"),
+        ("runs/lr=1e-4/a.safetensors", "a", "runs/lr=1e-4/a.safetensors"),
+        ("/runs/lr=1e-4", "lr=1e-4", "/runs/lr=1e-4"),
+        ("./lr=1e-4", "lr=1e-4", "./lr=1e-4"),
+        ("here=there", "here=there", "here=there"),
+        ("lr=1e-4", "lr", "1e-4"),
+        ("a.safetensors", "a", "a.safetensors"),
+        ("mine=", "mine=", "mine="),
+    ],
+)
+def test_a_path_may_hold_an_equals_sign(
+    given: str, name: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here=there").mkdir()
+    settings = EvaluateSettings(model="model", adapters=(given,), data="data", prompts="prompts")
+    assert settings.named_adapters() == {name: path}
+
+
+def test_paths_that_are_not_utf_8_are_written_and_printed(
+    train_arguments: list[str], tiny_clip_dir: Path, concept_dir: Path, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    try:
+        shutil.copytree(concept_dir, odd)
+    except OSError:
+        pytest.skip("the file system takes only UTF-8")
+    (tmp_path / "prompts.txt").write_text("a sks cat\n")
+    output = f"{odd}-out"
+    program = [sys.executable, "-m", "cat_rs.cli"]
+    words = [*train_arguments, "--data", odd, "--output-dir", output]
+    done = subprocess.run([*program, *words], capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\udce9-out" in done.stdout
+    resumed = subprocess.run([*program, *words, "--resume"], capture_output=True, timeout=300, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    model = words[words.index("--model") + 1]
+    evaluation = ["--model", model, "--adapters", f"{output}/", "--data", odd, "--encoder", str(tiny_clip_dir)]
+    evaluation += ["--prompts", str(tmp_path / "prompts.txt"), "--trigger", "sks", "--class-word", "cat"]
+    evaluation += ["--picture-seeds", "0", "--inference-steps", "2", "--output-dir", f"{odd}-scores"]
+    scored = subprocess.run([*program, "evaluate", *evaluation], capture_output=True, timeout=300, check=False)
+    assert scored.returncode == 0, scored.stderr
+    reported = subprocess.run(
+        [*program, "report", f"{odd}-scores", output, "--output", f"{odd}-report"],
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert reported.returncode == 0, reported.stderr
 
 
 SHORT_DEMO = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1"]

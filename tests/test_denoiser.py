@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cat_rs.denoiser import Convention, convention_of, denoiser_predict, join_conditions
 from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.step.conditions import join_conditions
+from cat_rs.step.denoiser import Convention, convention_of, denoiser_predict
 
 B = 3
 

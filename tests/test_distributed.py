@@ -22,15 +22,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import cat_rs
-from cat_rs import distributed
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, InvalidValueError
-from cat_rs.files import read_metadata
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
+from cat_rs.step import collectives
 from cat_rs.training import TrainConfig, train
-from cat_rs.training.cache import TrainingCache
-from cat_rs.training.order import ShuffledOrder
-from cat_rs.training.run import TrainingRun
+from cat_rs.training.encoded_dataset import EncodedDataset
+from cat_rs.training.sampler import BatchSampler
+from cat_rs.training.trainer import Trainer
 from tests.conftest import draw_picture
 from tests.models import add_lora, batch, lora_parameters, tiny_unet
 from tests.ranks import RANKS, TIMEOUT, join_group, on_ranks
@@ -321,18 +320,18 @@ def train_settings(folder: Path, model: Path, name: str, rank: int = 0, **settin
 
 def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
     """What each training left, by output folder and whether it continued."""
-    advance, encoded, fsync = TrainingRun.advance, TrainingCache.batch, os.fsync
+    advance, encoded, fsync = Trainer.advance, EncodedDataset.batch, os.fsync
     results: dict[Any, Any] = {}
 
     def run(name: str, at_step_3: Callable[[torch.Tensor], Any] | None = None, **settings: Any) -> None:
         """Trains, and notes what was seen, reported and raised; `at_step_3` may change the figures of that step."""
         notes: dict[str, Any] = {"pictures": [], "figures": [], "lines": [], "error": None}
 
-        def watched_batch(cache: TrainingCache, pictures: Any, generator: Any, **options: Any) -> Any:
+        def watched_batch(cache: EncodedDataset, pictures: Any, generator: Any, **options: Any) -> Any:
             notes["pictures"].append(list(pictures))
             return encoded(cache, pictures, generator, **options)
 
-        def watched_advance(training: TrainingRun) -> torch.Tensor:
+        def watched_advance(training: Trainer) -> torch.Tensor:
             figures = advance(training)
             if at_step_3 is not None and training.steps_done == 3:
                 at_step_3(figures)
@@ -341,13 +340,13 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
             notes["global_draws"] = torch.get_rng_state()
             return figures
 
-        TrainingCache.batch, TrainingRun.advance = watched_batch, watched_advance
+        EncodedDataset.batch, Trainer.advance = watched_batch, watched_advance
         try:
             train(train_settings(folder, model, name, rank, **settings), progress=False, report=notes["lines"].append)
         except (CatRsError, ArithmeticError) as error:
             notes["error"] = type(error).__name__, str(error)
         finally:
-            TrainingCache.batch, TrainingRun.advance, os.fsync = encoded, advance, fsync
+            EncodedDataset.batch, Trainer.advance, os.fsync = encoded, advance, fsync
         results[name, "resume" in settings] = notes
 
     def fail(_: torch.Tensor) -> None:
@@ -563,7 +562,7 @@ def test_something_else_than_a_group_is_named() -> None:
 def test_a_group_that_cannot_move_the_tensors_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     with pytest.raises(DeviceError, match=r"must have a backend for tensors on cpu, as gloo .* got cuda:nccl"):
-        distributed.check_alike("CatStep", None, some_params(0))
+        collectives.check_alike("CatStep", None, some_params(0))
 
 
 def test_resumes_bit_for_bit_within_an_accumulation(ranks: Results) -> None:
@@ -615,7 +614,7 @@ def test_processes_train_one_adapter(ranks: Results) -> None:
 
 
 def test_processes_share_each_batch(ranks: Results) -> None:
-    order = ShuffledOrder(3, 2 * RANKS, seed=0)
+    order = BatchSampler(3, 2 * RANKS, seed=0)
     ours, theirs = (results["whole", False]["pictures"] for results in ranks)
     assert [a + b for a, b in zip(ours, theirs, strict=True)] == [order.next_batch() for _ in range(5)]
 
@@ -641,7 +640,7 @@ def test_processes_share_cached_base_predictions(ranks: Results, training_folder
 
 
 def test_an_adapter_tells_the_batch_of_all_processes(ranks: Results, training_folder: Path) -> None:
-    assert read_metadata(training_folder / "whole")["batch_size"] == 2 * RANKS
+    assert cat_rs.load_lora(training_folder / "whole").metadata["batch_size"] == 2 * RANKS
 
 
 def test_resumed_processes_equal_uninterrupted_ones(ranks: Results, training_folder: Path) -> None:
@@ -689,8 +688,8 @@ def test_a_checkpoint_that_cannot_be_written_stops_all(ranks: Results, training_
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
-    processes = Processes.joined(torch.device("cpu"))
-    assert (processes.rank, processes.count, processes.is_main) == (0, 1, True)
+    processes = Processes.init(torch.device("cpu"))
+    assert (processes.rank, processes.world_size, processes.is_main) == (0, 1, True)
     assert not dist.is_initialized()
 
 
@@ -699,7 +698,7 @@ def test_one_process_where_several_were_asked_for_is_an_error(monkeypatch: pytes
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(ConfigError, match=r"expected the number given to accelerate launch, got 1, .* torchrun"):
-        Processes.joined(torch.device("cpu"))
+        Processes.init(torch.device("cpu"))
 
 
 def test_torchrun_trains_the_same_adapter(ranks: Results, training_folder: Path, tiny_pipeline_dir: Path) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
+import graphlib
+import importlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 import cat_rs
 
@@ -29,16 +34,13 @@ def code_of(file: Path) -> str:
     return re.sub(r"//.*", "", text)
 
 
-def imports(file: Path, *, at_import: bool = False) -> Iterator[str]:
-    """Modules that a Python file imports, those under TYPE_CHECKING aside; ``at_import`` leaves functions out."""
+def import_statements(file: Path, *, at_import: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Imports of a Python file, those under TYPE_CHECKING aside; ``at_import`` leaves functions out."""
 
-    def visit(node: ast.AST) -> Iterator[str]:
+    def visit(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Import):
-                yield from (alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                yield child.module or ""
-                yield from (f"{child.module}.{alias.name}" for alias in child.names)
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child
             elif (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)) or (
                 at_import and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
             ):
@@ -49,12 +51,42 @@ def imports(file: Path, *, at_import: bool = False) -> Iterator[str]:
     yield from visit(ast.parse(file.read_text()))
 
 
+def imports(file: Path, *, at_import: bool = False) -> Iterator[str]:
+    """Modules that a Python file imports, and what it imports from them, as dotted names."""
+    for statement in import_statements(file, at_import=at_import):
+        if isinstance(statement, ast.ImportFrom):
+            yield statement.module or ""
+            yield from (f"{statement.module}.{alias.name}" for alias in statement.names)
+        else:
+            yield from (alias.name for alias in statement.names)
+
+
 def python_files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
 def name_of(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
+
+
+@functools.cache
+def module_graph() -> dict[str, set[str]]:
+    """Each module of the package -> those that it imports anywhere, also inside functions; both as dotted names."""
+
+    def dotted(file: Path) -> str:
+        return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+    def targets(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
+        for alias in statement.names:
+            # A name may be a module of a package, or something that the package's own file defines.
+            name = f"{statement.module}.{alias.name}" if isinstance(statement, ast.ImportFrom) else alias.name
+            yield name if name in modules or name == "cat_rs._core" else name.rpartition(".")[0]
+
+    modules = {dotted(file): file for file in python_files()}
+    return {
+        name: {target for statement in import_statements(file) for target in targets(statement) if target in modules}
+        for name, file in modules.items()
+    }
 
 
 def test_only_the_binding_knows_python() -> None:
@@ -107,26 +139,23 @@ def test_only_native_imports_the_extension() -> None:
 
 
 def test_python_imports_go_one_way() -> None:
-    below = {"errors", "ops", "device"}
+    below = {"errors", "ops"}
     may_use = {
         "errors.py": set(),
-        "device.py": set(),
-        "nested.py": set(),
-        "capture.py": {"errors", "nested"},
         "_native.py": {"_core"},
-        "schedule.py": below,
-        "distributed.py": {"errors"},
+        "_version.py": set(),
+        "options.py": {"errors", "text_files"},
         "processes.py": {"errors", "options"},
-        "optim.py": below | {"distributed"},
+        "run_folder.py": {"errors", "text_files"},
         "preservation_score.py": {"errors", "ops"},
-        "peft.py": below | {"frozen_layers"},
-        "prompts.py": below,
+        "peft.py": below | {"frozen_layers", "unwrap"},
+        "folding.py": set(),
+        "prompts.py": {"errors", "folding"},
+        "text_files.py": {"errors"},
         "frozen_layers.py": {"ops"},
-        "cat_factor.py": {"errors"},
-        "denoiser.py": {"errors", "device"},
-        "files.py": below | {"atomic", "_native", "_core"},
-        "step.py": below | {"capture", "cat_factor", "denoiser", "distributed", "nested", "schedule", "optim", "peft"},
-        "teacher_bank.py": below | {"atomic", "denoiser", "schedule", "peft"},
+        "image_files.py": {"errors"},
+        "atomic.py": set(),
+        "unwrap.py": set(),
     }
     for name, allowed in may_use.items():
         used = set()
@@ -154,29 +183,148 @@ def test_operations_have_the_same_name_everywhere() -> None:
 
 
 def test_the_extension_is_called_through_operations() -> None:
-    may_call = ("ops/", "adapter_file/", "files.py", "info.py", "commands/info.py")
+    may_call = ("ops/", "adapter_file/", "commands/info.py")
     for file in python_files():
         if "cat_rs._native._core" in set(imports(file)):
             assert name_of(file).startswith(may_call), file
 
 
+# From below; a module uses only floors below its own.
+STEP_FLOORS = (
+    "pytree device_values collectives cat_factor denoiser",
+    "noise_schedule cuda_graphs optimizer",
+    "adapters",
+    "conditions",
+    "inputs teacher_bank",
+    "captured_step",
+    "cat_step",
+)
+ADAPTER_FILE_FLOORS = (
+    "paths disk",
+    "layer",
+    "lora_config metadata",
+    "model",
+    "lora_file",
+    "read save pipeline",
+)
+EVALUATION_FLOORS = (
+    "errors config measures",
+    "fingerprint pictures prompts generation scores",
+    "encoder disk_cache result",
+    "distributed kps_evaluator",
+    "task",
+    "adapter_evaluation live_evaluation",
+)
+REPORT_FLOORS = (
+    "style wording picture_files",
+    "charts table",
+    "curves fronts sheet",
+    "sources",
+    "content",
+    "html overview",
+    "writer",
+)
+
+
+def parts_used(package: str) -> set[str]:
+    """The modules and packages directly under cat_rs that a package uses, without itself."""
+    folder = f"cat_rs.{package}"
+    used = {
+        target.split(".")[1]
+        for name, targets in module_graph().items()
+        if name == folder or name.startswith(f"{folder}.")
+        for target in targets
+        if target != "cat_rs"
+    }
+    return used - {package}
+
+
+@pytest.mark.parametrize(
+    ("package", "floors"),
+    [
+        ("adapter_file", ADAPTER_FILE_FLOORS),
+        ("step", STEP_FLOORS),
+        ("evaluation", EVALUATION_FLOORS),
+        ("report", REPORT_FLOORS),
+    ],
+)
+def test_modules_of_a_package_use_only_floors_below(package: str, floors: tuple[str, ...]) -> None:
+    floor_of = {name: number for number, names in enumerate(floors) for name in names.split()}
+    assert set(floor_of) == {file.stem for file in (PACKAGE / package).glob("*.py")} - {"__init__"}
+    graph = module_graph()
+    for name, floor in floor_of.items():
+        targets = graph[f"cat_rs.{package}.{name}"]
+        assert f"cat_rs.{package}" not in targets, f"{package}/{name}.py uses its package's own file"
+        used = {target.rpartition(".")[2] for target in targets if target.startswith(f"cat_rs.{package}.")}
+        higher = {other for other in used if floor_of[other] >= floor}
+        assert not higher, f"{package}/{name}.py uses {higher}"
+
+
+def test_a_step_needs_no_training_and_no_evaluation() -> None:
+    used = parts_used("step")
+    assert used <= {"errors", "ops", "unwrap", "adapter_file", "peft"}, used
+
+
+def test_adapter_files_need_only_the_ground() -> None:
+    used = parts_used("adapter_file")
+    assert used <= {"errors", "atomic", "_native", "unwrap"}, used
+
+
 def test_evaluations_need_no_training_and_no_report() -> None:
-    may_use = {
-        "evaluation",
+    used = parts_used("evaluation")
+    assert used <= {
         "errors",
         "options",
         "peft",
         "atomic",
-        "files",
+        "adapter_file",
+        "image_files",
         "ops",
         "preservation_score",
         "processes",
         "prompts",
-    }
-    for file in (PACKAGE / "evaluation").glob("*.py"):
-        parts = [module.split(".") for module in imports(file)]
-        used = {part[1] for part in parts if part[0] == "cat_rs" and len(part) > 1}
-        assert used <= may_use, f"{file} uses {used - may_use}"
+        "text_files",
+    }, used
+
+
+def test_reports_need_no_training_and_no_model() -> None:
+    used = parts_used("report")
+    assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation", "text_files"}, used
+
+
+def test_training_needs_no_report() -> None:
+    may_use = {"evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
+    may_use |= {"atomic", "adapter_file", "prompts", "step", "text_files"}
+    used = parts_used("training")
+    assert used <= may_use, used - may_use
+
+
+def test_python_imports_form_no_circle() -> None:
+    try:
+        graphlib.TopologicalSorter(module_graph()).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("package", ["cat_rs", "cat_rs.evaluation", "cat_rs.report", "cat_rs.training"])
+def test_no_module_has_the_name_of_a_function(package: str) -> None:
+    module = importlib.import_module(package)
+    folder = Path(str(module.__file__)).parent
+    stems = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    functions = {name for name in module.__all__ if callable(getattr(module, name))}
+    assert not stems & functions
+
+
+def test_only_the_command_line_imports_the_package_itself() -> None:
+    for name, targets in module_graph().items():
+        if not name.startswith("cat_rs.commands."):
+            assert "cat_rs" not in targets, f"{name}: import the module that defines the name"
+
+
+def test_the_command_line_is_the_top_floor() -> None:
+    for file in (PACKAGE / "commands").glob("*.py"):
+        others = [module for module in imports(file) if module.startswith("cat_rs.commands")]
+        assert all(module.startswith("cat_rs.commands.sampling") for module in others), f"{file} uses {others}"
 
 
 def test_the_library_does_not_use_the_command_line() -> None:
@@ -206,3 +354,7 @@ def test_importing_needs_only_pytorch_and_numpy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert not {module.split(".")[0] for module in done.stdout.split()} & set(HEAVY)
+
+
+def test_lazy_names_are_listed() -> None:
+    assert set(cat_rs.__all__) <= set(dir(cat_rs))

@@ -1,4 +1,4 @@
-"""The pins of PyTorch and tch agree wherever they are written, and a build for the wrong PyTorch is refused."""
+"""Versions agree wherever they are written, and a build for the wrong PyTorch is refused."""
 
 import importlib.util
 import re
@@ -22,6 +22,15 @@ def torch_env() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_the_version_is_the_newest_release_of_the_changelog() -> None:
+    released = re.findall(r"(?m)^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d$", read("CHANGELOG.md"))
+    assert released == sorted(released, key=lambda version: [*map(int, version.split("."))], reverse=True)
+    (version,) = re.findall(r'(?m)^version = "(.+)"$', read("Cargo.toml"))
+    (locked,) = re.findall(r'(?m)^name = "cat-rs"\nversion = "(.+)"$', read("Cargo.lock"))
+    assert version == locked == released[0]
+    assert read("CHANGELOG.md").index("## [Unreleased]") < read("CHANGELOG.md").index(f"## [{version}]")
 
 
 def test_one_default_pytorch(torch_env: ModuleType) -> None:

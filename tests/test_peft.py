@@ -701,3 +701,27 @@ def test_training_reaches_every_adapter() -> None:
     output(model).square().sum().backward()
     for name, param in model.named_parameters():
         assert (param.grad is not None) == ("lora_" in name), name
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_offloaded_models_run_pefts_forward(patch_first: bool) -> None:
+    from accelerate import cpu_offload
+
+    model = adapted_model()
+    if patch_first:
+        cat_rs.patch_peft(model)
+    with torch.no_grad():
+        expected, base = output(adapted_model()), output(base_model())
+        # What enable_sequential_cpu_offload does to each part of a pipeline: weights are on meta between calls.
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        report = cat_rs.patch_peft(model)
+        assert not report.fused
+        assert set(report.kept.values()) <= {"its weights are offloaded", "the base layer has hooks"}
+        assert_close(output_of_offloaded(model), expected, factor=20, scale=max_abs(expected))
+        with cat_rs.adapter_disabled(model):
+            assert_close(output_of_offloaded(model), base, factor=20, scale=max_abs(base))
+
+
+def output_of_offloaded(model: torch.nn.Module) -> torch.Tensor:
+    one = batch(0)
+    return model(one["latents"], one["timesteps"], one["cond"], return_dict=False)[0]

@@ -22,7 +22,8 @@ MODULES = ("cat_rs", "cat_rs.errors", "cat_rs.evaluation", "cat_rs.report", "cat
 
 def _signature(function: Any) -> str:
     try:
-        return str(inspect.signature(function))
+        # One type, however a module spells it.
+        return str(inspect.signature(function)).replace("torch.Tensor", "Tensor")
     except (TypeError, ValueError):  # an exception class without a signature of its own
         return ""
 

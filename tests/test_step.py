@@ -13,6 +13,7 @@ import torch
 
 import cat_rs
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.step.inputs import draw_noise
 from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow_matching
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_transformer, tiny_unet
 from tests.references import PlainRecipe
@@ -150,13 +151,15 @@ def test_noise_offset_adds_one_draw_for_each_sample_and_channel(frames: int | No
     twin = torch.Generator().manual_seed(7)
     expected = torch.randn(shape, generator=twin)
     expected += 0.1 * torch.randn((2, 4) + (1,) * (len(shape) - 2), generator=twin)
-    assert torch.equal(step._draw_noise(torch.zeros(shape)), expected)
+    assert torch.equal(draw_noise(torch.zeros(shape), step.noise_offset, step.generator), expected)
     given = {name: value for name, value in batch(0).items() if name != "noise"}
     if frames is None:
-        noise = step._draw_noise(given["latents"])
+        noise = draw_noise(given["latents"], step.noise_offset, step.generator)
         step.generator.manual_seed(7)
         drawn, _ = step(**given), step.generator.manual_seed(7)
-        plain = cat_step(unet_pair()[0])(**given, noise=step._draw_noise(given["latents"]))
+        plain = cat_step(unet_pair()[0])(
+            **given, noise=draw_noise(given["latents"], step.noise_offset, step.generator)
+        )
         assert noise.shape == shape
         assert torch.equal(drawn.loss, plain.loss)
 

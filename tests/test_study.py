@@ -1,4 +1,4 @@
-"""The study's code: every method trains, and its figures are computed as its tables say."""
+"""The experiments' code: every method trains, and figures are computed as the tables say."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cat_rs.evaluation import EvaluationResult
+
 pytest.importorskip("diffusers")
-STUDY = Path(__file__).parent.parent / "examples" / "study"
+ROOT = Path(__file__).parent.parent
+STUDY = ROOT / "examples" / "study"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,8 @@ def study() -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        modules = ("analysis", "concepts", "methods", "multi", "study")
+        own = ("analysis", "concepts", "methods", "multi", "study")
+        modules = (*own, "by_prompts", "demo_setting", "stopped_early", "teacher_bank")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in modules})
     finally:
         torch.set_num_threads(threads)
@@ -132,3 +136,39 @@ def test_equal_identity_takes_the_nearest_adapter_of_plain_lora(study: Any) -> N
     assert found["runs"] == 1
     assert found["plain_stopped_at"] == [200]
     assert found["ups"].value == pytest.approx(0.9 - 0.8)
+
+
+@pytest.mark.parametrize("settings", [{"cat_factor": 0.0}, {"teacher_draws": 1}], ids=["plain", "bank"])
+def test_an_adapter_trains_as_in_the_demo(study: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    result = study.demo_setting.train_adapter("tractor", 0, tmp_path, steps=2, **settings)
+    assert result.steps == 2
+    assert all(weight.any() for key, weight in load_file(result.adapter).items() if "lora_B" in key)
+
+
+def test_plain_lora_stops_where_it_has_cats_identity(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, concept, seed, demo = study.stopped_early.demo_runs()[0]
+    scored = []
+
+    def score(_work: Path, _concept: str, _seed: int, step: int) -> EvaluationResult:
+        """The demo's plain LoRA, which gains 0.1 of identity in every checkpoint."""
+        scored.append(step)
+        plain = demo.adapters["LoRA"]
+        scores = replace(plain, identity=replace(plain.identity, value=0.002 * step + 0.3))
+        rows = tuple(replace(row, model="stopped") for row in demo.prompts if row.model == "LoRA")
+        return replace(demo, adapters={"stopped": scores}, prompts=rows)
+
+    monkeypatch.setattr(study.stopped_early, "score", score)
+    found = study.stopped_early.stop(Path(), concept, seed, demo)
+    assert scored == [50, 100, 150]  # 0.6 is the first that CAT's 0.599 does not exceed
+    assert found["cat_minus_lora"]["stopped"] == found["cat_minus_lora"]["LoRA"]
+    page = study.stopped_early.page([{"file": file, "concept": concept, "seed": seed, **found}])
+    assert "| pineapple, 0 (demo) | LoRA, 150 | 0.857 [0.816, 0.900] |" in page
+    assert "| pineapple, 0 (demo) | CAT, 1200 | 0.969 | 0.599 |" in page
+    assert "| pineapple, 0 (demo) | 1200 | +0.111 [+0.077, +0.145] |" in page
+
+
+def test_the_table_of_the_teacher_bank(study: Any) -> None:
+    rows = study.teacher_bank.rows_of([ROOT / "docs/teacher-bank/tractor.json"]).splitlines()
+    page = (ROOT / "docs/teacher-bank.md").read_text(encoding="utf-8")
+    assert len(rows) == 6
+    assert all(row in page for row in rows)

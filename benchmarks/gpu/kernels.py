@@ -16,7 +16,7 @@ from benchmarks import harness, models
 from benchmarks.gpu.meter import Bench, copy_contender, measure, rotating, rotations
 from benchmarks.harness import OURS, Case, Contender
 from cat_rs.ops.noising import noising as our_noising
-from cat_rs.schedule import NoiseSchedule
+from cat_rs.step.noise_schedule import NoiseSchedule
 
 SHARE_BAR, LOSS_BAR = ">= 0.85", ">= 4"
 SMALL = (4, 4, 64, 64)

@@ -21,13 +21,13 @@ from benchmarks import harness, models
 from benchmarks.gpu.meter import Bench, Peak, measure
 from benchmarks.harness import Case, Contender
 from benchmarks.step import LR, MAX_GRAD_NORM, UPDATE_TOLERANCE, WEIGHT_DECAY, flat
-from cat_rs import capture
+from cat_rs.step import cuda_graphs
 
 PLAIN, COMPILED, RECIPE = "plain LoRA, peft", "plain LoRA, peft, torch.compile", "CAT, two models, three calls"
 OURS_EAGER, OURS_CAPTURED, FLOOR = "CAT, cat_rs", "CAT, cat_rs, captured", "floor: forwards and backward alone"
 PLAIN_BAR, FLOOR_BAR, MEMORY_BAR = ">= 2", "<= 1.05", "<= 0.5"
 # What CatStep runs eagerly before it records, and the recording.
-WARM_UP = capture.WARM_UP + 2
+WARM_UP = cuda_graphs.WARM_UP + 2
 CHECKED_STEPS = WARM_UP + 2
 # Of the first step's loss: both round to bfloat16 at every layer, the recipe at another batch size.
 LOSS_TOLERANCE = 2e-2
@@ -165,8 +165,8 @@ def floor_of(unet: torch.nn.Module, given: Inputs) -> Step:
         torch.autograd.backward(student, upstream)
         return base, student.detach()
 
-    graphs = capture.CudaGraphs(given.latents.device)
-    for _ in range(capture.WARM_UP):
+    graphs = cuda_graphs.CudaGraphs(given.latents.device)
+    for _ in range(cuda_graphs.WARM_UP):
         with graphs.side_stream():
             work()
     replay = graphs.record(work)
@@ -249,7 +249,7 @@ def run(bench: Bench, provider: str, config: dict[str, Any], batch: int) -> Resu
             loss = None if provider in (FLOOR, PLAIN, COMPILED) else float(step(given, drawn=False))
             contender = Contender(provider, lambda: step(given))
             samples = measure(bench.meter, [contender], bench.report.repeats, warm_up=WARM_UP, sample_seconds=0)
-    except (torch.OutOfMemoryError, RuntimeWarning, capture.NotCapturable, TorchDynamoException) as error:
+    except (torch.OutOfMemoryError, RuntimeWarning, cuda_graphs.NotCapturable, TorchDynamoException) as error:
         reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
         bench.report.note(f"{provider}, batch {batch}, did not run: {reason}")
         return None

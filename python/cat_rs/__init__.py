@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
-from cat_rs.cat_factor import CatFactorRamp, CatFactorRatio
-from cat_rs.files import LoraFile, load_lora, save_lora
+from cat_rs._version import __version__ as __version__
+from cat_rs.adapter_file import LoraFile, load_lora, save_lora
 from cat_rs.ops.cat_loss import CatLossParts, cat_loss
 from cat_rs.ops.lora_linear import lora_linear
 from cat_rs.ops.noising import snr_weights
 from cat_rs.ops.similarity import cross_similarity, similarity
 from cat_rs.ops.statistics import bootstrap_difference, bootstrap_interval, harmonic_mean
-from cat_rs.optim import FlatAdamW
 from cat_rs.preservation_score import KpsResult, kps, kps_difference
 from cat_rs.prompts import remove_trigger
 from cat_rs.step import CatStep, StepMetrics
-from cat_rs.teacher_bank import TeacherBank, TeacherDraws
+from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
+from cat_rs.step.optimizer import FlatAdamW
+from cat_rs.step.teacher_bank import TeacherBank, TeacherDraws
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import KpsEvaluator
@@ -55,11 +55,6 @@ __all__ = [
     "unpatch_peft",
 ]
 
-try:
-    __version__ = version("cat-rs")
-except PackageNotFoundError:  # an uninstalled source tree
-    __version__ = "0"
-
 # What needs PEFT, diffusers or transformers is imported when first used: cat_loss alone needs only PyTorch.
 _LAZY = {
     "KpsEvaluator": "cat_rs.evaluation",
@@ -73,3 +68,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,7 +1,7 @@
 """The Rust extension. Shapes, dtypes and formulas are documented on the public functions of cat_rs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,10 @@ def kps_difference(
 ) -> tuple[float, float]: ...
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[list[tuple[str, Tensor]], dict[str, str]]: ...
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
+    descriptor: int,
+    path: str | os.PathLike[str],
+    tensors: Sequence[tuple[str, Tensor | tuple[str, Sequence[int], Iterator[Tensor]]]],
+    metadata: Mapping[str, str],
 ) -> None: ...
 
 # Component, module, A, B, bias of B, magnitude, alpha.

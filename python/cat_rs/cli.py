@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import signal
 import sys
@@ -72,7 +73,7 @@ _COMMANDS = {
         "INPUT OUTPUT ",
     ),
     "info": _Command(
-        "cat_rs.info",
+        "cat_rs.commands.info",
         "versions, build, operations and processor features",
         "Prints what is installed and what this build can do; add it to bug reports.",
     ),
@@ -92,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Hints of the libraries below, such as which of their optional parts are missing, are not news to our user.
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path need not be text: its bytes that are not UTF-8 are printed as escapes.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _run(_parse(given))
     except KeyboardInterrupt:
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _message(error: Exception) -> str:
-    """The error's text in one line."""
+    """Return the error's text in one line."""
     hint = "; pip install 'cat-rs[train]' brings it" if isinstance(error, ModuleNotFoundError) else ""
     return " ".join(str(error).split()) + hint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cat_rs.errors import CatRsError
+from cat_rs.text_files import read_text
 
 __all__ = ["ConfigError", "add_options", "check_range", "from_mapping", "given_options", "option", "read_config_file"]
 
@@ -33,14 +35,14 @@ def option(
     metavar: str | None = None,
     positional: bool = False,
 ) -> Any:
-    """A dataclass field that is also a command-line option.
+    """Declare a dataclass field that is also a command-line option.
 
     Args:
         default: The field's default; a field without one must be given.
         group: The heading under which `--help` lists the option.
         help: One line on what it does; the default is appended.
-        metavar: What `--help` writes for the value.
-        positional: Given by its place, without a name before it.
+        metavar: What `--help` shows for the value.
+        positional: Whether it is given by its position, without a name.
     """
     metadata = {"group": group, "help": help, "metavar": metavar, "positional": positional}
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,7 +51,7 @@ def option(
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """Add one option for each field of the dataclass `settings`, under its group's heading.
 
-    No option has a default in the parser: what was not given stays away, so that a config file can set it.
+    The parser sets no defaults, so that a config file can set what the command line does not give.
     """
     groups: dict[str, Any] = {}
     hints = typing.get_type_hints(settings)
@@ -77,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 
 
 def given_options(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """The options of `settings` that the command line gave."""
+    """Return the options of `settings` that the command line gave."""
     names = {field.name for field in dataclasses.fields(settings)}
     return {name: value for name, value in vars(arguments).items() if name in names}
 
@@ -92,11 +94,11 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+        values = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
         raise ConfigError(f"{path}: cannot read the config file: {error}") from error
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (json.JSONDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: expected YAML or JSON, got text that is neither: {error}") from error
     if values is None:
         return {}
@@ -136,7 +138,7 @@ def check_range(name: str, value: float | None, minimum: float, *, exclusive: bo
 
 
 def _own_fields_first(settings: type) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass, what it shares with others at the end."""
+    """Return the fields of a dataclass, inherited ones last."""
     bases = [base for base in settings.__mro__[1:] if dataclasses.is_dataclass(base)]
     inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     return sorted(dataclasses.fields(settings), key=lambda field: field.name in inherited)
@@ -159,7 +161,7 @@ def _help_text(field: dataclasses.Field[Any]) -> str:
 
 
 def _argument_kind(hint: Any, metavar: str | None) -> dict[str, Any]:
-    """The argparse arguments that parse a value of type `hint`."""
+    """Return the argparse arguments that parse a value of type `hint`."""
     hint = _without_none(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -171,40 +173,35 @@ def _argument_kind(hint: Any, metavar: str | None) -> dict[str, Any]:
 
 
 def _is_union(hint: Any) -> bool:
-    """Whether the type is `X | None`, which Literal spells in the older way."""
+    """Return whether the type is `X | None`; with Literal it is a `typing.Union`."""
     return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`."""
+    """Return `X` of `X | None`."""
     if _is_union(hint):
         return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     return hint
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as type `hint`; lists become tuples, whole numbers become floats where a float is meant."""
+    """Convert `value` to the type `hint`: lists to tuples, whole numbers to floats where a float is meant."""
     if value is None and _is_union(hint):
         return None
     hint = _without_none(hint)
+    kinds = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ConfigError(f"{name}: expected one of {', '.join(typing.get_args(hint))}; got {value!r}")
+        if value not in kinds:
+            raise ConfigError(f"{name}: expected one of {', '.join(kinds)}; got {value!r}")
         return value
     if typing.get_origin(hint) is tuple:
-        kind = typing.get_args(hint)[0]
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(_convert(item, kind, name) for item in items)
-    return _convert_plain(value, hint, name)
-
-
-def _convert_plain(value: Any, kind: type, name: str) -> Any:
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+        return tuple(_convert(item, kinds[0], name) for item in items)
+    if isinstance(value, bool) == (hint is bool):
+        if hint is float and isinstance(value, (int, float, str)):
             # YAML reads "1e-4", without a point, as text.
-            return float(value)
-        except ValueError:
-            pass
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r}")
+            with contextlib.suppress(ValueError):
+                return float(value)
+        elif isinstance(value, hint):
+            return value
+    raise ConfigError(f"{name}: expected {hint.__name__}, got {value!r}")

@@ -19,9 +19,10 @@ from cat_rs.ops.frozen_linear import frozen_linear
 from cat_rs.ops.lora_linear import LoraLinearFunction, WeightCopyFunction, lora_linear
 from cat_rs.ops.lora_up import LoraUpFunction, lora_up_
 from cat_rs.ops.operator import LOW_PRECISION, rounded
+from cat_rs.unwrap import unwrap_model
 
 if TYPE_CHECKING:
-    from cat_rs.optim import FlatAdamW
+    from cat_rs.step.optimizer import FlatAdamW
 
 __all__ = [
     "PatchReport",
@@ -181,6 +182,9 @@ class _SwitchedLayer:
         weight, lora_A = self.base_layer.weight, self.lora_A
         base, own = weight.dtype, {lora_A[name].weight.dtype for name in adapters}
         device = weight.device.type
+        # Weights that are offloaded until a hook of their own layer fetches them are on no device.
+        if device not in ("cpu", "cuda") or any(lora_A[name].weight.device != weight.device for name in adapters):
+            return None
         if torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
             return autocast if {dtype, base, *own} <= {torch.float32, autocast} else None
@@ -365,6 +369,8 @@ def _why_not_in_one_dtype(layer: _SwitchedLayer, adapters: list[str]) -> str | N
     base = layer.base_layer.weight.dtype
     for name in adapters:
         if layer._common_dtype(base, [name]) is None:
+            if layer.base_layer.weight.is_meta:
+                return "its weights are offloaded"
             own, other = (str(dtype).removeprefix("torch.") for dtype in (layer.lora_A[name].weight.dtype, base))
             return f"adapter {name!r} is in {own}, the base layer in {other}"
     return None
@@ -387,8 +393,7 @@ def has_adapter(model: torch.nn.Module) -> bool:
 
 def base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The base model's parameters under the names that they have without an adapter."""
-    unwrap: Any = getattr(model, "get_base_model", None)
-    yield from _base_parameters(unwrap() if unwrap else model, "")
+    yield from _base_parameters(unwrap_model(model, peft=True), "")
 
 
 def _base_parameters(module: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -526,7 +531,7 @@ def adapter_disabled(model: torch.nn.Module) -> Iterator[None]:
     whatever state the backward pass finds it.
 
     Args:
-        model: A model with PEFT adapter layers.
+        model: A model with PEFT adapter layers; a model without any is its own base model, and nothing changes.
     """
     with _find_switch(model).turned(False):
         yield

@@ -1,7 +1,8 @@
-"""The processes of one training or evaluation: which one writes, and what all have to agree on."""
+"""The processes of one training or evaluation: their ranks, and what they exchange."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from cat_rs.errors import CatRsError
 from cat_rs.options import ConfigError
 
-# Where torchrun and accelerate, MPICH, Open MPI and MVAPICH write how many processes they started.
+# Where torchrun and accelerate, MPICH, Open MPI and MVAPICH put the world size.
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 T = TypeVar("T")
@@ -21,34 +22,34 @@ T = TypeVar("T")
 class Processes:
     """The processes that `torchrun` or `accelerate launch` started; a single one without them.
 
-    The methods that pass something on are collective: every process calls them, in the same order.
+    The methods that pass something on are collective: every rank calls them, in the same order.
 
     Attributes:
-        rank: Number of this process.
-        count: How many there are.
-        local_rank: Number of this process on its machine.
-        is_main: Whether this is the process that writes and reports.
+        rank: The rank of this process.
+        world_size: The number of processes.
+        local_rank: The rank of this process on its machine.
+        is_main: Whether this is rank 0, which writes and reports.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
         self.rank = rank
-        self.count = count
+        self.world_size = world_size
         self.local_rank = local_rank
         self.is_main = rank == 0
 
     @classmethod
     def current(cls) -> Processes:
-        """The processes of torch.distributed's default group; a single one where there is none."""
+        """Return the processes of torch.distributed's default group; a single one where there is none."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
 
     @classmethod
-    def joined(cls, device: torch.device) -> Processes:
+    def init(cls, device: torch.device) -> Processes:
         """Join the processes that a launcher started; they stay joined until they end.
 
         Args:
-            device: Where the model is to be: decides how tensors travel.
+            device: The device of the model, which decides the backend.
 
         Raises:
             ConfigError: The launcher was asked for several processes, and started one.
@@ -67,9 +68,14 @@ class Processes:
         state = PartialState(cpu=device.type == "cpu")
         return cls(state.process_index, state.num_processes, state.local_process_index)
 
+    def own_device(self, device: torch.device) -> torch.device:
+        """Return the GPU of this rank where `device` is any GPU."""
+        any_gpu = device == torch.device("cuda")
+        return torch.device("cuda", self.local_rank) if any_gpu and self.world_size > 1 else device
+
     def on_main(self, act: Callable[[], T]) -> T:
-        """Call `act` in the main process; what it returns, or raises of this package, comes out in all of them."""
-        if self.count == 1:
+        """Call `act` on rank 0; every rank gets what it returns, or the error of this package that it raises."""
+        if self.world_size == 1:
             return act()
         outcome: list[Any] = [None, None]
         if self.is_main:
@@ -83,44 +89,52 @@ class Processes:
             raise failure
         return result
 
-    def gathered(self, value: Any) -> list[Any]:
-        """Every process's value, by rank; on the CPU."""
-        if self.count == 1:
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return every rank's value, in the order of the ranks; tensors must be on the CPU."""
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.count
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, act: Callable[[], T]) -> list[T]:
-        """Call `act` in every process; what they return, by rank.
+    def on_all(self, act: Callable[[], T]) -> list[T]:
+        """Call `act` on every rank; every rank gets all results, in the order of the ranks.
 
-        What this package raises in one of them is raised in all, once all are done.
+        An error of this package on one rank is raised on all of them, once all are done.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return [act()]
         outcome: tuple[Any, CatRsError | None]
         try:
             outcome = act(), None
         except CatRsError as error:
             outcome = None, error
-        outcomes = self.gathered(outcome)
+        outcomes = self.all_gather_object(outcome)
         for _, failure in outcomes:
             if failure is not None:
                 raise failure
         return [result for result, _ in outcomes]
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean over the processes; not finite where one of the values is not."""
-        if self.count == 1:
+    def all_reduce_mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean over the ranks; it is not finite where one of the values is not."""
+        if self.world_size == 1:
             return values
-        values = values / self.count
+        values = values / self.world_size
         dist.all_reduce(values)
         return values
 
-    def highest(self, value: int, device: torch.device) -> int:
-        """The largest of the processes' values."""
-        if self.count == 1:
+    def all_reduce_max(self, value: int, device: torch.device) -> int:
+        """Return the largest of the ranks' values."""
+        if self.world_size == 1:
             return value
         values = torch.tensor(value, device=device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return int(values)
+
+
+def leave() -> None:
+    """Destroy the process groups before this process ends: their threads must not outlive the interpreter."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        # An optimizer and its learning-rate scheduler refer to each other, and to the group, whose threads they keep.
+        gc.collect()

@@ -1,21 +1,20 @@
-//! Safetensors files: read whole, written under a temporary name and renamed.
+//! Safetensors files: read whole, written as their tensors come.
 
-use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
-use std::ffi::OsString;
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Write};
+use std::path::Path;
 
-use safetensors::{Dtype, SafeTensorError, SafeTensors, View};
+use safetensors::tensor::TensorInfo;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
 use super::{Metadata, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_dense, contiguous, dtype_name};
+use crate::tensor::{bytes, check_dense, contiguous, dtype_name};
 
 const READ: &str = "load_lora";
-const WRITE: &str = "save_lora";
+const WRITE: &str = "write_safetensors";
 /// The dtypes that are read and written, as both sides name them.
 const DTYPES: [(Dtype, Kind); 9] = [
     (Dtype::F64, Kind::Double),
@@ -28,8 +27,7 @@ const DTYPES: [(Dtype, Kind); 9] = [
     (Dtype::I8, Kind::Int8),
     (Dtype::U8, Kind::Uint8),
 ];
-/// As `cat_rs.atomic` names what is not finished.
-const TEMPORARY_PREFIX: &str = ".unfinished-";
+const DTYPE_NAMES: &str = "float64, float32, float16, bfloat16 or integers";
 /// Bytes of the header's length, at the start of the file.
 const LENGTH_BYTES: u64 = 8;
 
@@ -43,8 +41,7 @@ pub fn read(path: &Path) -> Result<(NamedTensors, Metadata)> {
     let mut tensors = Vec::with_capacity(file.len());
     for (name, view) in file.iter() {
         let Some((_, kind)) = DTYPES.iter().find(|(dtype, _)| *dtype == view.dtype()) else {
-            let expected = "float64, float32, float16, bfloat16 or integers";
-            let text = format!("{}: `{name}` must have dtype {expected}, got {:?}", path.display(), view.dtype());
+            let text = format!("{}: `{name}` must have dtype {DTYPE_NAMES}, got {:?}", path.display(), view.dtype());
             return Err(CatError::adapter(READ, text));
         };
         let size =
@@ -56,74 +53,112 @@ pub fn read(path: &Path) -> Result<(NamedTensors, Metadata)> {
     Ok((tensors, metadata))
 }
 
-/// Writes a safetensors file; an old file of that name stays until the new one is whole.
-pub fn write(path: &Path, tensors: &[(String, Tensor)], metadata: &Metadata) -> Result<()> {
+/// A tensor to write.
+pub enum Source {
+    /// One that is there.
+    Whole(Tensor),
+    /// One that comes in parts, each a piece of its memory: they need not fit into memory together.
+    Parts {
+        /// PyTorch's name of the dtype.
+        dtype: String,
+        /// The shape of the whole.
+        shape: Vec<usize>,
+        /// What is asked for the parts when their turn comes.
+        parts: Box<dyn Iterator<Item = Tensor> + Send>,
+    },
+}
+
+/// Writes a safetensors file into an open file, `path` in errors: the header, then each tensor's bytes.
+///
+/// The same tensors and metadata give the same bytes.
+pub fn write(file: File, path: &Path, tensors: Vec<(String, Source)>, metadata: Metadata) -> Result<()> {
     if tensors.is_empty() {
         return Err(CatError::adapter(WRITE, format!("{}: expected tensors to write, got none", path.display())));
     }
-    let mut views = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        views.push((name.as_str(), Bytes::of(name, tensor)?));
+    let mut entries = tensors
+        .into_iter()
+        .map(|(name, source)| {
+            let info = information(&name, &source)?;
+            Ok((name, source, info))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    // As safetensors does: the widest first, so that all are aligned.
+    entries.sort_by(|(left, _, info), (right, _, other)| other.dtype.cmp(&info.dtype).then_with(|| left.cmp(right)));
+    let mut end = 0;
+    for (_, _, info) in &mut entries {
+        let (start, size) = (end, info.data_offsets.1);
+        end += size;
+        info.data_offsets = (start, end);
     }
-    let metadata: HashMap<String, String> = metadata.clone().into_iter().collect();
-    let bytes = safetensors::serialize(views, Some(metadata))
-        .map_err(|error| CatError::adapter(WRITE, format!("{}: {}", path.display(), reason(&error))))?;
-    replace(path, &in_order(&bytes)?).map_err(|source| CatError::io(WRITE, path, source))
-}
-
-/// The same file with the keys of its header in order: that of a hash map differs from file to file.
-fn in_order(file: &[u8]) -> Result<Vec<u8>> {
-    let broken = || CatError::adapter(WRITE, "the header that was made cannot be read");
-    let (length, rest) = file.split_first_chunk().ok_or_else(broken)?;
-    let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| broken())?;
-    let (header, data) = rest.split_at_checked(length).ok_or_else(broken)?;
-    let header: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).map_err(|_| broken())?;
-    let mut header = serde_json::to_vec(&header).map_err(|_| broken())?;
-    // As the format asks for, tensors begin at a multiple of 8.
-    header.resize(header.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
-    Ok([&(header.len() as u64).to_le_bytes(), header.as_slice(), data].concat())
-}
-
-/// A tensor's bytes as safetensors takes them.
-struct Bytes {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    data: Vec<u8>,
-}
-
-impl Bytes {
-    fn of(name: &str, tensor: &Tensor) -> Result<Self> {
-        check_dense(WRITE, "state", tensor, Device::Cpu)?;
-        let kind = tensor.f_kind().during(WRITE)?;
-        let Some((dtype, _)) = DTYPES.iter().find(|(_, other)| *other == kind) else {
-            let expected = "float64, float32, float16, bfloat16 or integers";
-            let text = format!("`{name}` must have dtype {expected}, got {}", dtype_name(kind));
-            return Err(CatError::adapter(WRITE, text));
+    let failed = |source: io::Error| CatError::io(WRITE, path, source);
+    let mut file = BufWriter::new(file);
+    file.write_all(&header(&entries, metadata)?).map_err(failed)?;
+    for (name, source, info) in entries {
+        let (mut written, expected) = (0, info.data_offsets.1 - info.data_offsets.0);
+        let parts: Box<dyn Iterator<Item = Tensor>> = match source {
+            Source::Whole(tensor) => Box::new(std::iter::once(tensor)),
+            Source::Parts { parts, .. } => parts,
         };
-        let tensor = contiguous(WRITE, tensor)?;
-        let mut data = vec![0; tensor.numel() * kind.elt_size_in_bytes()];
-        tensor.f_copy_data_u8(&mut data, tensor.numel()).during(WRITE)?;
-        let shape = tensor.size().iter().map(|&length| usize::try_from(length).unwrap_or(0)).collect();
-        Ok(Self { dtype: *dtype, shape, data })
+        for part in parts {
+            check_dense(WRITE, "tensors", &part, Device::Cpu)?;
+            let dtype = dtype_of(&name, part.f_kind().during(WRITE)?)?;
+            if dtype != info.dtype {
+                let text = format!("`{name}` must come in parts of dtype {:?}, got {dtype:?}", info.dtype);
+                return Err(CatError::adapter(WRITE, text));
+            }
+            let part = contiguous(WRITE, &part)?;
+            let data = bytes(WRITE, &part)?;
+            written += data.len();
+            file.write_all(data).map_err(failed)?;
+        }
+        if written != expected {
+            let text = format!("`{name}` must come in parts of {expected} bytes together, got {written}");
+            return Err(CatError::adapter(WRITE, text));
+        }
     }
+    file.flush().map_err(failed)
 }
 
-impl View for Bytes {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
+/// Dtype, shape and, in place of the offsets, size.
+fn information(name: &str, source: &Source) -> Result<TensorInfo> {
+    let (dtype, shape) = match source {
+        Source::Whole(tensor) => {
+            check_dense(WRITE, "tensors", tensor, Device::Cpu)?;
+            let shape = tensor.size().iter().map(|&length| usize::try_from(length).unwrap_or(0)).collect();
+            (dtype_of(name, tensor.f_kind().during(WRITE)?)?, shape)
+        }
+        Source::Parts { dtype, shape, .. } => {
+            let known = DTYPES.iter().find(|(_, kind)| dtype_name(*kind) == *dtype);
+            (known.ok_or_else(|| unknown_dtype(name, dtype))?.0, shape.clone())
+        }
+    };
+    let size = shape.iter().try_fold(dtype.bitsize() / 8, |size, &length: &usize| size.checked_mul(length));
+    let size = size.ok_or_else(|| CatError::adapter(WRITE, format!("`{name}` has a size beyond 2^64")))?;
+    Ok(TensorInfo { dtype, shape, data_offsets: (0, size) })
+}
 
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
+fn dtype_of(name: &str, kind: Kind) -> Result<Dtype> {
+    let known = DTYPES.iter().find(|(_, other)| *other == kind);
+    known.map(|(dtype, _)| *dtype).ok_or_else(|| unknown_dtype(name, &dtype_name(kind)))
+}
 
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.data)
-    }
+fn unknown_dtype(name: &str, dtype: &str) -> CatError {
+    CatError::adapter(WRITE, format!("`{name}` must have dtype {DTYPE_NAMES}, got {dtype}"))
+}
 
-    fn data_len(&self) -> usize {
-        self.data.len()
+/// The start of the file, its keys in order.
+fn header(entries: &[(String, Source, TensorInfo)], metadata: Metadata) -> Result<Vec<u8>> {
+    let failed = |error: serde_json::Error| CatError::adapter(WRITE, format!("the header cannot be made: {error}"));
+    let mut fields = BTreeMap::from([("__metadata__", serde_json::to_value(metadata).map_err(failed)?)]);
+    for (name, _, info) in entries {
+        if fields.insert(name, serde_json::to_value(info).map_err(failed)?).is_some() {
+            return Err(CatError::adapter(WRITE, format!("expected tensors of different names, got two of `{name}`")));
+        }
     }
+    let mut text = serde_json::to_vec(&fields).map_err(failed)?;
+    // As the format asks for, tensors begin at a multiple of 8.
+    text.resize(text.len().next_multiple_of(LENGTH_BYTES as usize), b' ');
+    Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
 }
 
 /// The whole file, after a look at the header's length: a large file of another kind is not read.
@@ -150,36 +185,6 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let temporary = temporary_name(path)?;
-    let written = write_synced(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
-    if let Err(error) = written {
-        // What went wrong first is what the caller is told.
-        let _ = fs::remove_file(&temporary);
-        return Err(error);
-    }
-    sync_folder_of(path)
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
-/// Brings the rename to the disk.
-fn sync_folder_of(path: &Path) -> io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
-}
-
-fn temporary_name(path: &Path) -> io::Result<PathBuf> {
-    let name = path.file_name().ok_or_else(|| io::Error::from_raw_os_error(libc::EISDIR))?;
-    let mut temporary = OsString::from(TEMPORARY_PREFIX);
-    temporary.push(name);
-    Ok(path.with_file_name(temporary))
-}
-
 fn not_safetensors(path: &Path, text: &str) -> CatError {
     CatError::adapter(READ, format!("{}: expected a whole safetensors file, but {text}", path.display()))
 }
@@ -201,6 +206,9 @@ fn reason(error: &SafeTensorError) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
     use super::*;
 
     /// A folder that goes away with the test.
@@ -226,6 +234,20 @@ mod tests {
         }
     }
 
+    fn written(path: &Path, tensors: Vec<(String, Source)>, metadata: &Metadata) -> Result<()> {
+        write(File::create(path).unwrap(), path, tensors, metadata.clone())
+    }
+
+    fn whole(name: &str, tensor: &Tensor) -> (String, Source) {
+        (name.to_owned(), Source::Whole(tensor.shallow_clone()))
+    }
+
+    fn in_parts(name: &str, dtype: &str, shape: &[usize], parts: &[Tensor]) -> (String, Source) {
+        let parts: Vec<Tensor> = parts.iter().map(Tensor::shallow_clone).collect();
+        let source = Source::Parts { dtype: dtype.into(), shape: shape.to_vec(), parts: Box::new(parts.into_iter()) };
+        (name.to_owned(), source)
+    }
+
     fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
         bytes.extend(header.as_bytes());
@@ -243,12 +265,13 @@ mod tests {
             .map(|&kind| (format!("{kind:?}"), values.to_kind(kind)))
             .chain([
                 ("scalar".to_owned(), Tensor::from(8i64)),
-                ("empty".to_owned(), Tensor::zeros([0, 4], (Kind::Float, tch::Device::Cpu))),
+                ("empty".to_owned(), Tensor::zeros([0, 4], (Kind::Float, Device::Cpu))),
                 ("turned".to_owned(), values.tr()),
             ])
             .collect();
         let metadata = Metadata::from([("key".to_owned(), "{\"ü\": 1}\n".to_owned())]);
-        write(&path, &tensors, &metadata).unwrap();
+        let sources = tensors.iter().map(|(name, tensor)| whole(name, tensor)).collect();
+        written(&path, sources, &metadata).unwrap();
         let (read_tensors, read_metadata) = read(&path).unwrap();
         assert_eq!(read_metadata, metadata);
         assert_eq!(read_tensors.len(), tensors.len());
@@ -292,15 +315,44 @@ mod tests {
     fn every_cut_of_a_file_is_an_error() {
         let folder = Folder::new("cuts");
         let path = folder.0.join("whole.safetensors");
-        write(&path, &[("a".to_owned(), Tensor::from_slice(&[1.0f32, 2.0]))], &Metadata::new()).unwrap();
-        let whole = fs::read(&path).unwrap();
-        for length in 0..whole.len() {
-            assert!(read(&folder.file(&whole[..length])).is_err(), "{length}");
+        written(&path, vec![whole("a", &Tensor::from_slice(&[1.0f32, 2.0]))], &Metadata::new()).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        for length in 0..bytes.len() {
+            assert!(read(&folder.file(&bytes[..length])).is_err(), "{length}");
         }
     }
 
-    fn one() -> [(String, Tensor); 1] {
-        [("a".to_owned(), Tensor::zeros([2], (Kind::Float, tch::Device::Cpu)))]
+    #[test]
+    fn parts_give_the_bytes_of_the_whole() {
+        let folder = Folder::new("parts");
+        let values = Tensor::arange(12, (Kind::Float, Device::Cpu)).view([4, 3]);
+        let other = Tensor::from_slice(&[7i64]);
+        let path = |name: &str| folder.0.join(name);
+        written(&path("whole"), vec![whole("a", &values), whole("b", &other)], &Metadata::new()).unwrap();
+        let parts = [values.narrow(0, 0, 1), values.narrow(0, 1, 3)];
+        let parts = in_parts("a", "float32", &[4, 3], &parts);
+        written(&path("parts"), vec![whole("b", &other), parts], &Metadata::new()).unwrap();
+        assert_eq!(fs::read(path("whole")).unwrap(), fs::read(path("parts")).unwrap());
+    }
+
+    #[test]
+    fn parts_must_make_up_the_whole() {
+        let folder = Folder::new("wrong-parts");
+        let part = Tensor::zeros([2], (Kind::Float, Device::Cpu));
+        for (dtype, shape, expected) in [
+            ("float32", [3], "parts of 12 bytes together, got 8"),
+            ("float32", [1], "parts of 4 bytes together, got 8"),
+            ("int64", [1], "parts of dtype I64, got F32"),
+            ("complex64", [2], "must have dtype float64"),
+            ("float32", [usize::MAX], "a size beyond 2^64"),
+        ] {
+            let source = in_parts("a", dtype, &shape, &[part.shallow_clone()]);
+            let error = written(&folder.0.join("a"), vec![source], &Metadata::new()).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
+        let twice = vec![whole("a", &part), whole("a", &part)];
+        let error = written(&folder.0.join("a"), twice, &Metadata::new()).unwrap_err();
+        assert!(error.to_string().contains("got two of `a`"), "{error}");
     }
 
     #[test]
@@ -315,25 +367,13 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         }
-        let error = write(&folder.0.join("absent/a.safetensors"), &one(), &Metadata::new()).unwrap_err();
-        assert!(matches!(error, CatError::Io { .. }), "{error:?}");
-    }
-
-    #[test]
-    fn an_old_file_stays_when_writing_fails() {
-        let folder = Folder::new("old");
-        let path = folder.file(b"old");
-        // The temporary name is taken by a folder, so that the file cannot be created.
-        fs::create_dir(folder.0.join(".unfinished-adapter.safetensors")).unwrap();
-        assert!(matches!(write(&path, &one(), &Metadata::new()).unwrap_err(), CatError::Io { .. }));
-        assert_eq!(fs::read(&path).unwrap(), b"old");
     }
 
     #[test]
     fn tensors_that_cannot_be_stored_are_named() {
         let folder = Folder::new("dtype");
         let complex = Tensor::zeros([2], (Kind::ComplexFloat, tch::Device::Cpu));
-        let error = write(&folder.0.join("a"), &[("wave".to_owned(), complex)], &Metadata::new()).unwrap_err();
+        let error = written(&folder.0.join("a"), vec![whole("wave", &complex)], &Metadata::new()).unwrap_err();
         assert!(error.to_string().contains("`wave` must have dtype"), "{error}");
     }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use tch::Tensor;
 
-pub use self::disk::{read, write};
+pub use self::disk::{read, write, Source};
 pub use self::layers::{layers_of, tensors_of};
 
 use crate::error::{CatError, Result};

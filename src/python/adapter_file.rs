@@ -1,13 +1,18 @@
-//! Files of adapters, for `cat_rs.files`.
+//! Files of adapters, for `cat_rs.adapter_file`.
 
+use std::fs::File;
+use std::io;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
 use super::convert::{optional, raise, wrap, wrap_optional};
 use super::released;
-use crate::adapter_file::{self, Family, Format, KnownModules, Layer, Metadata, NamedTensors};
+use crate::adapter_file::{self, Family, Format, KnownModules, Layer, Metadata, NamedTensors, Source};
+use crate::error::CatError;
 
 /// A layer as Python has it: component, module, A, B, bias of B, magnitude, alpha.
 type PyLayer = (String, String, PyTensor, PyTensor, Option<PyTensor>, Option<PyTensor>, Option<f64>);
@@ -28,16 +33,66 @@ pub fn read_safetensors(py: Python<'_>, path: PathBuf) -> PyResult<(Vec<(String,
     Ok((wrap_named(py, tensors)?, metadata))
 }
 
-/// Writes a safetensors file; an old file stays until the new one is whole.
+/// A tensor; or the dtype and the shape of one, and an iterator of its parts.
+#[derive(FromPyObject)]
+pub enum PySource {
+    Whole(PyTensor),
+    Parts(String, Vec<usize>, PyObject),
+}
+
+/// A Python iterator of tensors, asked with the GIL; what it raises ends it and is kept.
+struct PyParts {
+    iterator: PyObject,
+    raised: Arc<Mutex<Option<PyErr>>>,
+}
+
+impl Iterator for PyParts {
+    type Item = tch::Tensor;
+
+    fn next(&mut self) -> Option<tch::Tensor> {
+        let next = Python::with_gil(|py| {
+            let mut iterator = self.iterator.bind(py).try_iter()?;
+            iterator.next().map(|part| part?.extract::<PyTensor>()).transpose()
+        });
+        next.unwrap_or_else(|error| {
+            *self.raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            None
+        })
+        .map(|part| part.0)
+    }
+}
+
+/// Writes a safetensors file into the open file `descriptor`, from where it is; `path` names it in errors.
 #[pyfunction]
 pub fn write_safetensors(
     py: Python<'_>,
+    descriptor: RawFd,
     path: PathBuf,
-    tensors: Vec<(String, PyTensor)>,
+    tensors: Vec<(String, PySource)>,
     metadata: Metadata,
 ) -> PyResult<()> {
-    let tensors = named(tensors);
-    released(py, move || adapter_file::write(&path, &tensors, &metadata))
+    let file =
+        open_again(descriptor).map_err(|source| raise(py, &CatError::io("write_safetensors", &path, source)))?;
+    let raised = Arc::new(Mutex::new(None));
+    let source = |source| match source {
+        PySource::Whole(tensor) => Source::Whole(tensor.0),
+        PySource::Parts(dtype, shape, iterator) => {
+            Source::Parts { dtype, shape, parts: Box::new(PyParts { iterator, raised: raised.clone() }) }
+        }
+    };
+    let tensors = tensors.into_iter().map(|(name, tensor)| (name, source(tensor))).collect();
+    let written = released(py, move || adapter_file::write(file, &path, tensors, metadata));
+    let error = raised.lock().unwrap_or_else(PoisonError::into_inner).take();
+    error.map_or(written, Err)
+}
+
+/// A handle of our own: Python may close its own while the GIL is released.
+fn open_again(descriptor: RawFd) -> io::Result<File> {
+    if descriptor < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the borrow ends with this line; a number that is no open file is an error of the system call.
+    unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned().map(File::from)
 }
 
 /// The layers of a file's tensors: (format, family, layers).

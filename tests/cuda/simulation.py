@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from cat_rs import capture, device
 from cat_rs._native import _core
+from cat_rs.step import cuda_graphs, device_values
 
 # On a GPU each of these waits for the device, or copies from memory of the host.
 WAITING = {
@@ -104,7 +104,8 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         Recorder.active = None
         super().__exit__(*error)
-        for storage, before in self._before.values():
+        # Backwards: storages may share memory, as those of parameters and of a flat buffer do.
+        for storage, before in reversed(self._before.values()):
             storage.copy_(before)
         self._before.clear()
         torch.set_rng_state(self._rng_state)
@@ -121,7 +122,7 @@ class Recorder(TorchDispatchMode):
 
 
 class SimulatedGraphs:
-    """In the place of :class:`capture.CudaGraphs`."""
+    """In the place of :class:`cuda_graphs.CudaGraphs`."""
 
     made = 0
 
@@ -140,16 +141,16 @@ class SimulatedGraphs:
             yield found
         found += [f"model.py:{name}" for name in mode.found]
 
-    def record(self, function: Callable[[], capture.Outputs]) -> Callable[[], capture.Outputs]:
+    def record(self, function: Callable[[], cuda_graphs.Outputs]) -> Callable[[], cuda_graphs.Outputs]:
         recorder = Recorder()
         try:
             with recorder:
                 outputs = function()
         except Exception as error:
-            raise capture.NotCapturable(str(error).splitlines()[0]) from error
+            raise cuda_graphs.NotCapturable(str(error).splitlines()[0]) from error
         SimulatedGraphs.made += 1
 
-        def replay() -> capture.Outputs:
+        def replay() -> cuda_graphs.Outputs:
             recorder.replay()
             return outputs
 
@@ -168,8 +169,8 @@ def _recordable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def simulate_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the CPU pass for a GPU."""
-    monkeypatch.setattr(device, "is_gpu", lambda place: True)
-    monkeypatch.setattr(capture, "CudaGraphs", SimulatedGraphs)
+    monkeypatch.setattr(device_values, "is_gpu", lambda place: True)
+    monkeypatch.setattr(cuda_graphs, "CudaGraphs", SimulatedGraphs)
     for name, function in vars(_core).copy().items():
         if callable(function) and not isinstance(function, type):
             monkeypatch.setattr(_core, name, _recordable(function))

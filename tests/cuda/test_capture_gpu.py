@@ -14,7 +14,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cat_rs
-from cat_rs import CatFactorRatio, capture
+from cat_rs import CatFactorRatio
+from cat_rs.step import cuda_graphs
 from tests.comparison import cat_step
 from tests.models import add_lora, batch, lora_parameters, tiny_unet
 from tests.test_step import unet_pair
@@ -24,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-STEPS = capture.WARM_UP + 5
+STEPS = cuda_graphs.WARM_UP + 5
 DRAWN = ("noise", "timesteps")
 DTYPES = [
     pytest.param(torch.float32, id="f32"),
@@ -119,7 +120,7 @@ def compare(
         for number, one in enumerate(batches):
             between(step, number)
             # A recording itself waits for the device.
-            with no_waiting() if number > capture.WARM_UP or not more else warnings.catch_warnings():
+            with no_waiting() if number > cuda_graphs.WARM_UP or not more else warnings.catch_warnings():
                 metrics.append(step(**one))
         steps.append(step)
         losses.append([float(one.loss) for one in metrics])
@@ -169,7 +170,7 @@ def test_every_replay_draws_anew(given: bool) -> None:
 def test_dropout_draws_anew() -> None:
     step = cat_step(add_lora(tiny_unet(), lora_dropout=0.3).cuda().train(), lr=0.0, weight_decay=0.0, capture=True)
     losses = [float(step(**drawn(0)).loss) for _ in range(STEPS)]
-    assert len(set(losses[capture.WARM_UP :])) == STEPS - capture.WARM_UP
+    assert len(set(losses[cuda_graphs.WARM_UP :])) == STEPS - cuda_graphs.WARM_UP
 
 
 def test_settings_take_effect() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cat_rs._native import _core
+from cat_rs.commands.info import collect
 from cat_rs.errors import InvalidValueError, KernelError
-from cat_rs.info import collect
 from cat_rs.ops.operator import stream_of
 
 PROGRAMS = ("adamw", "cat_loss", "noising", "similarity")

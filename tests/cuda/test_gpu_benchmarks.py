@@ -117,7 +117,7 @@ def test_steps_run_and_are_checked(name: str, tmp_path: Path) -> None:
 
 def test_a_step_that_cannot_be_recorded_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def record(self: Any, function: Callable[[], Any]) -> Any:
-        raise steps.capture.NotCapturable("no")
+        raise steps.cuda_graphs.NotCapturable("no")
 
     monkeypatch.setattr(steps, "check", lambda bench: None)
     monkeypatch.setattr(SimulatedGraphs, "record", record)

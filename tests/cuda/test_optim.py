@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cat_rs import FlatAdamW, device
+from cat_rs import FlatAdamW
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, InvalidValueError
+from cat_rs.step import device_values
 from tests.cuda.simulation import NoWaiting
 from tests.ops.test_adamw import BF16, F32, SETTINGS, TorchAdamW, add_gradients, assert_params_close, by_id, gradients
 from tests.ops.test_adamw import make_params as params_of
@@ -176,5 +177,5 @@ def test_the_stream_goes_to_every_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_cpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert not device.is_gpu(torch.device("cpu"))
-    assert device.is_gpu(torch.device("cuda", 1))
+    assert not device_values.is_gpu(torch.device("cpu"))
+    assert device_values.is_gpu(torch.device("cuda", 1))

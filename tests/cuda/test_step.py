@@ -15,9 +15,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cat_rs
-from cat_rs import CatFactorRamp, CatFactorRatio, capture
+from cat_rs import CatFactorRamp, CatFactorRatio
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
+from cat_rs.step import cuda_graphs
 from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow_matching
 from tests.cuda import reference_core
 from tests.cuda.simulation import NoWaiting, Recorder, SimulatedGraphs
@@ -25,7 +26,7 @@ from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_text_enco
 from tests.test_step import unet_pair
 from tests.test_text_encoders import adapted
 
-EAGER_STEPS = capture.WARM_UP
+EAGER_STEPS = cuda_graphs.WARM_UP
 STEPS = EAGER_STEPS + 4
 DRAWN = ("noise", "timesteps")
 
@@ -376,10 +377,10 @@ def test_replays_equal_eager_steps_with_autocast_and_a_scaler() -> None:
 def test_a_process_group_averages_between_replays(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two ranks with the same gradients have their average.
     averaged: list[int] = []
-    monkeypatch.setattr("cat_rs.distributed.check_group", lambda owner, group: None)
-    monkeypatch.setattr("cat_rs.distributed.check_alike", lambda owner, group, params: None)
-    monkeypatch.setattr("cat_rs.distributed.broadcast_", lambda tensor, group: None)
-    monkeypatch.setattr("cat_rs.distributed.average_", lambda tensor, group: averaged.append(tensor.numel()))
+    monkeypatch.setattr("cat_rs.step.collectives.check_group", lambda owner, group: None)
+    monkeypatch.setattr("cat_rs.step.collectives.check_alike", lambda owner, group, params: None)
+    monkeypatch.setattr("cat_rs.step.collectives.broadcast_", lambda tensor, group: None)
+    monkeypatch.setattr("cat_rs.step.collectives.average_", lambda tensor, group: averaged.append(tensor.numel()))
     compare(lambda: {"process_group": object()})
     assert len(averaged) == 2 * STEPS
 
@@ -617,5 +618,5 @@ def test_a_simulated_recording_has_the_extensions_work() -> None:
 
 
 def test_a_simulated_recording_must_not_wait() -> None:
-    with pytest.raises(capture.NotCapturable, match="not permitted when stream is capturing: aten::_local_scalar"):
+    with pytest.raises(cuda_graphs.NotCapturable, match="not permitted when stream is capturing: aten::_local_scalar"):
         SimulatedGraphs(torch.device("cpu")).record(lambda: (torch.ones(()) * math.floor(torch.ones(()).item()),))

@@ -200,3 +200,22 @@ def test_unusable_models_are_named(tiny_pipeline_dir: Path, tiny_dinov2_dir: Pat
     (without_processor / "preprocessor_config.json").unlink()
     with pytest.raises(EvaluationFileError, match="expected a CLIP, SigLIP or DINOv2 model with its processor in"):
         load_encoder(without_processor)
+
+
+@pytest.mark.parametrize("encoder", ["tiny_clip_dir", "tiny_dinov2_dir"])
+@pytest.mark.parametrize("size", [(8, 400), (400, 8)])
+def test_a_thin_picture_is_seen_as_a_whole_one(
+    encoder: str, size: tuple[int, int], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = load_encoder(request.getfixturevalue(encoder))
+    embedded = encoder.encode_images([noise_picture(0, size)])
+    monkeypatch.setattr("cat_rs.evaluation.encoder._LONGEST_OF_SHORT", 10**6)
+    torch.testing.assert_close(embedded, encoder.encode_images([noise_picture(0, size)]), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("encoder", ["tiny_clip_dir", "tiny_dinov2_dir", "tiny_siglip_dir"])
+def test_a_thin_picture_does_not_fill_the_memory(encoder: str, request: pytest.FixtureRequest) -> None:
+    encoder = load_encoder(request.getfixturevalue(encoder))
+    pictures = [Image.new("RGB", size, "red") for size in ((1, 10_000_000), (10_000_000, 1))]
+    # A picture of this shape, scaled whole, would take 8 GB and more.
+    assert len(encoder.encode_images(pictures)) == 2

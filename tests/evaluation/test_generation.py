@@ -144,3 +144,17 @@ def test_saved_pictures_read_back(pipeline: Any, config: EvaluationConfig, tmp_p
 def test_no_prompts_are_refused(pipeline: Any, config: EvaluationConfig) -> None:
     with pytest.raises(EvaluationInputError, match="prompts: expected at least one"):
         generate_pictures(pipeline, [], config, progress=False)
+
+
+def test_pictures_that_a_safety_checker_blacked_out_are_named(pipeline: Any, config: EvaluationConfig) -> None:
+    from transformers import CLIPImageProcessor
+
+    class Checker(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, images: Any, clip_input: Any) -> tuple[Any, list[bool]]:
+            return images * 0, [index == 1 for index in range(len(images))]
+
+    pipeline.register_modules(safety_checker=Checker(), feature_extractor=CLIPImageProcessor(crop_size=64, size=64))
+    with pytest.raises(EvaluationInputError, match=r"blacked out for 'a', seed 1; set pipeline.safety_checker = None"):
+        generate_pictures(pipeline, ["a"], replace(config, seeds=(0, 1), batch_size=2), progress=False)

@@ -139,3 +139,10 @@ def test_unusable_arguments_are_refused(tiny_clip_dir: Path, tmp_path: Path) -> 
         KpsEvaluator(tiny_clip_dir).embed_texts([])
     with pytest.raises(EvaluationFileError, match="expected a CLIP, SigLIP or DINOv2 model with its processor"):
         KpsEvaluator(tmp_path)
+
+
+def test_a_black_pair_is_named_as_it_would_score_one() -> None:
+    black, picture = Image.new("RGB", (8, 8)), noise_picture(0)
+    evaluator = KpsEvaluator(mean_colour)
+    with pytest.raises(EvaluationInputError, match="only black pixels in at index 1 of base_trigger"):
+        evaluator.score([picture] * 2, [picture] * 2, [picture, black], [picture, black])

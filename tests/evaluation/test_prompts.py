@@ -53,7 +53,7 @@ def test_json_file_of_several_concepts(tmp_path: Path) -> None:
     assert tractor.class_word == "vehicle"
     assert tractor.no_trigger == ("a vehicle", "a bus", "a taxi")
     assert EvaluationPrompts.load(file, concept="tractor", groups=["neighbour"]).no_trigger == ("a bus", "a taxi")
-    assert EvaluationPrompts.load(file, concept="panda").no_trigger == ("a animal",)
+    assert EvaluationPrompts.load(file, concept="panda").no_trigger == ("an animal",)
 
 
 def test_arguments_win_over_the_file(tmp_path: Path) -> None:

@@ -9,16 +9,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cat_rs.evaluation.result import Interval
-from cat_rs.evaluation.scores import (
-    Embedded,
-    EmbeddedModel,
-    References,
-    score_adapter,
-    score_base,
-    score_other_seed,
-    score_prompts,
-)
+from cat_rs.evaluation import Interval, Scores
+from cat_rs.evaluation.scores import Embedded, EmbeddedModel, References, score_model, score_other_seed
 
 from .conftest import noise_picture
 
@@ -49,6 +41,14 @@ def random_references() -> References:
     generator = torch.Generator().manual_seed(99)
     concept, trigger, no_trigger = (torch.randn(PROMPTS, WIDTH, generator=generator) for _ in range(3))
     return References(concept, trigger, no_trigger)
+
+
+def score_base(model: EmbeddedModel, references: References) -> Scores:
+    return score_model("base", model, references)[0]
+
+
+def score_adapter(base: EmbeddedModel, adapted: EmbeddedModel, references: References) -> Scores:
+    return score_model("mine", adapted, references, base)[0]
 
 
 def cosines(left: torch.Tensor, right: torch.Tensor) -> Array:
@@ -212,7 +212,7 @@ def test_encoder_without_text_side_gives_no_prompt_similarity() -> None:
 
 def test_prompt_rows_add_up_to_the_scores() -> None:
     base, adapted, references = random_model(0), random_model(1), random_references()
-    rows = score_prompts("mine", base, adapted, references)
+    rows = score_model("mine", adapted, references, base)[1]
     scores = score_adapter(base, adapted, references)
     trigger, no_trigger = [row for row in rows if row.trigger], [row for row in rows if not row.trigger]
     assert [row.prompt for row in trigger] == list(adapted.trigger.prompts)
@@ -226,6 +226,6 @@ def test_prompt_rows_add_up_to_the_scores() -> None:
 
 def test_prompt_rows_of_the_base_have_no_comparison() -> None:
     base = random_model(0)
-    rows = score_prompts("base", base, base, random_references())
+    rows = score_model("base", base, random_references())[1]
     assert all(row.similarity == row.pixel_rmse == row.latent_rmse == () for row in rows)
     assert all(len(row.prompt_similarity) == SEEDS for row in rows)

@@ -9,7 +9,7 @@ import torch
 
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from cat_rs.ops.noising import noising, snr_weights
-from cat_rs.schedule import NoiseSchedule
+from cat_rs.step.noise_schedule import NoiseSchedule
 from tests import references
 from tests.operators import check_operator
 from tests.tolerances import assert_close

@@ -12,17 +12,10 @@ import pytest
 from PIL import Image
 
 from cat_rs.evaluation import Interval
-from cat_rs.report.charts import (
-    SERIES,
-    Front,
-    FrontPoint,
-    Panel,
-    curve,
-    draw_front,
-    draw_panel,
-    to_png,
-    to_svg,
-)
+from cat_rs.report.charts import to_png, to_svg
+from cat_rs.report.curves import Panel, curve, draw_panel
+from cat_rs.report.fronts import Front, FrontPoint, draw_front
+from cat_rs.report.style import SERIES
 
 BARE = Interval(0.8, math.nan, math.nan)
 

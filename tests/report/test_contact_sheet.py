@@ -12,7 +12,7 @@ from PIL import Image
 
 from cat_rs.evaluation import EvaluationInputError
 from cat_rs.report import contact_sheet, draw_contact_sheet
-from cat_rs.report.fonts import font, wrap
+from cat_rs.report.style import font, wrap
 
 from .conftest import NO_TRIGGER, TRIGGER, ResultMaker, colour_of
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from cat_rs.evaluation import EvaluationFileError, EvaluationInputError
 from cat_rs.report import training_curves
-from cat_rs.report.curves import read_metrics, smoothed
+from cat_rs.report.curves import read_log, smoothed
 
 PLAIN, CAT = (0xC2, 0x41, 0x0C), (0x1D, 0x4E, 0xD8)
 
@@ -55,7 +55,7 @@ def test_runs_without_preservation_and_of_one_step_are_drawn(tmp_path: Path) -> 
 def test_log_is_read_by_column(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 0.5}\n\n{"step": 2, "loss": NaN, "lr": 0.1}\n')
-    log = read_metrics(file)
+    log = read_log(file)
     assert np.array_equal(log["step"], [1, 2])
     assert np.array_equal(log["loss"], [0.5, np.nan], equal_nan=True)
     assert np.array_equal(log["lr"], [np.nan, 0.1], equal_nan=True)
@@ -64,7 +64,7 @@ def test_log_is_read_by_column(tmp_path: Path) -> None:
 def test_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
-    assert np.array_equal(read_metrics(file)["step"], [1])
+    assert np.array_equal(read_log(file)["step"], [1])
 
 
 @pytest.mark.parametrize(

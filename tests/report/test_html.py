@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from cat_rs.evaluation import EvaluationResult
+from cat_rs.report.content import read_report
 from cat_rs.report.html import render_html
-from cat_rs.report.report import read_report
 
 from .conftest import NO_TRIGGER, SEEDS, TRIGGER, ResultMaker, colour_of, scored, write_evaluation, write_training
-from .test_runs import write_demo
+from .test_sources import write_demo
 
 HOSTILE = '"><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
 

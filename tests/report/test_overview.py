@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cat_rs.report.charts import SERIES
+from cat_rs.report.content import read_report
 from cat_rs.report.overview import draw_overview
-from cat_rs.report.report import read_report
+from cat_rs.report.style import SERIES
 
 from .conftest import ResultMaker, colour_of, scored, write_evaluation, write_training
-from .test_runs import write_demo
+from .test_sources import write_demo
 
 
 def overview(*runs: Path) -> Image.Image:

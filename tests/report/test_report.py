@@ -12,10 +12,10 @@ import pytest
 
 from cat_rs.evaluation import EvaluationInputError, Interval
 from cat_rs.report import write_report
-from cat_rs.report.report import read_report, report_json
+from cat_rs.report.content import read_report, report_json
 
 from .conftest import ResultMaker, scored, write_evaluation, write_front, write_training
-from .test_runs import write_demo
+from .test_sources import write_demo
 
 
 def test_json_is_what_was_read(make_result: ResultMaker, tmp_path: Path) -> None:

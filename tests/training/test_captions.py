@@ -74,3 +74,9 @@ def test_prompts_that_cannot_be_preserved_are_refused(tmp_path: Path, text: str 
         file.write_text(text)
     with pytest.raises(DatasetError, match=f"preserve_prompts: {message}"):
         pair_captions(["a sks cat"], config(preserve_prompts=str(file)))
+
+
+def test_a_class_word_that_the_captions_do_not_use_is_said() -> None:
+    with pytest.warns(UserWarning, match="class_word: 'dog' takes the trigger's place in 'dog fruit'"):
+        pairs = pair_captions(["a sks fruit", "a sks fruit on grass"], config(class_word="dog"))
+    assert pairs.without_trigger == ("a dog fruit", "a dog fruit on grass")

@@ -36,9 +36,13 @@ def run(settings: Settings) -> None:
     """Convert the adapter."""
     import torch
 
-    from cat_rs.files import read_lora, save_lora
+    from cat_rs.adapter_file import save_lora
+    from cat_rs.adapter_file.lora_file import check_fit
+    from cat_rs.adapter_file.read import read_lora
 
-    lora = read_lora(settings.input, _models(settings.model))
+    models = _models(settings.model)
+    lora = read_lora(settings.input, models)
+    check_fit(lora, models)
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
     written = save_lora(settings.output, lora, format=settings.to, family=settings.family, dtype=dtype)
     parts = ", ".join(f"{len(alphas)} layers of {name}" for name, alphas in lora.alphas.items())
@@ -46,13 +50,12 @@ def run(settings: Settings) -> None:
 
 
 def _models(model: str | None) -> dict[str, Any]:
-    """The parts of a pipeline that can have an adapter."""
+    """Return the parts of the pipeline that can have an adapter."""
     if model is None:
         return {}
     import torch
 
-    from cat_rs.files import COMPONENTS
+    from cat_rs.adapter_file.pipeline import pipeline_models
     from cat_rs.training.model import load_pipeline
 
-    pipeline = load_pipeline(model, torch.float32, torch.device("cpu"))
-    return {name: pipeline.components[name] for name in COMPONENTS if pipeline.components.get(name) is not None}
+    return pipeline_models(load_pipeline(model, torch.float32, torch.device("cpu")))

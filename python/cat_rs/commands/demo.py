@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cat_rs import bootstrap_interval
 from cat_rs.atomic import write_bytes
 from cat_rs.commands.sampling import SamplingSettings
 from cat_rs.options import ConfigError, option
+from cat_rs.run_folder import CONTACT_SHEET_FILE, CURVES_FILE, DEMO_FORMAT, PICTURES_FOLDER, RESULTS_FILE
+from cat_rs.text_files import read_text
 
 _WHAT = "model and concepts"
 _TRAINING = "training (the same for both adapters)"
@@ -50,7 +53,7 @@ class Settings(SamplingSettings):
     )
 
     def preserve_file(self) -> str | None:
-        """The file of prompts to preserve, beside the captions."""
+        """Return the file of prompts to preserve in addition to the captions."""
         return str(Path(self.emoji_model, PRESERVE_FILE)) if self.preserve else None
 
 
@@ -104,21 +107,20 @@ def run(settings: Settings) -> None:
 
 
 def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
-    """The named concepts of the emoji model's prompts.json, or its first.
+    """Read the named concepts from the emoji model's prompts.json, or its first.
 
     Raises:
         ConfigError: There is no such file or concept.
     """
     file = emoji_model / "prompts.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
         trigger = content["trigger_word"]
         known = {entry["name"]: _concept(entry, trigger, emoji_model) for entry in content["concepts"]}
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"emoji_model: expected the emoji model's folder, got {emoji_model} without {file.name}"
-        ) from error
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        expected = f"the emoji model's folder, got {emoji_model} without {file.name}"
+        raise ConfigError(f"emoji_model: expected {expected}") from error
+    except (OSError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
         raise ConfigError(
             f"emoji_model: expected the concepts of the emoji model in {file}, got: {error!r}"
         ) from error
@@ -129,16 +131,14 @@ def read_concepts(emoji_model: Path, names: Sequence[str]) -> list[Concept]:
 
 
 def summarize(runs: Sequence[DemoRun]) -> dict[str, Any]:
-    """Means over the runs, and the paired difference CAT - LoRA with its interval; empty for a single run."""
-    import cat_rs
-
+    """Return means over the runs, and the paired difference CAT - LoRA with its interval; empty for a single run."""
     if len(runs) < 2:
         return {}
     summary = {}
     for figure in ("ups", "tps", "kps", "identity", "drift"):
         plain, cat = ([getattr(run.evaluation.adapters[name], figure).value for run in runs] for name in (PLAIN, CAT))
         differences = [with_cat - without for without, with_cat in zip(plain, cat, strict=True)]
-        low, high = cat_rs.bootstrap_interval(differences, "mean")
+        low, high = bootstrap_interval(differences, "mean")
         summary[figure] = {
             PLAIN: sum(plain) / len(plain),
             CAT: sum(cat) / len(cat),
@@ -148,7 +148,7 @@ def summarize(runs: Sequence[DemoRun]) -> dict[str, Any]:
 
 
 def format_summary(summary: dict[str, Any], runs: int) -> str:
-    """The summary as a table."""
+    """Return the summary as a table."""
     lines = [f"\nmean over {runs} runs", f"{'':10}{PLAIN:>8}{CAT:>8}  {CAT} - {PLAIN} (95 % interval)"]
     for figure, row in summary.items():
         difference = row["difference"]
@@ -171,15 +171,15 @@ def _concept(entry: dict[str, Any], trigger: str, emoji_model: Path) -> Concept:
 
 
 def _run_one(settings: Settings, concept: Concept, seed: int) -> DemoRun:
-    from cat_rs.report import PICTURES_FOLDER, contact_sheet, save_all_pictures, training_curves
+    from cat_rs.report import contact_sheet, save_all_pictures, training_curves
 
     folder = Path(settings.output_dir, "runs", f"{concept.name.replace(' ', '_')}-seed{seed}")
     factors = {PLAIN: 0.0, CAT: settings.cat_factor}
     results = {name: _train(settings, concept, seed, factor, folder / name) for name, factor in factors.items()}
     evaluation = _evaluate(settings, concept, {name: str(result.output_dir) for name, result in results.items()})
     save_all_pictures(evaluation, folder / PICTURES_FOLDER)
-    contact_sheet(evaluation, folder / "contact_sheet.png")
-    training_curves({name: result.metrics for name, result in results.items()}, folder / "curves.png")
+    contact_sheet(evaluation, folder / CONTACT_SHEET_FILE)
+    training_curves({name: result.metrics for name, result in results.items()}, folder / CURVES_FILE)
     seconds = {name: round(result.seconds, 1) for name, result in results.items()}
     return DemoRun(concept.name, seed, seconds, evaluation, folder)
 
@@ -234,7 +234,7 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
     """Write the figures of all runs, and put the first run's pictures on top."""
     output = Path(settings.output_dir)
     content = {
-        "format": "cat-rs demo 1",
+        "format": DEMO_FORMAT,
         "training": {name: getattr(settings, name) for name in _TRAINED_WITH},
         "summary": summary,
         "runs": [
@@ -248,6 +248,9 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
             for run in runs
         ],
     }
-    write_bytes(output / "results.json", (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-    for name in ("contact_sheet.png", "curves.png"):
+    write_bytes(
+        output / RESULTS_FILE,
+        (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"),
+    )
+    for name in (CONTACT_SHEET_FILE, CURVES_FILE):
         write_bytes(output / name, (runs[0].folder / name).read_bytes())

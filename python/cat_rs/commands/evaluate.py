@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_rs.commands.sampling import SamplingSettings
-from cat_rs.distributed import is_main, leave
 from cat_rs.options import ConfigError, option
+from cat_rs.processes import Processes, leave
+from cat_rs.run_folder import CONTACT_SHEET_FILE, PICTURES_FOLDER, RESULTS_FILE
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import EvaluationResult
@@ -51,21 +53,28 @@ class Settings(SamplingSettings):
     concept: str | None = option(None, group=_PROMPTS, help="which concept of a file with several", metavar="NAME")
 
     def named_adapters(self) -> dict[str, str]:
-        """Name -> path."""
-        pairs = [adapter.partition("=") for adapter in self.adapters]
-        named = {name if path else Path(name).stem: path or name for name, _, path in pairs}
-        if len(named) < len(pairs):
+        """Return name -> path."""
+        named = dict(map(_name_and_path, self.adapters))
+        if len(named) < len(self.adapters):
             raise ConfigError(f"adapters: expected different names, got {' '.join(self.adapters)}; give NAME=PATH")
         return named
 
 
+def _name_and_path(adapter: str) -> tuple[str, str]:
+    """Split NAME=PATH; a path may have a "=" of its own, such as runs/lr=1e-4."""
+    name, _, path = adapter.partition("=")
+    if not path or os.sep in name or os.path.exists(adapter):
+        return Path(adapter).stem, adapter
+    return name, path
+
+
 def run(settings: Settings) -> None:
     """Print the table and the comparisons; write results.json, contact_sheet.png and the pictures."""
-    from cat_rs.report import PICTURES_FOLDER, contact_sheet, print_table, save_all_pictures
+    from cat_rs.report import contact_sheet, print_table, save_all_pictures
 
     try:
         result = _evaluate(settings)
-        reports = is_main()
+        reports = Processes.current().is_main
     finally:
         leave()
     if not reports:
@@ -73,14 +82,14 @@ def run(settings: Settings) -> None:
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     save_all_pictures(result, output / PICTURES_FOLDER)
-    result.save(output / "results.json")
-    contact_sheet(result, output / "contact_sheet.png")
+    result.save(output / RESULTS_FILE)
+    contact_sheet(result, output / CONTACT_SHEET_FILE)
     print_table(result)
     print(f"results: {output / 'results.json'}, pictures: {output / 'contact_sheet.png'}")
 
 
 def _evaluate(settings: Settings) -> EvaluationResult:
-    """Evaluate, in all processes that a launcher started."""
+    """Evaluate on all ranks that a launcher started."""
     from cat_rs.evaluation import EvaluationPrompts, evaluate, load_encoder
 
     adapters = settings.named_adapters()

@@ -1,4 +1,4 @@
-"""Options that every command which draws pictures shares."""
+"""The options shared by the commands that draw pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SamplingSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", group=MACHINE, help="of the weights")
 
     def evaluation_config(self) -> Any:
-        """The same settings as `cat_rs.evaluation` takes them."""
+        """Return the settings as `cat_rs.evaluation` takes them."""
         from cat_rs.evaluation import EvaluationConfig
 
         return EvaluationConfig(
@@ -44,15 +44,13 @@ class SamplingSettings:
         """Join the processes that a launcher started."""
         from cat_rs.training.model import choose_device
 
-        return Processes.joined(choose_device(self.device))
+        return Processes.init(choose_device(self.device))
 
     def load_pipeline(self, model: str, processes: Processes | None = None) -> Any:
-        """Load a model onto the chosen device; of several processes, each takes its own GPU."""
+        """Load a model onto the chosen device; each rank takes its own GPU."""
         import torch
 
         from cat_rs.training.model import choose_device, load_pipeline
 
-        device = choose_device(self.device)
-        if processes is not None and processes.count > 1 and device == torch.device("cuda"):
-            device = torch.device("cuda", processes.local_rank)
+        device = (processes or Processes()).own_device(choose_device(self.device))
         return load_pipeline(model, getattr(torch, self.dtype), device)

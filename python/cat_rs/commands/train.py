@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cat_rs.distributed import is_main, leave
+from cat_rs.processes import Processes, leave
 from cat_rs.training import TrainConfig, train
 
 Settings = TrainConfig
@@ -12,7 +12,7 @@ def run(settings: TrainConfig) -> None:
     """Train, and say where the adapter is."""
     try:
         result = train(settings)
-        reports = is_main()
+        reports = Processes.current().is_main
     finally:
         leave()
     if not reports:

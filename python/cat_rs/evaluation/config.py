@@ -14,10 +14,11 @@ class EvaluationConfig:
     Attributes:
         num_inference_steps: Denoising steps of a picture.
         guidance_scale: Classifier-free guidance; 1 switches it off.
-        seeds: One picture is drawn for each prompt and seed. Diversity and the "other seed" reference need two.
+        seeds: The seeds; the model draws one picture for each prompt and seed. Diversity and the "other seed"
+            reference need two.
         height: Picture height in pixels; the model's own if None.
         width: Picture width in pixels; the model's own if None.
-        batch_size: Pictures generated together; changes them by rounding only.
+        batch_size: Pictures generated together; it changes them only by rounding.
 
     Raises:
         ConfigError: A value is out of range, or a seed occurs twice.

@@ -19,11 +19,14 @@ ImageEncoder: TypeAlias = Callable[[list[Image.Image]], torch.Tensor]
 EncoderSource: TypeAlias = "str | os.PathLike[str] | tuple[Any, Any] | ImageEncoder | Encoder"
 """A folder or hub name of a CLIP, SigLIP or DINOv2 model, the pair (model, processor), or a callable."""
 
+_LONGEST_OF_SHORT = 16
+
 
 class Encoder(Protocol):
-    """What the evaluation needs of an encoder. Batches are made by the caller.
+    """What the evaluation needs of an encoder. The caller makes the batches.
 
-    If it also has `fingerprint() -> str`, which changes with what it returns, an evaluation's cache keeps embeddings.
+    An evaluation's cache keeps the embeddings of an encoder that also has `fingerprint() -> str`, a text that changes
+    whenever its embeddings do.
     """
 
     name: str
@@ -37,10 +40,10 @@ class Encoder(Protocol):
 
 
 class TransformersEncoder:
-    """A transformers model; pictures and texts are prepared by its own processor.
+    """A transformers model whose own processor prepares pictures and texts.
 
     Args:
-        model: The model; it is put into evaluation mode, and moved if a device is given.
+        model: The model; the encoder puts it into evaluation mode, and moves it if a device is given.
         processor: Its processor.
         device: Where to run; where the model is if None.
         name: What reports call this encoder.
@@ -52,7 +55,7 @@ class TransformersEncoder:
         self._processor = processor
 
     def fingerprint(self) -> str:
-        """Return what tells the embeddings of this encoder from those of others."""
+        """Return a hash of everything that determines the embeddings."""
         return fingerprint(
             {
                 "model": self._model,
@@ -64,9 +67,20 @@ class TransformersEncoder:
         )
 
     def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        preparation = getattr(self._processor, "image_processor", self._processor)
+        if getattr(preparation, "do_center_crop", False):
+            images = [_middle(image) for image in images]
         inputs = self._processor(images=list(images), return_tensors="pt")
         pixels: torch.Tensor = inputs["pixel_values"].to(self._model.device, self._model.dtype)
         return pixels
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Cut the ends off a long and thin picture: scaled whole it could fill the memory, and only its middle is seen."""
+    longest = _LONGEST_OF_SHORT * min(image.size)
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if (width, height) == image.size else image.crop((left, top, left + width, top + height))
 
 
 class ClipEncoder(TransformersEncoder):
@@ -79,7 +93,7 @@ class ClipEncoder(TransformersEncoder):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> ClipEncoder:
-        """Load a folder (or hub name) that holds such a model and its processor; it computes in float32."""
+        """Load such a model and its processor from a folder or hub name; the model computes in float32."""
         encoder = load_encoder(path, device=device)
         if not isinstance(encoder, cls):
             raise EvaluationInputError(f"encoder: expected a model with a text side in {path}, got {encoder.name}")
@@ -92,7 +106,7 @@ class ClipEncoder(TransformersEncoder):
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embed one batch of texts to [N, D]; texts beyond the model's length are cut."""
+        """Embed one batch of texts to [N, D]; longer texts are cut at the model's length."""
         # SigLIP was trained on texts padded to its full length, without a mask.
         whole_length = self._model.config.model_type == "siglip"
         inputs = self._processor(
@@ -154,7 +168,7 @@ def load_encoder(
 ) -> ClipEncoder | Dinov2Encoder:
     """Load a CLIP, SigLIP or DINOv2 model with its processor; the model's own configuration says which it is.
 
-    It computes in float32, also if its file holds float16: rounding must not pass for drift.
+    The model computes in float32 even if its file holds float16, so that rounding does not pass for drift.
 
     Args:
         path: A folder or a hub name.
@@ -182,16 +196,20 @@ def load_encoder(
 
 
 def make_encoder(source: EncoderSource, *, device: torch.device | str | None = None) -> Encoder:
-    """Make an encoder of a folder, of the pair (model, processor), or of a callable.
+    """Make an encoder from a folder, the pair (model, processor), or a callable.
 
     Args:
         source: See `EncoderSource`; an `Encoder` is returned as it is.
-        device: Where to run a model. A callable runs where it likes.
+        device: Where to run a model; a callable chooses for itself.
     """
     if isinstance(source, (str, os.PathLike)):
         return load_encoder(source, device=device)
     if isinstance(source, tuple) and len(source) == 2:
-        return _encoder_of_pair(*source, device=device)
+        model, processor = source
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        if kind not in _MODELS:
+            raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind}")
+        return _MODELS[kind][0](model, processor, device=device, name=type(model).__name__)
     if hasattr(source, "encode_images"):
         return source  # type: ignore[return-value]
     if callable(source):
@@ -199,14 +217,6 @@ def make_encoder(source: EncoderSource, *, device: torch.device | str | None = N
     raise EvaluationInputError(
         f"encoder: expected a folder, (model, processor) or a callable, got {type(source).__name__}"
     )
-
-
-def _encoder_of_pair(model: Any, processor: Any, *, device: torch.device | str | None) -> Encoder:
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in _MODELS:
-        raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind}")
-    encoder_class = _MODELS[kind][0]
-    return encoder_class(model, processor, device=device, name=type(model).__name__)
 
 
 def embed_in_batches(

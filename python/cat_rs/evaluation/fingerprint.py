@@ -1,4 +1,4 @@
-"""Fingerprints of models: of their weights and settings, wherever they were loaded from."""
+"""Fingerprints of models: hashes of their weights and settings, wherever they were loaded from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cat_rs.evaluation.errors import EvaluationInputError
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
-    """Return the SHA-256, in hexadecimal digits, of what a model is made of.
+    """Return the SHA-256, in hexadecimal digits, of the parts of a model.
 
-    It covers the class, the settings, and the name, shape, dtype and bytes of every parameter and buffer of a module;
-    the vocabulary and rules of a tokenizer; the settings of a scheduler or an image processor. Where files were, and
-    which version wrote them, does not matter. Processors of attention and hooks are not seen.
+    The hash covers the class, the settings, and the name, shape, dtype and bytes of every parameter and buffer of a
+    module; the vocabulary and rules of a tokenizer; the settings of a scheduler or an image processor. It does not
+    depend on where files were or which version wrote them, and it misses attention processors and hooks.
 
     Args:
         parts: Name -> module, tokenizer, scheduler, image processor, plain value, list of them, or None.
@@ -41,16 +41,16 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def text_hash(content: Any) -> str:
     """Return the SHA-256 of plain values, whatever the order of their keys."""
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(content).encode(errors="backslashreplace")).hexdigest()
 
 
 def canonical_json(content: Any) -> str:
-    """Return plain values as JSON with sorted keys; what JSON does not know, such as a dtype, as text."""
+    """Return plain values as JSON with sorted keys; values that JSON lacks, such as dtypes, become text."""
     return json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """Return the versions of packages that decide a picture or an embedding; of PyTorch the minor one."""
+    """Return the versions of packages that change pictures or embeddings; of PyTorch only the minor version."""
     return {"torch": ".".join(torch.__version__.split(".")[:2]), **{name: version(name) for name in packages}}
 
 
@@ -87,7 +87,7 @@ def _settings(part: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return settings without names of files and versions, which are no content."""
+    """Return settings without the names of files and versions, which are not content."""
     if not isinstance(value, Mapping):
         return value
     return {

@@ -1,13 +1,11 @@
-"""Pictures from a diffusers pipeline: batched, and each from noise of its own."""
+"""Pictures from a diffusers pipeline: batched, each from its own noise."""
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,14 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from cat_rs.adapter_file import paths
+from cat_rs.adapter_file.pipeline import adapter_in, adapter_names, pipeline_models
+from cat_rs.adapter_file.read import read_lora
 from cat_rs.atomic import write_bytes
+from cat_rs.errors import AdapterError
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
-from cat_rs.files import DIFFUSERS_FILE
+from cat_rs.image_files import png_bytes
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class PictureBatch:
 def picture_generator(prompt_index: int, seed: int) -> torch.Generator:
     """Return the CPU generator of one picture.
 
-    It depends on nothing but the prompt's index and the seed, so a picture is the same in any batch and on any
-    device, and prompt i with the trigger starts from the same noise as prompt i without it.
+    It depends only on the prompt's index and the seed. So a picture is the same in any batch and on any device, and
+    prompt i with the trigger starts from the same noise as prompt i without it.
     """
     state = np.random.SeedSequence((prompt_index, seed)).generate_state(1, np.uint64)
     return torch.Generator("cpu").manual_seed(int(state[0]))
@@ -100,9 +102,9 @@ def generate_pictures(
 
 
 def request_batches(prompts: Sequence[str], config: EvaluationConfig) -> list[tuple[PictureRequest, ...]]:
-    """Return what each call of the pipeline is asked for: fixed slices of the P * S pictures.
+    """Return the requests of each call of the pipeline: fixed slices of the P * S pictures.
 
-    A picture differs by rounding with the others in its call, so the slices depend on nothing else.
+    The other pictures in its call change a picture by rounding, so the slices depend on nothing else.
 
     Raises:
         EvaluationInputError: There is no prompt.
@@ -115,7 +117,11 @@ def request_batches(prompts: Sequence[str], config: EvaluationConfig) -> list[tu
 
 
 def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: EvaluationConfig) -> PictureBatch:
-    """Generate in one call, with the pipeline as it is."""
+    """Generate in one call, with the pipeline as it is.
+
+    Raises:
+        EvaluationInputError: The pipeline's safety checker blacked out a picture.
+    """
     last: dict[str, torch.Tensor] = {}
 
     def keep_latents(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -133,6 +139,14 @@ def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: Ev
             callback_on_step_end=keep_latents,
             output_type="pil",
         )
+    flags = getattr(output, "nsfw_content_detected", None) or ()
+    for request, flagged in zip(requests, flags, strict=False):
+        if flagged:
+            # Black pictures of both models would be alike, and score 1.
+            raise EvaluationInputError(
+                "pipeline: expected pictures, got one that the safety checker blacked out for "
+                f"{request.prompt!r}, seed {request.seed}; set pipeline.safety_checker = None to evaluate"
+            )
     return PictureBatch(tuple(output.images), last["latents"].detach().to("cpu", torch.float32))
 
 
@@ -142,19 +156,14 @@ def joined(prompts: Sequence[str], seeds: Sequence[int], batches: Sequence[Pictu
     return PictureGrid(tuple(prompts), tuple(seeds), images, torch.cat([batch.latents for batch in batches]))
 
 
-def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """Return the safetensors file of an adapter given as a file, or as the folder that training wrote.
+def adapter_files(path: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the files of an adapter, by names that do not depend on where it is.
 
     Raises:
-        EvaluationFileError: There is no such file.
+        EvaluationFileError: There is no adapter.
     """
-    given = Path(path)
-    file = given / DIFFUSERS_FILE if given.is_dir() else given
-    if not file.is_file():
-        raise EvaluationFileError(
-            f"adapter: expected a safetensors file or a folder with {DIFFUSERS_FILE}, got {given}"
-        )
-    return file
+    with _file_errors(path):
+        return paths.adapter_files(path)
 
 
 @contextmanager
@@ -163,7 +172,7 @@ def adapter_loaded(pipeline: Any, path: str | os.PathLike[str] | None) -> Iterat
 
     Args:
         pipeline: A diffusers pipeline without adapters.
-        path: A safetensors file, or a folder with `pytorch_lora_weights.safetensors`.
+        path: An adapter file or folder as `cat_rs.load_lora` reads it.
 
     Raises:
         EvaluationInputError: The pipeline carries an adapter already, or the file does not fit the model.
@@ -173,17 +182,20 @@ def adapter_loaded(pipeline: Any, path: str | os.PathLike[str] | None) -> Iterat
     if path is None:
         yield
         return
-    file = adapter_file(path)
-    try:
-        _load_adapter(pipeline, file)
+    with _file_errors(path):
+        lora = read_lora(path, pipeline_models(pipeline))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(adapter_in(pipeline, lora))
+        except Exception as error:
+            # PEFT has errors of its own for settings in a file that it cannot use.
+            raise EvaluationInputError(f"adapter: {os.fspath(path)}: {error}") from error
         yield
-    finally:
-        pipeline.unload_lora_weights()
 
 
 def require_no_adapter(pipeline: Any) -> None:
     """Raise if the pipeline carries an adapter: it would pass for the base model."""
-    loaded = _adapter_names(pipeline)
+    loaded = adapter_names(pipeline)
     if loaded:
         raise EvaluationInputError(
             f"pipeline: expected the base model, got one with the adapters {loaded}; call unload_lora_weights() first"
@@ -202,56 +214,21 @@ def save_pictures(grid: PictureGrid, folder: str | os.PathLike[str]) -> list[Pat
     requests = [(index, seed) for index in range(len(grid.prompts)) for seed in grid.seeds]
     for (index, seed), image in zip(requests, grid.images, strict=True):
         file = target / f"{index:03d}_seed{seed}.png"
-        write_bytes(file, png(image))
+        write_bytes(file, png_bytes(image))
         files.append(file)
         rows.append({"file_name": file.name, "text": grid.prompts[index], "seed": seed})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(target / "metadata.jsonl", lines.encode())
+    write_bytes(target / "metadata.jsonl", lines.encode(errors="backslashreplace"))
     return files
 
 
-def png(image: Image.Image) -> bytes:
-    """Return the picture as a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _load_adapter(pipeline: Any, file: Path) -> None:
-    try:
-        with _notes_on_absent_parts_hidden():
-            # use_safetensors keeps diffusers from trying the file as a pickle.
-            pipeline.load_lora_weights(file.parent, weight_name=file.name, use_safetensors=True)
-    except Exception as error:
-        # safetensors, diffusers and PEFT each have errors of their own for a file that does not fit.
-        reason = str(error).partition("\n")[0]
-        raise EvaluationFileError(f"adapter: {file} cannot be loaded: {reason}") from error
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module) and not part.training:
-            # PEFT adds its layers in training mode: the dropout of an adapter would change its pictures at random.
-            part.eval()
-    if not _adapter_names(pipeline):
-        # diffusers only warns, and the base model would score a perfect KPS.
-        raise EvaluationInputError(f"adapter: expected a LoRA for {type(pipeline).__name__} in {file}, got none")
-
-
-def _adapter_names(pipeline: Any) -> list[str]:
-    return sorted({name for names in pipeline.get_list_adapters().values() for name in names})
-
-
 @contextmanager
-def _notes_on_absent_parts_hidden() -> Iterator[None]:
-    """Hide diffusers' note that an adapter has no weights for the text encoder, which is the usual case."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No LoRA keys associated to")
-
-    logger = logging.getLogger("diffusers.loaders.lora_base")
-    logger.addFilter(is_other)
+def _file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of the reader into ours."""
     try:
         yield
-    finally:
-        logger.removeFilter(is_other)
+    except (AdapterError, OSError) as error:
+        raise EvaluationFileError(f"adapter: {os.fspath(path)} cannot be loaded: {error}") from error
 
 
 @contextmanager

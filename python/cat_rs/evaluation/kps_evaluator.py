@@ -14,7 +14,7 @@ from cat_rs.preservation_score import KpsResult, kps
 
 
 class KpsEvaluator:
-    """Embed pictures and scores how much of the base model an adapter preserved.
+    """Embeds pictures and scores how much of the base model an adapter preserved.
 
     With e the image embedding and s(a, b) = (1 + cos(e_a, e_b)) / 2 for a picture a of the base model and the
     picture b of the adapted model for the same prompt, seed and sampler:
@@ -57,8 +57,8 @@ class KpsEvaluator:
         return self._encoder.has_text
 
     def fingerprint(self) -> str | None:
-        """Return what tells this encoder from others by its content; None where that cannot be told (a callable)."""
-        # An encoder that somebody else wrote need not have one.
+        """Return a hash of the encoder's content; None where it has none, as a callable."""
+        # An encoder that follows the protocol may lack it.
         of_encoder = getattr(self._encoder, "fingerprint", None)
         return None if of_encoder is None else of_encoder()
 
@@ -111,7 +111,8 @@ class KpsEvaluator:
             KPS, UPS and TPS, each with an interval.
 
         Raises:
-            EvaluationInputError: The two sides of a pair differ in number or size, or a picture cannot be embedded.
+            EvaluationInputError: The two sides of a pair differ in number or size, are both black, or a picture
+                cannot be embedded.
         """
         no_trigger = self._embed_pair("no_trigger", base_no_trigger, adapted_no_trigger)
         trigger = self._embed_pair("trigger", base_trigger, adapted_trigger)
@@ -125,6 +126,12 @@ class KpsEvaluator:
                 f"got {len(base_pictures)} and {len(adapted_pictures)}"
             )
         check_same_sizes(_labelled(base_pictures, f"base_{name}"), _labelled(adapted_pictures, f"adapted_{name}"))
+        for index, pair in enumerate(zip(base_pictures.images, adapted_pictures.images, strict=True)):
+            if not any(image.getbbox() for image in pair):
+                raise EvaluationInputError(
+                    f"score: expected pictures, got only black pixels in {base_pictures.names[index]} of base_{name} "
+                    f"and {adapted_pictures.names[index]} of adapted_{name}, as a safety checker leaves them"
+                )
         return self.embed_images(base_pictures), self.embed_images(adapted_pictures)
 
 

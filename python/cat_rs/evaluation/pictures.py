@@ -10,11 +10,10 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
-
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+from cat_rs.image_files import IMAGE_SUFFIXES, ImageFileError, image_files, read_image, to_rgb
 
 PictureSource: TypeAlias = str | os.PathLike[str] | Sequence[Image.Image] | torch.Tensor
 """A folder (or one picture file), a list of PIL images, or a tensor [N, 3, H, W] with values in [0, 1]."""
@@ -72,37 +71,21 @@ def check_same_sizes(base: Pictures, adapted: Pictures) -> None:
             )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` upright and in RGB, transparent parts on white."""
-    upright = ImageOps.exif_transpose(image) or image
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    layer = upright.convert("RGBA")
-    ground = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(ground, layer).convert("RGB")
-
-
 def _from_path(path: Path) -> Pictures:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+        files = image_files(path)
     else:
         raise EvaluationFileError(f"pictures: expected a folder or a picture file, got {path}, which does not exist")
     if not files:
         raise EvaluationInputError(
-            f"pictures: expected at least one picture ({', '.join(sorted(PICTURE_SUFFIXES))}) in {path}, got none"
+            f"pictures: expected at least one picture ({', '.join(IMAGE_SUFFIXES)}) in {path}, got none"
         )
-    return Pictures(tuple(_open(file) for file in files), tuple(file.name for file in files))
-
-
-def _open(file: Path) -> Image.Image:
     try:
-        with Image.open(file) as image:
-            return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow reports a broken file as any of these.
-        raise EvaluationFileError(f"pictures: {file} cannot be read as a picture: {error}") from error
+        return Pictures(tuple(read_image(file) for file in files), tuple(file.name for file in files))
+    except ImageFileError as error:
+        raise EvaluationFileError(f"pictures: {error}") from error
 
 
 def _from_list(images: Sequence[Image.Image]) -> Pictures:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.prompts import remove_trigger
+from cat_rs.text_files import is_unicode, read_prompts, read_text
 
 _PROMPTS = "_prompts"
 _TRIGGER_PROMPTS = f"trigger{_PROMPTS}"
@@ -96,11 +97,12 @@ class EvaluationPrompts:
         """
         file = Path(path)
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            if file.suffix.lower() == ".json":
+                entry: Mapping[str, Any] = _json_entry(read_text(file), file, concept)
+            else:
+                entry = {_TRIGGER_PROMPTS: read_prompts(file)}
+        except OSError as error:
             raise EvaluationFileError(f"prompts: {file} cannot be read: {error}") from error
-        is_json = file.suffix.lower() == ".json"
-        entry: Mapping[str, Any] = _json_entry(text, file, concept) if is_json else {_TRIGGER_PROMPTS: _lines(text)}
         words = tuple(trigger_words) or _trigger_words(entry, file)
         word = class_word or entry.get("class_word")
         trigger = _texts(entry, _TRIGGER_PROMPTS, file)
@@ -139,7 +141,7 @@ def _json_entry(text: str, file: Path, concept: str | None) -> Mapping[str, Any]
     """Return the object of one concept, completed from the whole file."""
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise EvaluationInputError(f"prompts: {file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise EvaluationInputError(f"prompts: expected a JSON object in {file}, got {type(content).__name__}")
@@ -181,9 +183,9 @@ def _texts(entry: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
     value = entry.get(key, ())
     if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
         raise EvaluationInputError(f"prompts: expected a list of texts as {key!r} in {file}, got {value!r}")
+    for text in value:
+        if not is_unicode(text):
+            raise EvaluationInputError(
+                f"prompts: expected Unicode in {file}, got half of a surrogate pair in {text!r}"
+            )
     return tuple(value)
-
-
-def _lines(text: str) -> list[str]:
-    lines = (line.strip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]

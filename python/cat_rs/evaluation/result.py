@@ -23,7 +23,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -31,105 +30,11 @@ from PIL import Image
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.evaluation.generation import PictureGrid
+from cat_rs.evaluation.measures import Comparison, Interval, PromptScores, Scores
+from cat_rs.evaluation.scores import compare_prompts
+from cat_rs.text_files import read_text
 
 FORMAT = "cat-rs evaluation 1"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and its 95 % bootstrap interval; the bounds are NaN where there is only one value to resample."""
-
-    value: float
-    low: float
-    high: float
-
-    def mapped(self, scale: float, shift: float) -> Interval:
-        """Return the interval of `scale * x + shift`."""
-        bounds = sorted((scale * self.low + shift, scale * self.high + shift))
-        return Interval(scale * self.value + shift, bounds[0], bounds[1])
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The figures of one model; None where a measure does not apply.
-
-    s is the similarity to the base model's picture for the same prompt and seed, in [0, 1]; cosines are in [-1, 1].
-
-    Attributes:
-        kps: Harmonic mean of TPS and UPS. 1 if nothing was learned: read it beside `identity`.
-        ups: Harmonic mean of s over the prompts without the trigger.
-        tps: Harmonic mean of s over the prompts with the trigger.
-        drift: (1 - mean cosine to the base picture) / 2, without the trigger, as PEFT's image benchmark defines it.
-        identity: Mean cosine of the pictures with the trigger to the concept's pictures (DreamBooth's CLIP-I).
-        prompt_similarity: Mean cosine of the pictures with the trigger to their prompts (CLIP-T), with the class
-            word said instead of the trigger, which the encoder does not know.
-        prompt_similarity_no_trigger: The same for the prompts without the trigger.
-        diversity: Mean 1 - cosine between pictures of one prompt, over seeds, without the trigger.
-        diversity_retained: Diversity divided by the base model's.
-        pixel_rmse: Mean root mean squared difference to the base picture, without the trigger; colours in [0, 1].
-        latent_rmse: The same between the final latents. Neither depends on the encoder.
-    """
-
-    kps: Interval | None = None
-    ups: Interval | None = None
-    tps: Interval | None = None
-    drift: Interval | None = None
-    identity: Interval | None = None
-    prompt_similarity: Interval | None = None
-    prompt_similarity_no_trigger: Interval | None = None
-    diversity: Interval | None = None
-    diversity_retained: Interval | None = None
-    pixel_rmse: Interval | None = None
-    latent_rmse: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two adapters on the same prompts and seeds: figures of `b` minus those of `a`, as in `Scores`.
-
-    Each has the interval of the difference, from resampling the prompts of both adapters together: prompts that are
-    hard for both do not widen it. None where a measure does not apply.
-    """
-
-    a: str
-    b: str
-    kps: Interval | None = None
-    ups: Interval | None = None
-    tps: Interval | None = None
-    drift: Interval | None = None
-    identity: Interval | None = None
-    prompt_similarity: Interval | None = None
-    prompt_similarity_no_trigger: Interval | None = None
-    diversity: Interval | None = None
-    pixel_rmse: Interval | None = None
-    latent_rmse: Interval | None = None
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """The figures of one model for one prompt; tuples run over the seeds and are empty where a measure does not apply.
-
-    Attributes:
-        model: The adapter's name, or "base".
-        prompt: The prompt.
-        trigger: Whether the prompt holds the trigger.
-        similarity: s to the base model's picture of the same seed.
-        identity: Mean cosine to the concept's pictures.
-        prompt_similarity: Cosine to the prompt.
-        pixel_rmse: Root mean squared difference to the base picture.
-        latent_rmse: The same between the final latents.
-        diversity: Mean 1 - cosine between the pictures of this prompt; None for a single seed.
-    """
-
-    model: str
-    prompt: str
-    trigger: bool
-    similarity: tuple[float, ...] = ()
-    identity: tuple[float, ...] = ()
-    prompt_similarity: tuple[float, ...] = ()
-    pixel_rmse: tuple[float, ...] = ()
-    latent_rmse: tuple[float, ...] = ()
-    diversity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,9 +86,6 @@ class EvaluationResult:
         Raises:
             EvaluationInputError: There is no such adapter, or it was scored on other prompts or seeds.
         """
-        # scores.py needs the records of this file.
-        from cat_rs.evaluation.scores import compare_prompts
-
         for argument, name in (("a", a), ("b", b)):
             if name not in self.adapters:
                 raise EvaluationInputError(f"{argument}: expected one of {list(self.adapters)}, got {name!r}")
@@ -200,23 +102,17 @@ class EvaluationResult:
         content = {
             "format": FORMAT,
             "settings": dict(self.settings),
-            "base": _scores_to_dict(self.base),
-            "other_seed": None if self.other_seed is None else _scores_to_dict(self.other_seed),
-            "adapters": {name: _scores_to_dict(scores) for name, scores in self.adapters.items()},
-            "prompts": [_fields_of(row) for row in self.prompts],
-            "comparisons": [
-                {
-                    name: _interval_to_dict(value) if isinstance(value, Interval) else value
-                    for name, value in row.items()
-                }
-                for row in map(_fields_of, self.comparisons())
-            ],
+            "base": _to_dict(self.base),
+            "other_seed": None if self.other_seed is None else _to_dict(self.other_seed),
+            "adapters": {name: _to_dict(scores) for name, scores in self.adapters.items()},
+            "prompts": [_to_dict(row) for row in self.prompts],
+            "comparisons": [_to_dict(comparison) for comparison in self.comparisons()],
         }
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced as a whole or not at all."""
-        write_bytes(path, self.to_json().encode())
+        write_bytes(path, self.to_json().encode(errors="backslashreplace"))
 
     @classmethod
     def from_json(cls, text: str) -> EvaluationResult:
@@ -232,53 +128,46 @@ class EvaluationResult:
             other_seed = content["other_seed"]
             return cls(
                 settings=content["settings"],
-                base=_scores_from_dict(content["base"]),
-                other_seed=None if other_seed is None else _scores_from_dict(other_seed),
-                adapters={name: _scores_from_dict(scores) for name, scores in content["adapters"].items()},
-                prompts=tuple(_prompt_scores_from_dict(row) for row in content["prompts"]),
+                base=_scores(content["base"]),
+                other_seed=None if other_seed is None else _scores(other_seed),
+                adapters={name: _scores(scores) for name, scores in content["adapters"].items()},
+                prompts=tuple(_prompt_scores(row) for row in content["prompts"]),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise EvaluationInputError(f"result: expected the JSON of an evaluation, got {error!r}") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
         """Read a result that `save` wrote; it has no pictures."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path)
+        except OSError as error:
             raise EvaluationFileError(f"result: {path} cannot be read: {error}") from error
         return cls.from_json(text)
 
 
-def _fields_of(record: Scores | PromptScores | Comparison) -> dict[str, Any]:
-    return {item.name: getattr(record, item.name) for item in fields(record)}
+def _to_dict(record: Scores | PromptScores | Comparison) -> dict[str, Any]:
+    return {item.name: _plain(getattr(record, item.name)) for item in fields(record)}
 
 
-def _scores_to_dict(scores: Scores) -> dict[str, Any]:
-    return {
-        name: None if interval is None else _interval_to_dict(interval)
-        for name, interval in _fields_of(scores).items()
-    }
-
-
-def _scores_from_dict(content: Mapping[str, Any]) -> Scores:
-    return Scores(
-        **{name: None if interval is None else _interval_from_dict(interval) for name, interval in content.items()}
-    )
-
-
-def _interval_to_dict(interval: Interval) -> dict[str, float | None]:
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Interval):
+        return value
     # JSON has no NaN.
-    low, high = (None if math.isnan(bound) else bound for bound in (interval.low, interval.high))
-    return {"value": interval.value, "low": low, "high": high}
+    low, high = (None if math.isnan(bound) else bound for bound in (value.low, value.high))
+    return {"value": value.value, "low": low, "high": high}
 
 
-def _interval_from_dict(content: Mapping[str, float | None]) -> Interval:
+def _scores(content: Mapping[str, Any]) -> Scores:
+    return Scores(**{name: None if interval is None else _interval(interval) for name, interval in content.items()})
+
+
+def _interval(content: Mapping[str, float | None]) -> Interval:
     low, high = (math.nan if content[key] is None else content[key] for key in ("low", "high"))
     return Interval(content["value"], low, high)  # type: ignore[arg-type]
 
 
-def _prompt_scores_from_dict(content: Mapping[str, Any]) -> PromptScores:
+def _prompt_scores(content: Mapping[str, Any]) -> PromptScores:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
     }

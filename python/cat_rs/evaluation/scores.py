@@ -20,14 +20,23 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cat_rs.evaluation.errors import EvaluationInputError
-from cat_rs.evaluation.result import Comparison, Interval, PromptScores, Scores
+from cat_rs.evaluation.measures import (
+    MEASURES,
+    Comparison,
+    Interval,
+    PromptScores,
+    Scores,
+    Statistic,
+    prompt_values,
+)
 from cat_rs.ops.similarity import cross_similarity, similarity
 from cat_rs.ops.statistics import bootstrap_difference, bootstrap_interval, harmonic_mean
 from cat_rs.preservation_score import kps, kps_difference
 
 Values = NDArray[np.float64]
 Numbers = NDArray[np.int64]
-Statistic = Literal["mean", "harmonic_mean"]
+Columns = dict[str, Values]
+"""Field of `PromptScores` -> its values, [P, S], of diversity [P, 1]; without those that do not apply."""
 
 # Rounding of float32 embeddings: a mean 1 - cosine below it is that of equal pictures.
 _NO_DIVERSITY = 1e-6
@@ -76,29 +85,32 @@ class References:
     no_trigger_texts: torch.Tensor | None
 
 
-def score_base(base: EmbeddedModel, references: References) -> Scores:
-    """Score the base model: what needs no comparison with another model."""
-    return Scores(
-        identity=_interval(concept_cosines(base.trigger, references), base.trigger.seed_count),
-        prompt_similarity=_interval(text_cosines(base.trigger, references.trigger_texts), base.trigger.seed_count),
-        prompt_similarity_no_trigger=_interval(
-            text_cosines(base.no_trigger, references.no_trigger_texts), base.no_trigger.seed_count
-        ),
-        diversity=_interval(diversity(base.no_trigger)),
-    )
+def score_model(
+    name: str, model: EmbeddedModel, references: References, base: EmbeddedModel | None = None
+) -> tuple[Scores, tuple[PromptScores, ...]]:
+    """Score a model as a whole and prompt by prompt.
 
-
-def score_adapter(base: EmbeddedModel, adapted: EmbeddedModel, references: References) -> Scores:
-    """Score an adapter: by itself, and against the base model's pictures for the same prompts and seeds."""
-    own = score_base(adapted, references)
-    return replace(
-        _preservation(base, adapted),
-        identity=own.identity,
-        prompt_similarity=own.prompt_similarity,
-        prompt_similarity_no_trigger=own.prompt_similarity_no_trigger,
-        diversity=own.diversity,
-        diversity_retained=_ratio(diversity(adapted.no_trigger), diversity(base.no_trigger)),
-    )
+    Args:
+        name: What the prompts' scores call it.
+        model: Its pictures.
+        references: What the pictures are compared with.
+        base: The base model's pictures for the same prompts and seeds; None for the base model itself.
+    """
+    trigger = _own_columns(model.trigger, references.trigger_texts)
+    trigger["identity"] = concept_cosines(model.trigger, references)
+    no_trigger = _own_columns(model.no_trigger, references.no_trigger_texts)
+    if base is None:
+        scores = _summary(trigger, no_trigger)
+    else:
+        trigger |= _compared_columns(base.trigger, model.trigger)
+        no_trigger |= _compared_columns(base.no_trigger, model.no_trigger)
+        scores = replace(
+            _summary(trigger, no_trigger),
+            kps=_kps(base, model),
+            diversity_retained=_ratio(diversity(model.no_trigger), diversity(base.no_trigger)),
+        )
+    rows = _prompt_rows(name, True, model.trigger, trigger) + _prompt_rows(name, False, model.no_trigger, no_trigger)
+    return scores, rows
 
 
 def score_other_seed(base: EmbeddedModel) -> Scores | None:
@@ -108,17 +120,9 @@ def score_other_seed(base: EmbeddedModel) -> Scores | None:
     left, right = (
         EmbeddedModel(_picked(base.trigger, side), _picked(base.no_trigger, side)) for side in ("left", "right")
     )
-    return _preservation(left, right)
-
-
-def score_prompts(
-    name: str, base: EmbeddedModel, model: EmbeddedModel, references: References
-) -> tuple[PromptScores, ...]:
-    """Score every prompt of a model; for the base model itself, without the comparison."""
-    identity = concept_cosines(model.trigger, references)
-    return _prompt_rows(name, True, base.trigger, model.trigger, references.trigger_texts, identity) + _prompt_rows(
-        name, False, base.no_trigger, model.no_trigger, references.no_trigger_texts, np.empty(0)
-    )
+    trigger = _compared_columns(left.trigger, right.trigger)
+    no_trigger = _compared_columns(left.no_trigger, right.no_trigger)
+    return replace(_summary(trigger, no_trigger), kps=_kps(left, right))
 
 
 def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequence[PromptScores]) -> Comparison:
@@ -136,17 +140,17 @@ def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequ
     if [(row.prompt, row.trigger) for row in rows_a] != [(row.prompt, row.trigger) for row in rows_b]:
         raise EvaluationInputError(f"compare: expected the same prompts of {a!r} and {b!r}, got others")
 
-    def paired(measure: str, trigger: bool) -> Paired:
+    def paired(column: str, trigger: bool | None) -> Paired:
         """The values of both, and of which prompt each pair is."""
         sides: tuple[list[float], list[float]] = [], []
         of_prompts: list[int] = []
         for number, (row_a, row_b) in enumerate(zip(rows_a, rows_b, strict=True)):
             if row_a.trigger is not trigger:
                 continue
-            values = [_values_of(row, measure) for row in (row_a, row_b)]
+            values = [prompt_values(row, column) for row in (row_a, row_b)]
             if len(values[0]) != len(values[1]):
                 raise EvaluationInputError(
-                    f"compare: expected as many values of {measure} of {a!r} as of {b!r} for {row_a.prompt!r}, "
+                    f"compare: expected as many values of {column} of {a!r} as of {b!r} for {row_a.prompt!r}, "
                     f"got {len(values[0])} and {len(values[1])}"
                 )
             for side, own in zip(sides, values, strict=True):
@@ -154,27 +158,17 @@ def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequ
             of_prompts.extend([number] * len(values[0]))
         return Paired(np.array(sides[0]), np.array(sides[1]), np.array(of_prompts, dtype=np.int64))
 
-    def difference(measure: str, trigger: bool, statistic: Statistic = "mean") -> Interval | None:
-        pairs = paired(measure, trigger)
-        return paired_interval(pairs, statistic) if len(pairs.a) else None
-
-    no_trigger, with_trigger = paired("similarity", False), paired("similarity", True)
-    similarity_change = difference("similarity", False)
-    return Comparison(
-        a,
-        b,
-        kps=paired_kps_interval(no_trigger, with_trigger) if len(no_trigger.a) and len(with_trigger.a) else None,
-        ups=difference("similarity", False, "harmonic_mean"),
-        tps=difference("similarity", True, "harmonic_mean"),
-        # Drift is 1 - mean s.
-        drift=None if similarity_change is None else similarity_change.mapped(-1.0, 0.0),
-        identity=difference("identity", True),
-        prompt_similarity=difference("prompt_similarity", True),
-        prompt_similarity_no_trigger=difference("prompt_similarity", False),
-        diversity=difference("diversity", False),
-        pixel_rmse=difference("pixel_rmse", False),
-        latent_rmse=difference("latent_rmse", False),
-    )
+    differences = {}
+    for name, measure in MEASURES.items():
+        if measure.statistic is not None:
+            pairs = paired(measure.column, measure.trigger)
+            if len(pairs.a):
+                difference = paired_interval(pairs, measure.statistic)
+                differences[name] = difference.mapped(-1.0, 0.0) if measure.complement else difference
+    no_trigger, trigger = paired("similarity", False), paired("similarity", True)
+    if len(no_trigger.a) and len(trigger.a):
+        differences["kps"] = paired_kps_interval(no_trigger, trigger)
+    return Comparison(a, b, **differences)
 
 
 class Paired(NamedTuple):
@@ -193,10 +187,10 @@ class Paired(NamedTuple):
 
 def paired_interval(pairs: Paired, statistic: Statistic) -> Interval:
     """Return statistic(b) - statistic(a) with its 95 % interval of a paired bootstrap over the prompts."""
-    a, b = (harmonic_mean(side) if statistic == "harmonic_mean" else float(side.mean()) for side in pairs[:2])
+    difference = _statistic(pairs.b, statistic) - _statistic(pairs.a, statistic)
     if len(pairs.a) == 1:
-        return Interval(b - a, *_UNKNOWN)
-    return Interval(b - a, *bootstrap_difference(pairs.a, pairs.b, statistic, clusters=_clusters(pairs.prompts)))
+        return Interval(difference, *_UNKNOWN)
+    return Interval(difference, *bootstrap_difference(pairs.a, pairs.b, statistic, clusters=_clusters(pairs.prompts)))
 
 
 def paired_kps_interval(no_trigger: Paired, trigger: Paired) -> Interval:
@@ -211,91 +205,90 @@ def paired_kps_interval(no_trigger: Paired, trigger: Paired) -> Interval:
 
 
 def paired_similarity(base: Embedded, other: Embedded) -> Values:
-    """Return s between pictures with the same number; [N]."""
-    return _float64(similarity(base.embeddings, other.embeddings))
+    """Return s between pictures with the same number; [P, S]."""
+    return _by_prompt(similarity(base.embeddings, other.embeddings), base)
 
 
 def concept_cosines(pictures: Embedded, references: References) -> Values:
-    """Return the mean cosine of each picture to the concept's pictures; [N]."""
-    return 2.0 * _float64(cross_similarity(pictures.embeddings, references.concept, reduce="mean")) - 1.0
+    """Return the mean cosine of each picture to the concept's pictures; [P, S]."""
+    similarities = cross_similarity(pictures.embeddings, references.concept, reduce="mean")
+    return 2.0 * _by_prompt(similarities, pictures) - 1.0
 
 
-def text_cosines(pictures: Embedded, texts: torch.Tensor | None) -> Values:
-    """Return the cosine of each picture to its prompt; [N], or nothing without embedded texts."""
-    if texts is None:
-        return np.empty(0)
-    return 2.0 * _float64(similarity(pictures.embeddings, texts.repeat_interleave(pictures.seed_count, dim=0))) - 1.0
+def text_cosines(pictures: Embedded, texts: torch.Tensor) -> Values:
+    """Return the cosine of each picture to its prompt; [P, S]."""
+    of_pictures = texts.repeat_interleave(pictures.seed_count, dim=0)
+    return 2.0 * _by_prompt(similarity(pictures.embeddings, of_pictures), pictures) - 1.0
 
 
-def diversity(pictures: Embedded) -> Values:
-    """Return for each prompt the mean 1 - cosine over the pairs of its pictures; [P], or nothing for one seed."""
+def diversity(pictures: Embedded) -> Values | None:
+    """Return for each prompt the mean 1 - cosine over the pairs of its pictures; [P, 1], or None for one seed."""
     if pictures.seed_count < 2:
-        return np.empty(0)
+        return None
     pairs = paired_similarity(_picked(pictures, "left"), _picked(pictures, "right"))
-    return _float64((2.0 - 2.0 * pairs).reshape(len(pictures.prompts), -1).mean(axis=1))
+    return (2.0 - 2.0 * pairs).mean(axis=1, keepdims=True)
 
 
 def pixel_rmse(base: Embedded, other: Embedded) -> Values:
-    """Return the root mean squared difference of the colours in [0, 1]; [N]."""
+    """Return the root mean squared difference of the colours in [0, 1]; [P, S]."""
     pairs = zip(base.images, other.images, strict=True)
-    return np.array([_rms(_colours(left) - _colours(right)) for left, right in pairs])
+    squares = [np.mean(np.square(_colours(left) - _colours(right))) for left, right in pairs]
+    return _by_prompt(np.sqrt(squares), base)
 
 
 def latent_rmse(base: Embedded, other: Embedded) -> Values:
-    """Return the root mean squared difference of the final latents; [N]."""
+    """Return the root mean squared difference of the final latents; [P, S]."""
     difference = (base.latents.double() - other.latents.double()).flatten(start_dim=1)
-    return _float64(difference.square().mean(dim=1).sqrt())
+    return _by_prompt(difference.square().mean(dim=1).sqrt(), base)
 
 
-def _preservation(base: EmbeddedModel, other: EmbeddedModel) -> Scores:
-    """Score how close pictures are to the base model's."""
-    no_trigger, trigger = (
-        paired_similarity(left, right)
-        for left, right in ((base.no_trigger, other.no_trigger), (base.trigger, other.trigger))
-    )
-    seeds = base.no_trigger.seed_count, base.trigger.seed_count
-    ups, tps = (
-        _resampled(values, "harmonic_mean", count) for values, count in zip((no_trigger, trigger), seeds, strict=True)
-    )
-    bounds = _UNKNOWN
-    if min(len(no_trigger), len(trigger)) > 1:
-        bounds = kps(
-            base.no_trigger.embeddings,
-            other.no_trigger.embeddings,
-            base.trigger.embeddings,
-            other.trigger.embeddings,
-            clusters=(_prompt_numbers(no_trigger, seeds[0]), _prompt_numbers(trigger, seeds[1])),
-        ).kps_interval
-    return Scores(
-        kps=Interval(harmonic_mean([ups.value, tps.value]), *bounds),
-        ups=ups,
-        tps=tps,
-        # (1 - mean cosine) / 2 is 1 - mean s.
-        drift=_resampled(no_trigger, "mean", seeds[0]).mapped(-1.0, 1.0),
-        pixel_rmse=_interval(pixel_rmse(base.no_trigger, other.no_trigger), seeds[0]),
-        latent_rmse=_interval(latent_rmse(base.no_trigger, other.no_trigger), seeds[0]),
-    )
-
-
-def _prompt_rows(
-    name: str, trigger: bool, base: Embedded, model: Embedded, texts: torch.Tensor | None, identity: Values
-) -> tuple[PromptScores, ...]:
-    nothing = np.empty(0)
-    compared = base is not model
+def _own_columns(pictures: Embedded, texts: torch.Tensor | None) -> Columns:
+    """Return what needs no comparison with another model."""
     columns = {
-        "similarity": paired_similarity(base, model) if compared else nothing,
-        "identity": identity,
-        "prompt_similarity": text_cosines(model, texts),
-        "pixel_rmse": pixel_rmse(base, model) if compared else nothing,
-        "latent_rmse": latent_rmse(base, model) if compared else nothing,
+        "prompt_similarity": None if texts is None else text_cosines(pictures, texts),
+        "diversity": diversity(pictures),
     }
-    spread = diversity(model)
+    return {name: values for name, values in columns.items() if values is not None}
+
+
+def _compared_columns(base: Embedded, other: Embedded) -> Columns:
+    """Return how close pictures are to the base model's."""
+    return {
+        "similarity": paired_similarity(base, other),
+        "pixel_rmse": pixel_rmse(base, other),
+        "latent_rmse": latent_rmse(base, other),
+    }
+
+
+def _summary(trigger: Columns, no_trigger: Columns) -> Scores:
+    """Summarize every column as the table of measures says."""
+    scores = {}
+    for name, measure in MEASURES.items():
+        values = (trigger if measure.trigger else no_trigger).get(measure.column)
+        if measure.statistic is not None and values is not None:
+            interval = _interval(values, measure.statistic)
+            scores[name] = interval.mapped(-1.0, 1.0) if measure.complement else interval
+    return Scores(**scores)
+
+
+def _kps(base: EmbeddedModel, other: EmbeddedModel) -> Interval:
+    """Return KPS with its interval, of which both kinds of prompts are resampled."""
+    pairs = ((base.no_trigger, other.no_trigger), (base.trigger, other.trigger))
+    similarities = [paired_similarity(left, right) for left, right in pairs]
+    value = harmonic_mean([harmonic_mean(values) for values in similarities])
+    if min(values.size for values in similarities) == 1:
+        return Interval(value, *_UNKNOWN)
+    embeddings = (pictures.embeddings for pair in pairs for pictures in pair)
+    clusters = (_prompt_clusters(similarities[0]), _prompt_clusters(similarities[1]))
+    return Interval(value, *kps(*embeddings, clusters=clusters).kps_interval)
+
+
+def _prompt_rows(name: str, trigger: bool, pictures: Embedded, columns: Columns) -> tuple[PromptScores, ...]:
     rows = []
-    for index, prompt in enumerate(model.prompts):
-        mine = slice(index * model.seed_count, (index + 1) * model.seed_count)
-        values = {key: tuple(column[mine].tolist()) for key, column in columns.items()}
-        own_spread = float(spread[index]) if len(spread) else None
-        rows.append(PromptScores(name, prompt, trigger, diversity=own_spread, **values))
+    for index, prompt in enumerate(pictures.prompts):
+        values = {column: tuple(of_prompts[index].tolist()) for column, of_prompts in columns.items()}
+        (own_diversity,) = values.pop("diversity", (None,))
+        rows.append(PromptScores(name, prompt, trigger, diversity=own_diversity, **values))
     return tuple(rows)
 
 
@@ -314,29 +307,21 @@ def _picked(pictures: Embedded, side: Literal["left", "right"]) -> Embedded:
     )
 
 
-def _values_of(row: PromptScores, measure: str) -> tuple[float, ...]:
-    value = getattr(row, measure)
-    if value is None:
-        return ()
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _interval(values: Values, seed_count: int = 1) -> Interval | None:
-    """Return the mean and its interval; None where there is no value."""
-    return _resampled(values, "mean", seed_count) if len(values) else None
-
-
-def _resampled(values: Values, statistic: Statistic, seed_count: int) -> Interval:
-    """Return the statistic and its interval, whose bounds are unknown where there is a single value to resample."""
-    value = harmonic_mean(values) if statistic == "harmonic_mean" else float(values.mean())
-    if len(values) == 1:
+def _interval(values: Values, statistic: Statistic = "mean") -> Interval:
+    """Return the statistic of values [P, K] and its interval; a single value has no bounds."""
+    value = _statistic(values.ravel(), statistic)
+    if values.size == 1:
         return Interval(value, *_UNKNOWN)
-    return Interval(value, *bootstrap_interval(values, statistic, clusters=_prompt_numbers(values, seed_count)))
+    return Interval(value, *bootstrap_interval(values, statistic, clusters=_prompt_clusters(values)))
 
 
-def _prompt_numbers(values: Values, seed_count: int) -> Numbers | None:
-    """Return the clusters of values that run over the seeds of one prompt after the other."""
-    return _clusters(np.arange(len(values)) // seed_count) if seed_count > 1 else None
+def _statistic(values: Values, statistic: Statistic) -> float:
+    return harmonic_mean(values) if statistic == "harmonic_mean" else float(values.mean())
+
+
+def _prompt_clusters(values: Values) -> Numbers | None:
+    """Return what to resample together of values [P, K]."""
+    return _clusters(np.repeat(np.arange(len(values)), values.shape[1]))
 
 
 def _clusters(prompts: Numbers) -> Numbers | None:
@@ -344,13 +329,13 @@ def _clusters(prompts: Numbers) -> Numbers | None:
     return prompts if (prompts != prompts[0]).any() else None
 
 
-def _ratio(numerator: Values, denominator: Values) -> Interval | None:
+def _ratio(numerator: Values | None, denominator: Values | None) -> Interval | None:
     """Return the ratio R = a / b of the means of paired diversities; None where the base has none.
 
     Its interval is the bootstrap interval of the mean of R + (a_i - R b_i) / b, the ratio's linearization: the mean
     is exactly R, and no resample divides by a small number.
     """
-    if len(denominator) == 0 or denominator.mean() <= _NO_DIVERSITY:
+    if numerator is None or denominator is None or denominator.mean() <= _NO_DIVERSITY:
         return None
     ratio = numerator.mean() / denominator.mean()
     return _interval(ratio + (numerator - ratio * denominator) / denominator.mean())
@@ -360,9 +345,5 @@ def _colours(image: Image.Image) -> Values:
     return np.asarray(image.convert("RGB"), dtype=np.float64) / 255.0
 
 
-def _rms(difference: Values) -> float:
-    return float(np.sqrt(np.mean(np.square(difference))))
-
-
-def _float64(values: torch.Tensor | NDArray[np.floating]) -> Values:
-    return np.asarray(values, dtype=np.float64)
+def _by_prompt(values: torch.Tensor | NDArray[np.floating], pictures: Embedded) -> Values:
+    return np.asarray(values, dtype=np.float64).reshape(len(pictures.prompts), pictures.seed_count)

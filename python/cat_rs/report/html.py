@@ -1,4 +1,4 @@
-"""The page of a report. Prompts and names may come from anybody: to the template they are text, which it escapes."""
+"""The page of a report. Prompts and names may come from anybody, so the template escapes them as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,14 @@ from typing import Any
 from PIL import Image
 
 from cat_rs.evaluation import EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
-from cat_rs.report.charts import draw_front, draw_panel, to_svg
-from cat_rs.report.pictures import BASE, spread
-from cat_rs.report.report import Report
-from cat_rs.report.runs import MAX_SIDE, Evaluation, Run
+from cat_rs.evaluation.measures import BASE, MEANINGS, MEASURES, labelled_values
+from cat_rs.report.charts import to_svg
+from cat_rs.report.content import Report
+from cat_rs.report.curves import draw_panel
+from cat_rs.report.fronts import draw_front
+from cat_rs.report.picture_files import spread
+from cat_rs.report.sources import MAX_SIDE, Evaluation, Run
+from cat_rs.report.wording import encoder_of, extent_of
 
 _FOLDER = Path(__file__).parent / "page"
 
@@ -28,36 +32,15 @@ _SHOWN_PROMPTS = 4
 _SHOWN_ROWS = 10
 _SHOWN_CONCEPT = 12
 
-_GROUPS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
-    (
-        "in short",
-        (
-            ("identity", "identity", "mean cosine to the concept's pictures, with the trigger"),
-            ("UPS", "ups", "similarity to the base model's pictures, without the trigger"),
-            ("KPS", "kps", "harmonic mean of UPS and TPS"),
-        ),
-    ),
-    (
-        "with the trigger",
-        (
-            ("TPS", "tps", "similarity to the base model's pictures"),
-            ("CLIP-T", "prompt_similarity", "mean cosine to the prompt"),
-        ),
-    ),
+# The columns of a table of scores.
+_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("in short", ("identity", "ups", "kps")),
+    ("with the trigger", ("tps", "prompt_similarity")),
     (
         "without the trigger",
-        (
-            ("diversity", "diversity", "mean 1 - cosine between pictures of one prompt"),
-            ("retained", "diversity_retained", "diversity as a share of the base model's"),
-            ("drift", "drift", "(1 - mean cosine to the base model's picture) / 2"),
-            ("CLIP-T", "prompt_similarity_no_trigger", "mean cosine to the prompt"),
-            ("pixel RMSE", "pixel_rmse", "distance to the base model's pictures, without an encoder"),
-            ("latent RMSE", "latent_rmse", "the same between the final latents"),
-        ),
+        ("diversity", "diversity_retained", "drift", "prompt_similarity_no_trigger", "pixel_rmse", "latent_rmse"),
     ),
 )
-
-_SUMMARY_NAMES = {"ups": "UPS", "tps": "TPS", "kps": "KPS"}
 
 
 @dataclass(frozen=True)
@@ -75,7 +58,7 @@ class Figure:
 
 
 def render_html(report: Report) -> str:
-    """Return the page: style, script, pictures and charts are in it, and nothing is loaded."""
+    """Return the page; it holds its style, script, pictures and charts, and loads nothing."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -98,18 +81,13 @@ def render_html(report: Report) -> str:
             if evaluation.result.pictures is None and evaluation.checkpoints is None
         ],
         "fronts": [
-            {"title": front.title, "svg": Markup(_labelled(to_svg(draw_front(front), f"front{number}"), front.title))}
-            for number, front in enumerate(report.fronts)
+            _chart(draw_front(front), f"front{number}", front.title) for number, front in enumerate(report.fronts)
         ],
         "has_other_seed": any(front.other_seed is not None for front in report.fronts),
         "has_checkpoints": any(point.step is not None for front in report.fronts for point in front.points),
         "rules": _rules(report.evaluations),
         "panels": [
-            {
-                "title": panel.title,
-                "note": panel.note,
-                "svg": Markup(_labelled(to_svg(draw_panel(panel), f"panel{number}"), panel.title)),
-            }
+            _chart(draw_panel(panel), f"panel{number}", panel.title, panel.note)
             for number, panel in enumerate(report.panels)
         ],
         "legend": [
@@ -146,38 +124,35 @@ def render_html(report: Report) -> str:
     )
 
 
-def _labelled(svg: str, title: str) -> str:
-    """Name a chart for a screen reader; its figures are in the tables."""
-    from markupsafe import escape
+def _chart(figure: Any, prefix: str, title: str, note: str = "") -> dict[str, Any]:
+    """Return a chart with a name for screen readers; its figures are in the tables."""
+    from markupsafe import Markup, escape
 
-    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    svg = to_svg(figure, prefix).replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return {"title": title, "note": note, "svg": Markup(svg)}
 
 
 def _subtitle(evaluations: Sequence[Evaluation]) -> list[str]:
     """Return what was evaluated, one line for each way it was done."""
-    lines = []
-    for evaluation in evaluations:
-        prompts = evaluation.result.settings["prompts"]
-        lines.append(
-            f"{_count(len(prompts['trigger']), 'prompt')} with the trigger, {len(prompts['no_trigger'])} without, "
-            f"{_count(len(evaluation.seeds), 'seed')}. Encoder: {_encoder(evaluation)}. Ranges are 95 % bootstrap "
-            "intervals."
-        )
+    results = (evaluation.result for evaluation in evaluations)
+    lines = (
+        f"{extent_of(result)}. Encoder: {encoder_of(result)}. Ranges are 95 % bootstrap intervals."
+        for result in results
+    )
     return list(dict.fromkeys(lines))
 
 
 def _sheet(report: Report, evaluation: Evaluation, pictures: EvaluationPictures) -> dict[str, Any]:
     result = evaluation.result
-    names = [BASE, *result.adapters]
-    scores = [result.base, *result.adapters.values()]
+    models, prompts = {BASE: result.base, **result.adapters}, result.settings["prompts"]
     return {
         "label": evaluation.label,
-        "models": [{"name": name, "series": _series(report, evaluation, name)} for name in names],
+        "models": [{"name": name, "series": _series(report, evaluation, name)} for name in models],
         "concept_count": len(pictures.concept),
         "concept": [_picture(image, "") for image in pictures.concept[:_SHOWN_CONCEPT]],
         "halves": [
-            _half("With the trigger", "trigger", "identity", evaluation, pictures, names, scores),
-            _half("Without the trigger", "no_trigger", "ups", evaluation, pictures, names, scores),
+            _half("With the trigger", "trigger", "identity", models, pictures, prompts["trigger"]),
+            _half("Without the trigger", "no_trigger", "ups", models, pictures, prompts["no_trigger"]),
         ],
     }
 
@@ -186,19 +161,17 @@ def _half(
     title: str,
     kind: str,
     measure: str,
-    evaluation: Evaluation,
+    models: Mapping[str, Scores],
     pictures: EvaluationPictures,
-    names: Sequence[str],
-    scores: Sequence[Scores],
+    evaluated: Sequence[str],
 ) -> dict[str, Any]:
     """Return one side of a sheet: a group of rows for each prompt, a row for each seed, a column for each model."""
     grids: list[PictureGrid] = [getattr(model, kind) for model in (pictures.base, *pictures.adapters.values())]
     prompts, seeds = grids[0].prompts, grids[0].seeds
     first = set(spread(len(prompts), _SHOWN_PROMPTS))
-    figures = [(getattr(model, measure), _SUMMARY_NAMES.get(measure, measure)) for model in scores]
     return {
         "title": title,
-        "notes": ["" if figure is None else f"{name} {figure.value:.3f}" for figure, name in figures],
+        "notes": ["".join(labelled_values(model, measure)) for model in models.values()],
         "prompts": [
             {
                 "text": prompt,
@@ -208,7 +181,7 @@ def _half(
                         "seed": seed,
                         "cells": [
                             _picture(grid.picture(number, place), f"{name}: {prompt}, seed {seed}")
-                            for name, grid in zip(names, grids, strict=True)
+                            for name, grid in zip(models, grids, strict=True)
                         ],
                     }
                     for place, seed in enumerate(seeds)
@@ -217,7 +190,7 @@ def _half(
             for number, prompt in enumerate(prompts)
         ],
         "hidden": len(prompts) - len(first),
-        "left_out": len(evaluation.result.settings["prompts"][kind]) - len(prompts),
+        "left_out": len(evaluated) - len(prompts),
     }
 
 
@@ -236,7 +209,7 @@ def _scores(report: Report) -> dict[str, Any]:
     """Return the table of all models; empty without an evaluation."""
     if not report.evaluations:
         return {}
-    columns = [column for _, group in _GROUPS for column in group]
+    measures = [name for _, names in _GROUPS for name in names]
     rows = []
     for evaluation in report.evaluations:
         result = evaluation.result
@@ -246,40 +219,31 @@ def _scores(report: Report) -> dict[str, Any]:
                 "label": evaluation.label,
                 "model": name,
                 "series": _series(report, evaluation, name),
-                "figures": [_figure(getattr(scores, attribute)) for _, attribute, _ in columns],
+                "figures": [_figure(getattr(scores, measure)) for measure in measures],
             }
             for name, scores in models.items()
             if scores is not None
         ]
-    return {
-        "labelled": len(report.evaluations) > 1,
-        "groups": [{"title": title, "columns": group} for title, group in _GROUPS],
-        "columns": [{"title": title, "note": note} for title, _, note in columns],
-        "rows": rows,
-    }
+    return {"labelled": len(report.evaluations) > 1, "groups": _column_groups(measures), "rows": rows}
+
+
+def _column_groups(shown: Collection[str]) -> list[dict[str, Any]]:
+    """Return the groups of columns of a table that shows some of the measures."""
+    groups = [
+        {"title": title, "columns": [MEASURES[name] for name in names if name in shown]} for title, names in _GROUPS
+    ]
+    return [group for group in groups if group["columns"]]
 
 
 def _series(report: Report, evaluation: Evaluation, name: str) -> int | None:
     """Return the number of a model's colour; the base model has none."""
-    if name not in evaluation.result.adapters:
-        return None
-    return report.series[name if evaluation.checkpoints is None else evaluation.checkpoints.training]
+    return report.series[evaluation.method(name)] if name in evaluation.result.adapters else None
 
 
 def _meanings(evaluations: Sequence[Evaluation]) -> list[dict[str, str]]:
-    encoders = ", ".join(dict.fromkeys(map(_encoder, evaluations)))
+    encoders = ", ".join(dict.fromkeys(encoder_of(evaluation.result) for evaluation in evaluations))
     meanings = {
-        "UPS": "How close the pictures without the trigger are to the base model's, for the same prompt and noise: "
-        "the harmonic mean of (1 + cosine) / 2. 1 means that nothing changed.",
-        "TPS": "The same for the prompts with the trigger, where change is wanted.",
-        "KPS": "The harmonic mean of UPS and TPS, this project's reading of the Knowledge Preservation Score. A model "
-        "that learned nothing has a KPS of 1, so it says something only beside identity.",
-        "Identity, CLIP-T": "Mean cosine of the pictures with the trigger to the concept's pictures, and to their "
-        "prompts.",
-        "Drift": "(1 - mean cosine to the base model's picture) / 2, without the trigger.",
-        "Diversity, retained": "How much pictures of one prompt differ from seed to seed, and what share of the base "
-        "model's diversity that is. A low share means that the model draws one thing again and again.",
-        "Pixel and latent RMSE": "Distances to the base model's pictures that need no encoder.",
+        **MEANINGS,
         "Intervals": "95 % bootstrap intervals over the prompts, for one trained adapter. Training again with another "
         "seed may move a figure by more.",
         "Encoder": f"All figures but the RMSE depend on the encoder, here {encoders}. Figures of different encoders "
@@ -304,26 +268,21 @@ def _comparisons(report: Report) -> list[dict[str, Any]]:
 
 
 def _differences(report: Report, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what each adapter's figures are more than the first one's."""
-    first = evaluation.comparisons[0].a
-    groups = [
-        (title, [column for column in group if any(getattr(each, column[1], None) for each in evaluation.comparisons)])
-        for title, group in _GROUPS
+    """Return the differences of each adapter's figures from the first one's."""
+    comparisons = evaluation.comparisons
+    measures = [
+        name for _, names in _GROUPS for name in names if any(getattr(each, name, None) for each in comparisons)
     ]
     return {
-        "title": f"{evaluation.label}: difference to {first}",
-        "groups": [{"title": title, "columns": group} for title, group in groups if group],
+        "title": f"{evaluation.label}: difference to {comparisons[0].a}",
+        "groups": _column_groups(measures),
         "rows": [
             {
                 "name": comparison.b,
                 "series": _series(report, evaluation, comparison.b),
-                "figures": [
-                    _figure(getattr(comparison, attribute), sign="+")
-                    for _, group in groups
-                    for _, attribute, _ in group
-                ],
+                "figures": [_figure(getattr(comparison, name), sign="+") for name in measures],
             }
-            for comparison in evaluation.comparisons
+            for comparison in comparisons
         ],
     }
 
@@ -332,62 +291,56 @@ def _summary(report: Report, run: Run) -> dict[str, Any]:
     """Return the means over the runs of a demo, and the difference of its two methods."""
     summary = run.summary or {}
     plain, method = [name for name in next(iter(summary.values())) if name != "difference"]
-    nothing = float("nan")
     rows = [
         {
             "name": name,
             "series": report.series.get(name),
-            "figures": [_figure(Interval(row[name], nothing, nothing)) for row in summary.values()],
+            "figures": [_bare_figure(row[name]) for row in summary.values()],
         }
         for name in (plain, method)
     ]
+    # A file written by hand may hold other figures.
+    labels = [MEASURES[name].label if name in MEASURES else name for name in summary]
+    columns = [{"label": label, "note": ""} for label in labels]
     differences = [_figure(Interval(**row["difference"]), sign="+") for row in summary.values()]
     return {
         "title": f"{run.path}: means over {len(run.evaluations)} trainings of each",
-        "groups": [{"title": "", "columns": [(_SUMMARY_NAMES.get(name, name), name, "") for name in summary]}],
+        "groups": [{"title": "", "columns": columns}],
         "rows": [*rows, {"name": f"{method} − {plain}", "series": None, "figures": differences}],
     }
 
 
 def _prompt_table(evaluation: Evaluation) -> dict[str, Any]:
-    """Return a row for each prompt, what was changed most first."""
+    """Return a row for each prompt, the most changed one first."""
     adapters = list(evaluation.result.adapters)
     found: dict[tuple[bool, str], dict[str, PromptScores]] = {}
     for scores in evaluation.result.prompts:
         found.setdefault((scores.trigger, scores.prompt), {})[scores.model] = scores
-    compared = {
-        prompt: models
-        for prompt, models in found.items()
-        if all(name in models and models[name].similarity for name in adapters)
-    }
-    lowest = {prompt: min(_mean(models[name].similarity) for name in adapters) for prompt, models in compared.items()}
-    spreads = {
-        prompt: [models[name].diversity if name in models else None for name in (BASE, *adapters)]
-        for prompt, models in compared.items()
-    }
+    rows = []
+    for (trigger, prompt), models in found.items():
+        if all(name in models and models[name].similarity for name in adapters):
+            similarity = [_mean(models[name].similarity) for name in adapters]
+            diversity = [models[name].diversity if name in models else None for name in (BASE, *adapters)]
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "kind": "with" if trigger else "without",
+                    "similarity": [_bare_figure(value) for value in (min(similarity), *similarity)],
+                    "diversity": [None if value is None else _bare_figure(value) for value in diversity],
+                }
+            )
     return {
         "label": evaluation.label,
         "adapters": adapters,
         "models": [BASE, *adapters],
-        "rows": [
-            {
-                "prompt": prompt,
-                "kind": "with" if trigger else "without",
-                "similarity": [
-                    _plain_figure(lowest[trigger, prompt]),
-                    *(_plain_figure(_mean(compared[trigger, prompt][name].similarity)) for name in adapters),
-                ],
-                "diversity": [None if value is None else _plain_figure(value) for value in spreads[trigger, prompt]],
-            }
-            for trigger, prompt in sorted(compared, key=lowest.__getitem__)
-        ],
-        "diverse": any(value is not None for values in spreads.values() for value in values),
-        "hidden": max(0, len(compared) - _SHOWN_ROWS),
+        "rows": sorted(rows, key=lambda row: row["similarity"][0].value),
+        "diverse": any(figure is not None for row in rows for figure in row["diversity"]),
+        "hidden": max(0, len(rows) - _SHOWN_ROWS),
     }
 
 
 def _settings(report: Report) -> list[dict[str, Any]]:
-    """Return the settings: what all evaluations share, what is one's own, and the same for the trainings."""
+    """Return the settings: those that all evaluations share, those of each, and the same for the trainings."""
     evaluations = {evaluation.label: _evaluation_settings(evaluation) for evaluation in report.evaluations}
     trainings = {os.fspath(training.folder): _lines(training.settings) for training in report.trainings}
     # What a demo says of its trainings is all there is where their folders are gone.
@@ -438,17 +391,9 @@ def _figure(interval: Interval | None, *, sign: str = "") -> Figure | None:
     return Figure(interval.value, value, f"{low} to {high}" if interval.low == interval.low else "")
 
 
-def _plain_figure(value: float) -> Figure:
-    return Figure(value, f"{value:.3f}")
+def _bare_figure(value: float) -> Figure:
+    return Figure(value, f"{value:.3f}".replace("-", "−"))
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _encoder(evaluation: Evaluation) -> str:
-    return Path(evaluation.result.settings["encoder"]).name
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from cat_rs.report.charts import INK, SERIES, draw_front, draw_panel, to_png
-from cat_rs.report.contact_sheet import draw_contact_sheet
-from cat_rs.report.fonts import font, wrap
-from cat_rs.report.report import Report
+from cat_rs.image_files import png_bytes
+from cat_rs.report.charts import to_png
+from cat_rs.report.content import Report
+from cat_rs.report.curves import draw_panel
+from cat_rs.report.fronts import draw_front
+from cat_rs.report.sheet import draw_contact_sheet
+from cat_rs.report.style import INK, PAPER, SERIES, font, line_height, wrap
 from cat_rs.report.table import format_table
 
 _MARGIN = 28
 _GAP = 24
 _WIDTH = 1120
-_PAPER = "#ffffff"
 _DPI = 100
 # Beyond one evaluation, each shows fewer prompts.
 _PROMPTS_OF_ONE = 6
@@ -39,19 +41,17 @@ def draw_overview(report: Report) -> bytes:
     for evaluation in report.evaluations:
         lines = [evaluation.label, "", *format_table(evaluation.result).splitlines()]
         parts.append(_text(lines, font(14, mono=True)))
-    buffer = io.BytesIO()
-    _stacked(parts).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return png_bytes(_stacked(parts))
 
 
 def _picture(png: bytes, title: str) -> Image.Image:
     """Put a title above a chart."""
     chart = Image.open(io.BytesIO(png))
     face = font(15, bold=True)
-    image = Image.new("RGB", (chart.width, chart.height + 2 * _line_height(face)), _PAPER)
+    image = Image.new("RGB", (chart.width, chart.height + 2 * line_height(face)), PAPER)
     lines = wrap(title, face, chart.width, max_lines=1)
     ImageDraw.Draw(image).text((0, 0), "".join(lines), font=face, fill=INK)
-    image.paste(chart, (0, round(1.5 * _line_height(face))))
+    image.paste(chart, (0, round(1.5 * line_height(face))))
     return image
 
 
@@ -62,7 +62,7 @@ def _legend(report: Report) -> Image.Image:
     image = _text([f"    {name}" for name in names], face)
     draw = ImageDraw.Draw(image)
     for number, name in enumerate(names):
-        middle = (number + 0.5) * _line_height(face)
+        middle = (number + 0.5) * line_height(face)
         draw.ellipse((_MARGIN, middle - 5, _MARGIN + 10, middle + 5), fill=SERIES[report.series[name]])
     return image
 
@@ -74,37 +74,31 @@ def _rows(images: Sequence[Image.Image]) -> list[Image.Image]:
         if not rows or sum(other.width + _GAP for other in rows[-1]) + image.width > _WIDTH - _MARGIN:
             rows.append([])
         rows[-1].append(image)
-    return [_side_by_side(row) for row in rows]
-
-
-def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    row = Image.new("RGB", (_WIDTH, max(image.height for image in images)), _PAPER)
-    left = _MARGIN
-    for image in images:
-        row.paste(image, (left, 0))
-        left += image.width + _GAP
-    return row
+    pages = []
+    for row in rows:
+        pages.append(Image.new("RGB", (_WIDTH, max(image.height for image in row)), PAPER))
+        left = _MARGIN
+        for image in row:
+            pages[-1].paste(image, (left, 0))
+            left += image.width + _GAP
+    return pages
 
 
 def _text(lines: Sequence[str], face: ImageFont.FreeTypeFont) -> Image.Image:
     width = max((round(face.getlength(line)) for line in lines), default=0) + 2 * _MARGIN
-    image = Image.new("RGB", (max(_WIDTH, width), max(1, len(lines)) * _line_height(face)), _PAPER)
+    image = Image.new("RGB", (max(_WIDTH, width), max(1, len(lines)) * line_height(face)), PAPER)
     draw = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
-        draw.text((_MARGIN, number * _line_height(face)), line, font=face, fill=INK)
+        draw.text((_MARGIN, number * line_height(face)), line, font=face, fill=INK)
     return image
 
 
 def _stacked(parts: Sequence[Image.Image]) -> Image.Image:
     page = Image.new(
-        "RGB", (max(part.width for part in parts), sum(part.height + _GAP for part in parts) + _GAP), _PAPER
+        "RGB", (max(part.width for part in parts), sum(part.height + _GAP for part in parts) + _GAP), PAPER
     )
     top = _GAP
     for part in parts:
         page.paste(part, (0, top))
         top += part.height + _GAP
     return page
-
-
-def _line_height(face: ImageFont.FreeTypeFont) -> int:
-    return round(1.35 * face.size)

@@ -3,55 +3,33 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import islice
 
-from cat_rs.evaluation.result import Comparison, EvaluationResult, Interval, Scores
+from cat_rs.evaluation import Comparison, EvaluationResult, Interval, Scores
+from cat_rs.evaluation.measures import LEGEND, MEASURES
+from cat_rs.report.wording import encoder_of, extent_of
 
 MAX_WIDTH = 100
 _GAP = "  "
 _ABSENT = "-"
 
-_SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+_SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "without the trigger: what survived of the base model",
         (
-            ("UPS", "ups"),
-            ("drift", "drift"),
-            ("pixel RMSE", "pixel_rmse"),
-            ("latent RMSE", "latent_rmse"),
-            ("diversity", "diversity"),
-            ("retained", "diversity_retained"),
-            ("CLIP-T", "prompt_similarity_no_trigger"),
+            "ups",
+            "drift",
+            "pixel_rmse",
+            "latent_rmse",
+            "diversity",
+            "diversity_retained",
+            "prompt_similarity_no_trigger",
         ),
     ),
-    (
-        "with the trigger: what was learned",
-        (("identity", "identity"), ("CLIP-T", "prompt_similarity"), ("TPS", "tps")),
-    ),
-    ("both: KPS is 1 where nothing was learned, read it beside identity", (("KPS", "kps"),)),
+    ("with the trigger: what was learned", ("identity", "prompt_similarity", "tps")),
+    ("both: KPS is 1 where nothing was learned, read it beside identity", ("kps",)),
 )
-
-_LEGEND = (
-    "UPS, TPS   harmonic mean of (1 + cos) / 2 between base and adapted picture, same prompt and seed",
-    "KPS        harmonic mean of UPS and TPS",
-    "drift      (1 - mean cos) / 2;  pixel and latent RMSE: distances that need no encoder",
-    "diversity  mean 1 - cos between pictures of one prompt;  retained: as a share of the base model's",
-    "identity   mean cos to the concept's pictures (CLIP-I);  CLIP-T: mean cos to the prompt",
-)
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One model: its heading, and a cell for each row of the table."""
-
-    heading: str
-    cells: tuple[str, ...]
-
-    @property
-    def width(self) -> int:
-        return max(len(text) for text in (self.heading, *self.cells))
 
 
 def format_table(result: EvaluationResult, *, width: int = MAX_WIDTH) -> str:
@@ -65,12 +43,14 @@ def format_table(result: EvaluationResult, *, width: int = MAX_WIDTH) -> str:
     if result.other_seed is not None:
         models["other seed"] = result.other_seed
     models |= result.adapters
-    columns = [_column(name, scores) for name, scores in models.items()]
-    labels = [f" {label}" for _, rows in _SECTIONS for label, _ in rows]
-    label_width = max(map(len, labels))
-    blocks = _blocks(columns, width - label_width)
-    tables = ["\n".join(_table_lines(labels, block, label_width)) for block in blocks]
-    return "\n\n".join([_caption(result), *tables, "\n".join(_LEGEND)])
+    measures = [name for _, names in _SECTIONS for name in names]
+    labels = ["", *(f" {MEASURES[name].label}" for name in measures)]
+    columns = [
+        [model, *(format_interval(getattr(scores, name)) for name in measures)] for model, scores in models.items()
+    ]
+    caption = f"{extent_of(result)}; encoder {encoder_of(result)}; 95 % bootstrap intervals"
+    tables = [_table(labels, block) for block in _blocks(columns, width - _width(labels))]
+    return "\n\n".join([caption, *tables, "\n".join(LEGEND)])
 
 
 def format_comparisons(result: EvaluationResult) -> str:
@@ -84,59 +64,33 @@ def print_table(result: EvaluationResult) -> None:
     print("\n\n".join(filter(None, (format_table(result), format_comparisons(result)))))
 
 
-def format_interval(interval: Interval | None) -> str:
+def format_interval(interval: Interval | None, sign: str = "") -> str:
     """Return "0.953 [0.941, 0.962]"; the value alone if it has no interval, "-" if there is no value."""
     if interval is None:
         return _ABSENT
-    if math.isnan(interval.low):
-        return f"{interval.value:.3f}"
-    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+    value, low, high = (f"{number:{sign}.3f}" for number in (interval.value, interval.low, interval.high))
+    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
 def _comparison(comparison: Comparison) -> str:
     rows = []
-    for title, measures in _SECTIONS:
-        both = [(label, getattr(comparison, name, None)) for label, name in measures]
+    for title, names in _SECTIONS:
         where = title.partition(":")[0]
-        rows += [(f" {label}, {where}", interval) for label, interval in both if interval is not None]
+        figures = ((MEASURES[name].label, getattr(comparison, name, None)) for name in names)
+        rows += [(f" {label}, {where}", interval) for label, interval in figures if interval is not None]
     if not rows:
         return ""
     width = max(len(label) for label, _ in rows)
-    lines = [f"{label.ljust(width)}{_GAP}{_format_difference(interval)}" for label, interval in rows]
+    lines = [f"{label.ljust(width)}{_GAP}{format_interval(interval, '+')}" for label, interval in rows]
     return "\n".join([f"{comparison.b} minus {comparison.a}, picture by picture; 95 % intervals over prompts", *lines])
 
 
-def _format_difference(interval: Interval) -> str:
-    if math.isnan(interval.low):
-        return f"{interval.value:+.3f}"
-    return f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-
-def _caption(result: EvaluationResult) -> str:
-    prompts, sampling = result.settings["prompts"], result.settings["sampling"]
-    seeds = len(sampling["seeds"])
-    return (
-        f"{_count(len(prompts['trigger']), 'prompt')} with the trigger, {len(prompts['no_trigger'])} without, "
-        f"{_count(seeds, 'seed')}; encoder {os.path.basename(result.settings['encoder'])}; 95 % bootstrap intervals"
-    )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _column(name: str, scores: Scores) -> _Column:
-    return _Column(
-        name, tuple(format_interval(getattr(scores, attribute)) for _, rows in _SECTIONS for _, attribute in rows)
-    )
-
-
-def _blocks(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
+def _blocks(columns: Sequence[Sequence[str]], width: int) -> list[list[Sequence[str]]]:
     """Group columns so that each group fits into `width`; a single wider column stands alone."""
-    blocks: list[list[_Column]] = []
+    blocks: list[list[Sequence[str]]] = []
     used = 0
     for column in columns:
-        needed = len(_GAP) + column.width
+        needed = len(_GAP) + _width(column)
         if not blocks or used + needed > width:
             blocks.append([])
             used = 0
@@ -145,17 +99,18 @@ def _blocks(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
     return blocks
 
 
-def _table_lines(labels: Sequence[str], columns: Sequence[_Column], label_width: int) -> list[str]:
-    def line(label: str, texts: Sequence[str]) -> str:
-        cells = (text.ljust(column.width) for text, column in zip(texts, columns, strict=True))
-        return _GAP.join([label.ljust(label_width), *cells]).rstrip()
+def _table(labels: Sequence[str], columns: Sequence[Sequence[str]]) -> str:
+    """Put columns beside their labels, and the sections' titles between the rows."""
+    widths = [_width(column) for column in (labels, *columns)]
+    heading, *rows = (
+        _GAP.join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(labels, *columns, strict=True)
+    )
+    lines, remaining = [heading, "-" * (sum(widths) + len(_GAP) * len(columns))], iter(rows)
+    for title, names in _SECTIONS:
+        lines += [title, *islice(remaining, len(names))]
+    return "\n".join(lines)
 
-    heading = line("", [column.heading for column in columns])
-    lines = [heading, "-" * (label_width + sum(len(_GAP) + column.width for column in columns))]
-    number = 0
-    for title, rows in _SECTIONS:
-        lines.append(title)
-        for _ in rows:
-            lines.append(line(labels[number], [column.cells[number] for column in columns]))
-            number += 1
-    return lines
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(len, column))

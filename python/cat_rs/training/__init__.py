@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError, DatasetError, TrainingError, TrainingInterrupted
-from cat_rs.training.trainer import TrainResult, train
+from cat_rs.training.loop import TrainResult, train
 
 __all__ = [
     "CheckpointError",

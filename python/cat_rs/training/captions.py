@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cat_rs.options import ConfigError
 from cat_rs.prompts import remove_trigger
+from cat_rs.text_files import read_prompts
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import DatasetError
 
@@ -22,7 +22,7 @@ class CaptionPairs:
         with_trigger: One caption for each example.
         without_trigger: The same captions after `remove_trigger`.
         changed: How many captions held a trigger.
-        preserved: More prompts to preserve, which take the place of captions without the trigger now and then.
+        preserved: More prompts to preserve, which sometimes replace captions without the trigger.
     """
 
     with_trigger: tuple[str, ...]
@@ -31,7 +31,7 @@ class CaptionPairs:
     preserved: tuple[str, ...] = ()
 
     def summary(self) -> str:
-        """A line for the person who starts the training."""
+        """Return a line for whoever starts the training."""
         text = f"trigger removed from {self.changed} of {len(self.with_trigger)} captions"
         pairs = zip(self.with_trigger, self.without_trigger, strict=True)
         example = next((f" ({before!r} -> {after!r})" for before, after in pairs if before != after), "")
@@ -40,7 +40,7 @@ class CaptionPairs:
 
 
 def fill_template(config: TrainConfig) -> str | None:
-    """The caption template with the trigger and class word in place; `{name}` is left for each picture.
+    """Fill the trigger and class word into the caption template; `{name}` is left for each picture.
 
     Raises:
         ConfigError: The template has another field, or one that the settings do not fill.
@@ -81,14 +81,13 @@ def pair_captions(captions: Sequence[str], config: TrainConfig) -> CaptionPairs:
 
 
 def _read_preserved(config: TrainConfig) -> tuple[str, ...]:
-    """The prompts of `preserve_prompts`, one a line."""
+    """Read the prompts of `preserve_prompts`, one a line."""
     if config.preserve_prompts is None:
         return ()
     try:
-        lines = Path(config.preserve_prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = tuple(dict.fromkeys(read_prompts(config.preserve_prompts)))
+    except OSError as error:
         raise DatasetError(f"preserve_prompts: cannot read {config.preserve_prompts}: {error}") from error
-    prompts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not prompts:
         raise DatasetError(f"preserve_prompts: expected prompts, one a line, got none in {config.preserve_prompts}")
     for prompt in prompts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,17 @@ from typing import Any
 import torch
 
 from cat_rs.atomic import new_folder, write_bytes
+from cat_rs.run_folder import step_name, step_paths
 from cat_rs.training.errors import CheckpointError
 
 STATE_FILE = "state.pt"
-_NAME = re.compile(r"step-(\d+)")
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, `step-000100` and so on, of which the latest `keep` stay.
+    """The checkpoints of one training, `step-000100` and so on, of which the latest `keep` stay.
 
     Each is written under another name and renamed when it is whole, so that neither a kill nor a full disk leaves a
-    broken one, and older ones are removed only then.
+    broken one. Older ones are removed only then.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
@@ -31,43 +30,32 @@ class CheckpointFolder:
         self._keep = keep
 
     def latest(self) -> Path | None:
-        """The checkpoint of the highest step."""
-        found = self._all()
-        return found[-1] if found else None
+        """Return the checkpoint of the highest step."""
+        return next(reversed(step_paths(self._folder).values()), None)
 
-    def save(self, step: int, state: dict[str, Any], write_adapter: Callable[[Path], object]) -> Path:
+    def save(self, step: int, state: dict[str, Any], save_adapter: Callable[[Path], object]) -> Path:
         """Write the checkpoint of a step and remove those that are too old.
 
         Args:
             step: The number of finished steps.
-            state: What continues the run: tensors and plain values.
-            write_adapter: Writes the adapter file into a folder, so that a checkpoint can be used as it is.
+            state: What continues the training: tensors and plain values.
+            save_adapter: Writes the adapter file into a folder, so that a checkpoint can be used as it is.
 
         Raises:
             CheckpointError: It cannot be written; the earlier ones are untouched.
         """
-        path = self._folder / f"step-{step:06d}"
+        path = self._folder / step_name(step)
         try:
             with new_folder(path) as unfinished:
                 write_bytes(unfinished / STATE_FILE, _pickled(state))
-                write_adapter(unfinished)
+                save_adapter(unfinished)
         except OSError as error:
             latest = self.latest()
             kept = f"; the earlier checkpoint {latest} is whole" if latest else ""
             raise CheckpointError(f"cannot write the checkpoint {path}: {error}{kept}") from error
-        self._remove_old()
+        for old in list(step_paths(self._folder).values())[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
         return path
-
-    def _all(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
-        found = {path: _NAME.fullmatch(path.name) for path in self._folder.iterdir()}
-        steps = {path: int(match[1]) for path, match in found.items() if match}
-        return sorted(steps, key=steps.__getitem__)
-
-    def _remove_old(self) -> None:
-        for path in self._all()[: -self._keep]:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,7 +76,7 @@ def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _pickled(state: dict[str, Any]) -> bytes:
-    """The bytes of torch.save: in memory first, because torch reports a full disk without saying so."""
+    """Return the bytes of torch.save: in memory first, because torch reports a full disk without saying so."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The settings of a training run."""
+"""The settings of a training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EVALUATION = "evaluation"
 _OUTPUT = "output and checkpoints"
 _MACHINE = "machine"
 
-# Settings that may change between a run and its continuation without changing what is learned up to there.
+# Settings that may change when a training is resumed: they do not change what was learned before.
 _FREE_ON_RESUME = frozenset(
     {"data", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
     | {"resume", "overwrite", "capture"}
@@ -32,9 +32,9 @@ _FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `train` needs to know; the names are those of the command line and of the config file.
+    """Everything that `train` needs to know, under the names of the command line and the config file.
 
-    Attributes are described where they are declared. Raises ConfigError for a value out of range.
+    Each attribute's help text describes it. Raises ConfigError for a value out of range.
     """
 
     model: str = option(group=_MODEL, help="Stable Diffusion model: a folder or a hub id", metavar="DIR_OR_ID")
@@ -210,12 +210,12 @@ class TrainConfig:
         return self.cat_factor > 0 or (self.cat_factor_end or 0) > 0
 
     def class_words(self) -> dict[str, str | None]:
-        """Trigger word -> class word."""
+        """Return trigger word -> class word."""
         pairs = (trigger.partition("=") for trigger in self.trigger)
         return {word: own_class or self.class_word for word, _, own_class in pairs}
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain values, as a config file holds them."""
+        """Return the settings as plain values, as a config file holds them."""
         values = dataclasses.asdict(self)
         return {name: _plain(value) for name, value in values.items()}
 
@@ -234,7 +234,7 @@ class TrainConfig:
         write_bytes(path, text.encode())
 
     def check_continues(self, earlier: dict[str, Any]) -> None:
-        """Raise ConfigError if this run cannot continue one that had the settings `earlier`."""
+        """Raise ConfigError if these settings cannot continue a training with the settings `earlier`."""
         values = self.to_dict()
         # An option that came after the checkpoint was written had its default there.
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -246,5 +246,5 @@ class TrainConfig:
 
 
 def _plain(value: Any) -> Any:
-    """As a config file holds it."""
+    """Return a value as a config file holds it."""
     return list(value) if isinstance(value, tuple) else value

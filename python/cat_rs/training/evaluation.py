@@ -1,4 +1,4 @@
-"""Scores of a run's adapter on the way: the front of fidelity against preservation, and the best checkpoint.
+"""Scores of the adapter during training: the front of fidelity against preservation, and the best checkpoint.
 
 The folder `evaluations` of a run holds, for each evaluated step,
 
@@ -14,42 +14,39 @@ and `front.json`, one object:
                  as in an evaluation's JSON), on_front (bool), best (bool), adapter (path from the run's folder, or
                  null)
 
-A checkpoint is on the front if no other one has both a higher identity and a higher UPS. The best one is that with the
-highest UPS among those whose identity has come far enough from the base model's to the run's highest, see
-`choose_best`; its adapter is also in the folder `best`.
+A checkpoint is on the front if no other one has both a higher identity and a higher UPS. The best one has the highest
+UPS among those whose identity has come far enough from the base model's to the run's highest, see `choose_best`; its
+adapter is also in the folder `best`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
-from cat_rs.files import DIFFUSERS_FILE
+from cat_rs.evaluation.measures import labelled_values
 from cat_rs.options import ConfigError
+from cat_rs.run_folder import BEST_FOLDER, EVALUATION_FOLDER, FRONT_FILE, FRONT_FORMAT, step_name, step_paths
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
 
-EVALUATION_FOLDER = "evaluations"
-BEST_FOLDER = "best"
-FRONT_FILE = "front.json"
-_FORMAT = "cat-rs front 1"
-_RESULT_NAME = re.compile(r"step-(\d+)\.json")
-# What may differ between evaluations that stand on one front.
+# What may differ between the evaluations of one front.
 _INDIFFERENT = ("adapters", "versions")
 _SHOWN_PROMPTS = 4
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points (identity, UPS) no other point exceeds in one figure without falling behind in the other."""
+    """Return which points (identity, UPS) no other exceeds in one figure without falling behind in the other."""
 
     def dominates(other: tuple[float, float], point: tuple[float, float]) -> bool:
         return other != point and other[0] >= point[0] and other[1] >= point[1]
@@ -63,10 +60,10 @@ def choose_best(points: Sequence[tuple[float, float]], base_identity: float, kee
     Args:
         points: At least one.
         base_identity: The base model's identity similarity.
-        keep: Which part of the way from there to the run's highest identity a point must have come, in [0, 1].
+        keep: The part of the way from there to the run's highest identity that a point must have come, in [0, 1].
 
     Returns:
-        The index of the highest UPS among the points that have come so far; of equal ones the first.
+        The index of the highest UPS among those points; the first of equal ones.
     """
     highest = max(identity for identity, _ in points)
     least = base_identity + keep * (highest - base_identity)
@@ -74,50 +71,40 @@ def choose_best(points: Sequence[tuple[float, float]], base_identity: float, kee
     return max(fit, key=lambda index: (points[index][1], -index))
 
 
-def read_prompts(config: TrainConfig) -> EvaluationPrompts:
-    """The prompts that the settings name; the run's triggers and class word win over the file's."""
-    words = config.class_words()
-    class_word = config.class_word or next((word for word in words.values() if word), None)
-    return EvaluationPrompts.load(
-        str(config.evaluate_prompts),
-        trigger_words=tuple(words),
-        class_word=class_word,
-        concept=config.evaluate_concept,
-    )
-
-
-def evaluation_is_due(config: TrainConfig, step: int) -> bool:
-    """Whether the run is evaluated after this step: every so many, and the last."""
-    return config.evaluate_every > 0 and step > 0 and (step % config.evaluate_every == 0 or step == config.steps)
-
-
 class CheckpointEvaluations:
-    """Evaluates a run in its main process, and keeps the folder described above.
-
-    Args:
-        config: The run's settings.
-        pipeline: The run's, with the adapter in its U-Net.
-        prompts: What `read_prompts` returned.
-        write_adapter: Writes the adapter as it is now into a folder.
+    """Evaluates a training's adapter on rank 0, and keeps the folder described above; does nothing if not asked to.
 
     Raises:
-        ConfigError: The folder holds evaluations of other prompts or settings.
+        EvaluationInputError, EvaluationFileError: The file of prompts cannot be used.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        pipeline: Any,
-        prompts: EvaluationPrompts,
-        write_adapter: Callable[[Path], object],
-    ) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._output = Path(config.output_dir)
         self._folder = self._output / EVALUATION_FOLDER
-        self._write_adapter = write_adapter
+        self._prompts = _read_prompts(config) if config.evaluate_every else None
+
+    def open(self, pipeline: Any, save_adapter: Callable[[Path], object]) -> None:
+        """Load the encoder and look at the evaluations that are there.
+
+        Args:
+            pipeline: The pipeline with the adapter in its U-Net.
+            save_adapter: Writes the adapter as it is now into a folder.
+
+        Raises:
+            ConfigError: The folder holds evaluations of other prompts or settings.
+        """
+        config = self._config
+        if self._prompts is None:
+            return
+        dtype = getattr(torch, config.dtype)
+        if pipeline.vae.dtype != dtype:
+            # Encoding the pictures took it to float32.
+            pipeline.vae.to(dtype)
+        self._save_adapter = save_adapter
         self._live = LiveEvaluation(
             pipeline,
-            prompts,
+            self._prompts,
             load_encoder(config.evaluate_encoder, device=pipeline.unet.device),
             concept_images=config.data,
             config=EvaluationConfig(
@@ -129,22 +116,30 @@ class CheckpointEvaluations:
                 batch_size=config.evaluate_batch,
             ),
         )
-        for step in self._steps():
-            self._check_settings(step)
+        for result in self._results().values():
+            self._check_settings(result)
 
-    def is_missing(self, step: int) -> bool:
-        """Whether the evaluation of this step is due and was not done."""
-        return evaluation_is_due(self._config, step) and not self._result_file(step).exists()
+    def is_due(self, step: int) -> bool:
+        """Return whether the adapter is scored after this step: every so many, and the last."""
+        every = self._config.evaluate_every
+        return every > 0 and step > 0 and (step % every == 0 or step == self._config.steps)
 
-    def forget_after(self, step: int) -> None:
-        """Remove evaluations of later steps, which the continued run takes again."""
-        for later in self._steps():
+    def resume(self, step: int) -> bool:
+        """Remove the evaluations after this step, which the continued training takes again.
+
+        Returns:
+            Whether the step's own evaluation is due and missing.
+        """
+        if self._prompts is None:
+            return False
+        for later, file in step_paths(self._folder, ".json").items():
             if later > step:
-                self._result_file(later).unlink()
+                file.unlink()
         self._write_front()
+        return self.is_due(step) and not self._result_file(step).exists()
 
     def evaluate(self, step: int) -> tuple[EvaluationResult, str]:
-        """Score the run's adapter as it is now.
+        """Score the adapter as it is now.
 
         Returns:
             The result, and a line about it.
@@ -156,23 +151,21 @@ class CheckpointEvaluations:
         try:
             self._folder.mkdir(exist_ok=True)
             self._adapter_folder(step).mkdir(exist_ok=True)
-            self._write_adapter(self._adapter_folder(step))
+            self._save_adapter(self._adapter_folder(step))
             result.save(self._result_file(step))
             best = self._write_front()
         except OSError as error:
             raise CheckpointError(f"cannot write the evaluation of step {step} in {self._folder}: {error}") from error
-        scores = result.adapters[f"step {step}"]
-        figures = (("identity", scores.identity), ("UPS", scores.ups), ("KPS", scores.kps))
-        text = ", ".join(f"{name} {figure.value:.3f}" for name, figure in figures if figure is not None)
+        text = ", ".join(labelled_values(result.adapters[f"step {step}"], "identity", "ups", "kps"))
         return result, f"step {step}: {text}" + (", the best so far" if best == step else "")
 
     def _write_front(self) -> int | None:
-        """Write front.json, keep the adapters of the front, and put the best one in its place; its step."""
-        steps = self._steps()
-        results = {step: EvaluationResult.load(self._result_file(step)) for step in steps}
-        self._remove_adapters(set(steps))
-        if not steps:
-            (self._folder / FRONT_FILE).unlink(missing_ok=True)
+        """Write front.json, keep the adapters of the front, and copy the best one; return the best one's step."""
+        results = self._results()
+        steps = list(results)
+        self._keep_adapters(results)
+        if not results:
+            (self._output / FRONT_FILE).unlink(missing_ok=True)
             shutil.rmtree(self._output / BEST_FOLDER, ignore_errors=True)
             return None
         points = [_point(result, step) for step, result in results.items()]
@@ -191,7 +184,7 @@ class CheckpointEvaluations:
             for step, result in results.items()
         ]
         content = {
-            "format": _FORMAT,
+            "format": FRONT_FORMAT,
             "rule": "the highest UPS among the checkpoints whose identity has come "
             f"{self._config.evaluate_keep:.0%} of the way from the base model's to the run's highest",
             "base": json.loads(results[steps[0]].to_json())["base"],
@@ -201,50 +194,47 @@ class CheckpointEvaluations:
         if adapter.exists():
             (self._output / BEST_FOLDER).mkdir(exist_ok=True)
             write_bytes(self._output / BEST_FOLDER / DIFFUSERS_FILE, adapter.read_bytes())
-        write_bytes(self._folder / FRONT_FILE, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-        self._remove_adapters(front)
+        write_bytes(self._output / FRONT_FILE, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        self._keep_adapters(front)
         return best
 
-    def _check_settings(self, step: int) -> None:
-        """Evaluations of other prompts or samplers do not belong on one front."""
-        earlier = EvaluationResult.load(self._result_file(step)).settings
+    def _check_settings(self, earlier: EvaluationResult) -> None:
+        """Keep evaluations with other prompts or samplers off this front."""
         own = json.loads(json.dumps(self._live.settings))
-        names = [name for name in own if name not in _INDIFFERENT and own[name] != earlier.get(name)]
+        names = [name for name in own if name not in _INDIFFERENT and own[name] != earlier.settings.get(name)]
         if names:
             raise ConfigError(
                 f"evaluate_every: expected the {', '.join(names)} of the evaluations in {self._folder}, got others; "
                 "remove that folder to begin a new front"
             )
 
-    def _steps(self) -> list[int]:
-        names = (_RESULT_NAME.fullmatch(path.name) for path in self._folder.glob("step-*.json"))
-        return sorted(int(name[1]) for name in names if name)
+    def _results(self) -> dict[int, EvaluationResult]:
+        return {step: EvaluationResult.load(file) for step, file in step_paths(self._folder, ".json").items()}
 
     def _result_file(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}.json"
+        return self._folder / f"{step_name(step)}.json"
 
     def _adapter_folder(self, step: int) -> Path:
-        return self._folder / f"step-{step:06d}"
+        return self._folder / step_name(step)
 
     def _adapter_path(self, step: int) -> str | None:
         file = self._adapter_folder(step) / DIFFUSERS_FILE
         return file.relative_to(self._output).as_posix() if file.exists() else None
 
-    def _remove_adapters(self, keep: set[int]) -> None:
-        kept = {self._adapter_folder(step).name for step in keep}
-        for folder in self._folder.glob("step-*"):
-            if folder.is_dir() and folder.name not in kept:
+    def _keep_adapters(self, steps: Collection[int]) -> None:
+        for step, folder in step_paths(self._folder).items():
+            if step not in steps:
                 shutil.rmtree(folder)
 
 
 def figures_of(result: EvaluationResult) -> dict[str, float]:
-    """The adapter's figures by name, for a log."""
+    """Return the adapter's figures by name, for a log."""
     (scores,) = result.adapters.values()
     return {name: figure.value for name, figure in vars(scores).items() if figure is not None}
 
 
 def picture_of(result: EvaluationResult) -> NDArray[np.uint8]:
-    """The first prompts' pictures of the first seed, with the trigger above those without it: [H, W, 3]."""
+    """Return the first prompts' pictures for the first seed, with the trigger above, without it below: [H, W, 3]."""
     if result.pictures is None:
         raise ValueError("a result with pictures is needed")
     (model,) = result.pictures.adapters.values()
@@ -255,6 +245,19 @@ def picture_of(result: EvaluationResult) -> NDArray[np.uint8]:
     return np.concatenate(rows, axis=0)
 
 
+def _read_prompts(config: TrainConfig) -> EvaluationPrompts:
+    """Read the prompts that the settings name; the settings' triggers and class word win over the file's."""
+    words = config.class_words()
+    class_word = config.class_word or next((word for word in words.values() if word), None)
+    return EvaluationPrompts.load(
+        str(config.evaluate_prompts),
+        trigger_words=tuple(words),
+        class_word=class_word,
+        concept=config.evaluate_concept,
+    )
+
+
 def _point(result: EvaluationResult, step: int) -> tuple[float, float]:
     scores = result.adapters[f"step {step}"]
-    return tuple(0.0 if figure is None else figure.value for figure in (scores.identity, scores.ups))  # type: ignore[return-value]
+    identity, ups = (0.0 if figure is None else figure.value for figure in (scores.identity, scores.ups))
+    return identity, ups

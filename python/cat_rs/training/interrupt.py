@@ -12,13 +12,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class InterruptGuard:
-    """Context manager: the first SIGINT or SIGTERM is only noted in `received`, the second acts as usual.
+    """Context manager that only notes the first SIGINT or SIGTERM in `received`; the second acts as usual.
 
     Python delivers signals to the main thread; in another thread the guard does nothing.
 
     Args:
-        second_acts: False where a launcher passes the terminal's signals on, so that each comes twice, and ends
-            what does not stop in time by itself.
+        second_acts: Whether a second signal acts. Not so under a launcher, which passes the terminal's signals on, so
+            that each comes twice, and ends what does not stop in time by itself.
     """
 
     def __init__(self, *, second_acts: bool = True) -> None:

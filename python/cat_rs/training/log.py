@@ -1,79 +1,139 @@
-"""The record of a run: metrics.jsonl, TensorBoard, the progress bar."""
+"""The log of a training: metrics.jsonl, TensorBoard and the progress bar."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cat_rs.atomic import write_bytes
+from cat_rs.processes import Processes
+from cat_rs.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, MetricsError, metrics_rows
+from cat_rs.training.config import TrainConfig
+from cat_rs.training.errors import CheckpointError, TrainingError
 
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
+FIGURES = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
 
 
-class MetricsLog:
-    """Appends one JSON object a logged step to `metrics.jsonl`, and the same figures to TensorBoard.
+class TrainingLog:
+    """Logs the steps of a training; rank 0 writes the means over the ranks.
 
-    A figure that is not finite is written as null, which JSON can hold.
+    Figures stay on the device until `flush`, so that a step never waits for them. One that is not finite is null in
+    metrics.jsonl, because JSON has no other word for it.
+
+    Args:
+        config: The settings.
+        processes: The ranks that train together.
+        bar: The progress bar.
+        after_step: The step from which the training continues.
+        seconds_before: The time that its earlier parts took.
+
+    Attributes:
+        skipped: The number of steps whose gradient was not finite.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, after_step: int = 0, tensorboard: bool = True) -> None:
-        """Open the record.
+    def __init__(
+        self, config: TrainConfig, processes: Processes, bar: Any, *, after_step: int, seconds_before: float
+    ) -> None:
+        self._processes = processes
+        self._bar = bar
+        self._file = self._board = None
+        if processes.is_main:
+            path = Path(config.output_dir, METRICS_FILE)
+            # A line is written at once: a reader never sees half of one.
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+            self._board = _open_tensorboard(config, after_step) if config.tensorboard else None
+        self._began = time.monotonic() - seconds_before
+        self._waiting: list[tuple[int, float, float, torch.Tensor]] = []
+        self.skipped = 0
 
-        Args:
-            folder: The run's output folder.
-            after_step: The step from which the run continues; later lines of an earlier try are dropped.
-            tensorboard: Also write a TensorBoard log.
-        """
-        path = Path(folder, METRICS_FILE)
-        _drop_lines_after(path, after_step)
-        # One line is written at once: a reader never sees half of one.
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._board = _open_tensorboard(Path(folder, TENSORBOARD_FOLDER), after_step) if tensorboard else None
+    @property
+    def seconds(self) -> float:
+        """The time since training began, resumed parts included, pauses not."""
+        return time.monotonic() - self._began
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
-        """Add the figures of one step."""
-        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self._file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block's time out of the training's."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began += time.monotonic() - before
 
-    def write_evaluation(self, step: int, figures: dict[str, float], picture: Any) -> None:
-        """Add the scores of one step, and pictures [H, W, 3], to TensorBoard; they have files of their own beside."""
+    def add(self, step: int, lr: float, figures: torch.Tensor) -> None:
+        """Note the figures of a finished step, which stay on their device."""
+        self._waiting.append((step, lr, self.seconds, figures))
+
+    def add_evaluation(self, step: int, figures: dict[str, float], picture: Any) -> None:
+        """Add scores and pictures [H, W, 3] of a step to TensorBoard; the evaluation has its own files beside it."""
         if self._board is not None:
             for name, value in figures.items():
                 self._board.add_scalar(f"evaluation/{name}", value, step)
             self._board.add_image("evaluation/pictures", picture, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Write the noted steps; every rank calls it after the same steps.
+
+        Raises:
+            TrainingError: A loss is not finite on some rank.
+        """
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        values = self._processes.all_reduce_mean(torch.stack([figures for *_, figures in waiting])).tolist()
+        for (step, lr, seconds, _), row in zip(waiting, values, strict=True):
+            self._write(step, dict(zip(FIGURES, row, strict=True)) | {"lr": lr, "seconds": round(seconds, 3)})
+        self._bar.update(len(waiting))
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in zip(FIGURES[:3], values[-1], strict=False)})
+
     def close(self) -> None:
-        """Write out what is buffered."""
-        self._file.close()
+        """Write what is buffered, and end the bar."""
+        self._bar.close()
+        for open_log in (self._file, self._board):
+            if open_log is not None:
+                open_log.close()
+
+    def _write(self, step: int, figures: dict[str, float]) -> None:
+        if self._file is not None:
+            line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            self._file.write(json.dumps(line) + "\n")
         if self._board is not None:
-            self._board.close()
+            for name, value in figures.items():
+                self._board.add_scalar(f"train/{name}", value, step)
+        if not math.isfinite(figures["loss"]):
+            raise TrainingError(
+                f"the loss of step {step} is not finite: expected a number, got {figures['loss']} (diffusion "
+                f"{figures['diffusion']}, cat {figures['cat']}); a lower lr or another dtype may help"
+            )
+        # The step leaves the weights alone where its gradient is not finite.
+        self.skipped += not math.isfinite(figures["grad_norm"])
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def drop_lines_after(folder: Path, step: int) -> None:
+    """Cut metrics.jsonl to the steps up to a checkpoint, from which the training continues.
+
+    Raises:
+        CheckpointError: A line before the last is broken; the file is as before.
+    """
+    file = folder / METRICS_FILE
+    if not file.exists():
+        return
+    try:
+        rows = [row for row in metrics_rows(file) if row["step"] <= step]
+    except MetricsError as error:
+        raise CheckpointError(f"cannot continue the log: {error}; mend or remove the line") from error
+    write_bytes(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    if path.exists():
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def _open_tensorboard(folder: Path, after_step: int) -> Any:
+def _open_tensorboard(config: TrainConfig, after_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
+    folder = Path(config.output_dir, TENSORBOARD_FOLDER)
     return SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)

@@ -18,7 +18,7 @@ Conditioning = dict[str, Any]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; `auto` is a GPU if there is one.
+    """Return the device of a name; `auto` is a GPU if there is one.
 
     Raises:
         ConfigError: There is no such device.
@@ -60,13 +60,13 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def default_resolution(pipeline: Any) -> int:
-    """The side in pixels that the model was made for."""
+    """Return the side in pixels that the model was made for."""
     return int(pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
 
 
 @torch.no_grad()
 def encode_caption(pipeline: Any, caption: str) -> Conditioning:
-    """The text embeddings of one caption, without batch dimension, as arguments of the denoiser."""
+    """Encode one caption as arguments of the denoiser, without batch dimension."""
     embeddings = pipeline.encode_prompt(
         prompt=caption, device=pipeline.unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -78,7 +78,7 @@ def encode_caption(pipeline: Any, caption: str) -> Conditioning:
 
 @torch.no_grad()
 def encode_pixels(pipeline: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the scaled latents of one picture [3, S, S]; each [C, H, W] float32.
+    """Return mean and standard deviation of the scaled latents of one picture [3, S, S]; each [C, H, W] float32.
 
     The VAE runs in float32: those of several models overflow in float16.
     """
@@ -118,7 +118,7 @@ def add_adapter(unet: torch.nn.Module, config: TrainConfig) -> None:
 
 
 def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """One batch of several captions' conditionings."""
+    """Stack the conditionings of several captions into one batch."""
     first = conditionings[0]
     return {
         name: stack([each[name] for each in conditionings])

@@ -1,0 +1,133 @@
+"""Adapters read from files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cat_rs._native import _core
+from cat_rs.adapter_file import metadata as text
+from cat_rs.adapter_file.layer import Layer, family_of_layers, parse
+from cat_rs.adapter_file.lora_config import split_configs, with_alpha
+from cat_rs.adapter_file.lora_file import LoraFile, check_fit
+from cat_rs.adapter_file.model import component_of_model, module_names
+from cat_rs.adapter_file.paths import PEFT_CONFIG_FILE, PEFT_FILE, locate
+from cat_rs.errors import AdapterError
+from cat_rs.unwrap import unwrap_model
+
+
+def load_lora(
+    path: str | os.PathLike[str],
+    *,
+    model: torch.nn.Module | None = None,
+    text_encoder: torch.nn.Module | None = None,
+    text_encoder_2: torch.nn.Module | None = None,
+    adapter_name: str = "default",
+) -> LoraFile:
+    """Read an adapter of any of the formats, and give it to the models that are given.
+
+    kohya's names are paths with ``_`` for ``.``, which are resolved against the layers of Stable Diffusion, SDXL and
+    FLUX, and against the module names of the models given here. A name that fits none, or several, is an error.
+
+    Args:
+        path: A safetensors file; or a folder with ``pytorch_lora_weights.safetensors``, with PEFT's
+            ``adapter_model.safetensors`` or with folders of these named for the components.
+        model: The denoiser that is to have the adapter, see `LoraFile.load_into`.
+        text_encoder: The first text encoder that is to have it.
+        text_encoder_2: The second.
+        adapter_name: PEFT's name of the adapter in the models.
+
+    Raises:
+        AdapterError: The file is damaged or no LoRA, or does not fit a model.
+        OSError: The file cannot be read; FileNotFoundError if there is none.
+    """
+    given = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    if model is not None:
+        given = {**given, component_of_model(unwrap_model(model)): model}
+    models = {component: unwrap_model(each) for component, each in given.items() if each is not None}
+    lora = read_lora(path, models)
+    check_fit(lora, models)
+    for component, each in models.items():
+        lora.load_into(each, component, adapter_name)
+    return lora
+
+
+def read_lora(path: str | os.PathLike[str], models: Mapping[str, torch.nn.Module]) -> LoraFile:
+    """Read an adapter; kohya's names are resolved against the models (component -> model), which stay as they are.
+
+    Raises:
+        AdapterError: The file is damaged or no LoRA.
+        OSError: The file cannot be read.
+    """
+    known = {component: module_names(model) for component, model in models.items()}
+    found = locate(path)
+    return _read_file(found, known) if isinstance(found, Path) else _read_peft(found)
+
+
+def _read_file(file: Path, known: Mapping[str, list[str]]) -> LoraFile:
+    tensors, metadata = _core.read_safetensors(file)
+    training = text.training_metadata(metadata, file)
+    stored = text.from_json(metadata.get(text.CONFIG_KEY, "{}"), file, text.CONFIG_KEY)
+    with _named(file):
+        format, family, layers = parse(dict(tensors), known, None)
+        if format == "peft" and "lora_alpha" not in stored:
+            raise AdapterError(
+                f"load_lora: expected {PEFT_CONFIG_FILE} beside tensors of PEFT, which do not tell their scale"
+            )
+        # diffusers' model.save_lora_adapter writes one model's names, and its LoraConfig, without a prefix.
+        whole = {layers[0].component: stored}
+        configs = whole if format == "peft" else split_configs(stored, {layer.component for layer in layers})
+    layers = [with_alpha(layer, configs.get(layer.component, {})) for layer in layers]
+    return _lora_file(layers, configs, metadata, training, format, family)
+
+
+def _read_peft(folders: Mapping[str, Path]) -> LoraFile:
+    layers: list[Layer] = []
+    configs: dict[str, dict[str, Any]] = {}
+    metadata: dict[str, str] = {}
+    training: dict[str, Any] = {}
+    for name, folder in folders.items():
+        config_file = folder / PEFT_CONFIG_FILE
+        config = text.from_json(config_file.read_text(encoding="utf-8"), config_file, "the file")
+        if config.get("peft_type") != "LORA":
+            raise AdapterError(f"{config_file}: expected peft_type LORA, got {config.get('peft_type')!r}")
+        tensors, stored = _core.read_safetensors(folder / PEFT_FILE)
+        metadata |= stored
+        training |= text.training_metadata(stored, folder / PEFT_FILE)
+        with _named(folder):
+            _, _, found = parse(dict(tensors), {}, name or stored.get("component"))
+        configs[found[0].component] = config
+        layers += [with_alpha(layer, config) for layer in found]
+    return _lora_file(layers, configs, metadata, training, "peft", None)
+
+
+def _lora_file(
+    layers: list[Layer],
+    configs: dict[str, dict[str, Any]],
+    metadata: Mapping[str, str],
+    training: dict[str, Any],
+    format: str,
+    family: str | None,
+) -> LoraFile:
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    alphas: dict[str, dict[str, float]] = {}
+    for layer in layers:
+        state.setdefault(layer.component, {}).update(layer.state())
+        alphas.setdefault(layer.component, {})[layer.module] = layer.alpha or 0.0
+    others = text.other_metadata(metadata)
+    family = family or text.family_of_metadata(others) or family_of_layers(layers)
+    return LoraFile(state, alphas, configs, training, others, format, family)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Add the file's name to errors about its content."""
+    try:
+        yield
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error

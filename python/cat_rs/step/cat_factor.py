@@ -1,0 +1,126 @@
+"""The weight of the preservation term: a number, or a schedule of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from cat_rs.errors import InvalidValueError
+
+__all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor", "factor_after"]
+
+CatFactor = float | Callable[[int], float]
+"""A number, or a function of the number of finished optimizer steps."""
+
+
+def check_cat_factor(value: float) -> float:
+    """The value as a float.
+
+    Raises:
+        InvalidValueError: It is negative or not finite.
+    """
+    if not 0 <= value < math.inf:
+        raise InvalidValueError(f"CatStep: `cat_factor` must be a finite number >= 0, got {value}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class CatFactorRamp:
+    """A ``cat_factor`` that goes from one value to another over a number of optimizer steps, and stays there.
+
+    Attributes:
+        start: The factor in the first step.
+        end: The factor from step ``steps`` on.
+        steps: Length of the ramp, >= 1.
+        shape: "linear", or "cosine" for half a wave.
+    """
+
+    start: float
+    end: float
+    steps: int
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        check_cat_factor(self.start)
+        check_cat_factor(self.end)
+        if self.steps < 1:
+            raise InvalidValueError(f"CatFactorRamp: `steps` must be at least 1, got {self.steps}")
+        if self.shape not in ("linear", "cosine"):
+            raise InvalidValueError(f"CatFactorRamp: `shape` must be 'linear' or 'cosine', got {self.shape!r}")
+
+    def __call__(self, step: int) -> float:
+        """The factor after ``step`` finished optimizer steps."""
+        done = min(step / self.steps, 1.0)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.start + (self.end - self.start) * done
+
+
+class CatFactorRatio:
+    """A ``cat_factor`` that keeps the preservation term at a chosen fraction of the diffusion term.
+
+    cat_factor = ratio * mean(L_diff) / mean(L_cat), with exponentially decaying means over the steps so far, at most
+    ``maximum``. The useful factor depends on model, data and learning rate; a useful ratio depends on them less. L_cat
+    is zero where training starts, so the first steps use ``maximum``. Note the direction: where preservation gets
+    worse, L_cat grows and the factor falls, so that the two terms keep their proportion. Each of several processes
+    follows its own terms.
+
+    Args:
+        ratio: cat_factor * L_cat / L_diff, > 0.
+        maximum: The largest factor, > 0.
+        decay: Decay of the means, in [0, 1); 0 uses the last step alone.
+    """
+
+    def __init__(self, ratio: float, *, maximum: float = 1000.0, decay: float = 0.9) -> None:
+        for name, value in (("ratio", ratio), ("maximum", maximum)):
+            if not 0 < value < math.inf:
+                raise InvalidValueError(f"CatFactorRatio: `{name}` must be a finite number > 0, got {value}")
+        if not 0 <= decay < 1:
+            raise InvalidValueError(f"CatFactorRatio: `decay` must be in [0, 1), got {decay}")
+        self.ratio = ratio
+        self.maximum = maximum
+        self.decay = decay
+        # Means of L_diff and L_cat, on the terms' device: nothing waits for a GPU.
+        self._means = torch.zeros(2, dtype=torch.float64)
+
+    def __call__(self, step: int) -> float:
+        """The factor of the coming step."""
+        return float(self.factor())
+
+    def factor(self) -> torch.Tensor:
+        """The factor of the coming step, a 0-dim float64 tensor on the device of the terms."""
+        diffusion, cat = self._means.unbind()
+        # Both means start at zero, so their common bias cancels.
+        wanted = self.ratio * diffusion
+        return torch.where(wanted < self.maximum * cat, wanted / cat, self.maximum)
+
+    def update(self, diffusion: float | torch.Tensor, cat: float | torch.Tensor) -> None:
+        """Updates the means with a step's terms; terms that are not finite are left out."""
+        terms = torch.stack([torch.as_tensor(term, dtype=torch.float64) for term in (diffusion, cat)])
+        means = self._means.to(terms.device)
+        self._means = torch.where(terms.isfinite().all(), self.decay * means + (1 - self.decay) * terms, means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means."""
+        diffusion, cat = self._means.tolist()
+        return {"diffusion": diffusion, "cat": cat}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where :meth:`state_dict` was called."""
+        means = [state_dict["diffusion"], state_dict["cat"]]
+        self._means = torch.tensor(means, dtype=torch.float64, device=self._means.device)
+
+
+def factor_after(cat_factor: CatFactor, steps_done: int) -> float | torch.Tensor:
+    """The factor of the step after ``steps_done`` others; a ratio's is a tensor, whose value need not be waited for.
+
+    Raises:
+        InvalidValueError: The function returned a factor that is negative or not finite.
+    """
+    if isinstance(cat_factor, CatFactorRatio):
+        return cat_factor.factor()
+    return check_cat_factor(cat_factor(steps_done) if callable(cat_factor) else cat_factor)

@@ -1,0 +1,181 @@
+"""Conditions of a denoiser: evaluated once a step, and joined along the batch for the doubled student call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.step import device_values, pytree
+from cat_rs.step.adapters import Adapters
+from cat_rs.step.denoiser import Convention
+
+__all__ = ["Cond", "Conditions", "as_kwargs", "evaluate_conditions", "join_conditions"]
+
+Cond = torch.Tensor | Mapping[str, Any]
+
+
+class Conditions(NamedTuple):
+    """Keyword arguments of the model.
+
+    Attributes:
+        trigger: c.
+        no_trigger: c0; None for plain LoRA.
+        base: c0 from the base text encoders; None where no text encoder trains, so that it is ``no_trigger``.
+    """
+
+    trigger: Mapping[str, Any]
+    no_trigger: Mapping[str, Any] | None = None
+    base: Mapping[str, Any] | None = None
+
+
+def evaluate_conditions(
+    cond: Cond | Callable[[], Cond],
+    cond_no_trigger: Cond | Callable[[], Cond],
+    adapters: Adapters,
+    *,
+    preserve: bool,
+) -> Conditions:
+    """The conditions of a step; without a preservation term ``cond_no_trigger`` is not called.
+
+    Raises:
+        InvalidValueError: A condition has another type, or does not train the text encoders.
+    """
+    trains_text = bool(adapters.text_encoders)
+    trigger = _evaluate("cond", cond, trains_text)
+    if not preserve:
+        return Conditions(trigger)
+    no_trigger = _evaluate("cond_no_trigger", cond_no_trigger, trains_text)
+    if not trains_text:
+        return Conditions(trigger, no_trigger)
+    with torch.no_grad(), adapters.disabled():
+        return Conditions(trigger, no_trigger, _evaluate("cond_no_trigger", cond_no_trigger, trains_text))
+
+
+def _evaluate(name: str, cond: Cond | Callable[[], Cond], trains_text: bool) -> Mapping[str, Any]:
+    if callable(cond):
+        cond = cond()
+    elif trains_text:
+        raise InvalidValueError(
+            f"CatStep: `{name}` must be a function that calls the text encoders, such as "
+            f"lambda: text_encoder(input_ids)[0], for text_encoders to train, got {type(cond).__name__}"
+        )
+    kwargs = as_kwargs(name, cond)
+    if torch.is_grad_enabled():
+        has_grad = any(tensor.requires_grad for tensor in pytree.tensors(kwargs))
+        if trains_text and not has_grad:
+            raise InvalidValueError(
+                f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "
+                "train, got no tensor that requires a gradient"
+            )
+        if has_grad and not trains_text:
+            # The base prediction would see the adapted encoder, and nothing would train it.
+            raise InvalidValueError(
+                f"CatStep: `{name}` must be constant without text_encoders, got a tensor that requires a gradient: "
+                "give text_encoders=[...] to train them, or compute it under torch.no_grad()"
+            )
+    return kwargs
+
+
+def as_kwargs(name: str, cond: Cond) -> Mapping[str, Any]:
+    """A condition as a mapping of the model's keyword arguments."""
+    if isinstance(cond, torch.Tensor):
+        return {"encoder_hidden_states": cond}
+    if isinstance(cond, Mapping):
+        return cond
+    raise InvalidValueError(
+        f"CatStep: `{name}` must be a tensor (encoder_hidden_states) or a mapping of the model's keyword arguments, "
+        f"got {type(cond).__name__}"
+    )
+
+
+def join_conditions(
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    batch: int,
+    *,
+    unbatched: Collection[str] = (),
+    convention: Convention = Convention(),  # noqa: B008 (an immutable tuple)
+) -> dict[str, Any]:
+    """Both conditions along the batch.
+
+    A tensor whose first dimension is ``batch`` has a batch dimension and is concatenated. Every other value, a tensor
+    of another first dimension included, belongs to no sample: it must be equal in both and is passed once.
+
+    Args:
+        first, second: Nested mappings and sequences of tensors and other values, of the same structure.
+        batch: B.
+        unbatched: Keys of the outer mapping whose tensors have no batch dimension even where their first dimension is
+            B by chance.
+        convention: Of the model: further such keys, and keys of lists with one entry a sample.
+
+    Raises:
+        InvalidValueError, ShapeError: The conditions do not match; the message names the entry.
+    """
+    _check_keys("", first, second)
+    joined = {}
+    for key in first:
+        name, pair = f"[{key!r}]", (first[key], second[key])
+        if key in unbatched or (key in convention.unbatched and getattr(pair[0], "ndim", 0) == 2):
+            joined[key] = _shared(name, *pair, batch)
+        elif key in convention.per_sample:
+            joined[key] = _samples(name, *pair, batch)
+        else:
+            joined[key] = _join(name, *pair, batch)
+    return joined
+
+
+def _check_keys(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    if first.keys() != second.keys():
+        raise InvalidValueError(
+            f"CatStep: `cond_no_trigger{name}` must have cond's keys {sorted(first)}, got {sorted(second)}"
+        )
+
+
+def _join(name: str, first: Any, second: Any, batch: int) -> Any:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        if first.shape != second.shape:
+            raise ShapeError(
+                f"CatStep: `cond_no_trigger{name}` must have cond's shape {list(first.shape)} for one batch of both, "
+                f"got {list(second.shape)}"
+            )
+        return torch.cat([first, second]) if first.shape[:1] == (batch,) else _shared(name, first, second, batch)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        _check_keys(name, first, second)
+        return {key: _join(f"{name}[{key!r}]", first[key], second[key], batch) for key in first}
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
+        pairs = enumerate(zip(first, second, strict=True))
+        return pytree.rebuild(first, [_join(f"{name}[{index}]", *pair, batch) for index, pair in pairs])
+    return _shared(name, first, second, batch)
+
+
+def _shared(name: str, first: Any, second: Any, batch: int) -> Any:
+    """What belongs to no sample: the same in both conditions."""
+    are_tensors = isinstance(first, torch.Tensor), isinstance(second, torch.Tensor)
+    if all(are_tensors):
+        # Comparing values would wait for a GPU.
+        on_gpu = device_values.is_gpu(first.device)
+        if not (first is second or (_memory(first) == _memory(second) if on_gpu else torch.equal(first, second))):
+            must = "be cond's tensor itself on a GPU" if on_gpu else "equal cond's tensor"
+            raise ShapeError(
+                f"CatStep: `cond_no_trigger{name}` must have a batch dimension of {batch} or, without one, {must}, "
+                f"got another tensor of shape {list(second.shape)}"
+            )
+    elif any(are_tensors) or first != second:
+        raise InvalidValueError(f"CatStep: `cond_no_trigger{name}` must equal cond's {first!r}, got {second!r}")
+    return first
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _samples(name: str, first: Any, second: Any, batch: int) -> Any:
+    """Both lists, which have one entry a sample."""
+    for side, entries in (("cond", first), ("cond_no_trigger", second)):
+        if not isinstance(entries, list | tuple) or len(entries) != batch:
+            got = f"{len(entries)} entries" if isinstance(entries, list | tuple) else type(entries).__name__
+            raise ShapeError(f"CatStep: `{side}{name}` must be a list with one entry a sample, {batch}, got {got}")
+    return [*first, *second]

@@ -1,0 +1,37 @@
+"""Devices that work asynchronously, and numbers of the host on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["DeviceValues", "is_gpu"]
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether the device works through a queue, so that reading one of its values waits for all work before it."""
+    return device.type == "cuda"
+
+
+class DeviceValues:
+    """float64 numbers on a device that the host sets without waiting.
+
+    Attributes:
+        tensor: The numbers, [K], at an address that stays, which recorded graphs read.
+    """
+
+    def __init__(self, values: Sequence[float], device: torch.device) -> None:
+        self.tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        self._written: list[float | None] = [float(value) for value in values]
+
+    def write(self, values: Sequence[float | torch.Tensor]) -> None:
+        """Sets the numbers that changed; those in tensors on the device are copied there."""
+        for index, value in enumerate(values):
+            if isinstance(value, torch.Tensor) and value.device == self.tensor.device:
+                self.tensor[index].copy_(value.detach())
+                self._written[index] = None
+            elif value != self._written[index]:
+                # fill_ passes the number to the kernel by value: no host memory is read later.
+                self.tensor[index].fill_(float(value))
+                self._written[index] = float(value)

@@ -1,0 +1,125 @@
+"""Inputs of a step: its checks and random draws, all that happens before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.step.conditions import Conditions
+from cat_rs.step.noise_schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from cat_rs.step.teacher_bank import TeacherBank
+
+__all__ = ["StepInputs", "check_options", "draw", "draw_noise", "draw_stored"]
+
+
+class StepInputs(NamedTuple):
+    """The tensors that a step computes with.
+
+    Attributes:
+        latents, noise, timesteps: x, [B, ...], [B, ...] and [B].
+        base_pred: f_base(z_t, t, c0) where it is known already, [B, ...].
+        sample_weight, mask: As given.
+        conditions: The model's keyword arguments.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    base_pred: torch.Tensor | None
+    sample_weight: torch.Tensor | None
+    mask: torch.Tensor | None
+    conditions: Conditions
+
+
+Draws = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""The first fields of :class:`StepInputs`."""
+
+
+def check_options(
+    device: torch.device,
+    accumulate: int,
+    noise_offset: float,
+    generator: torch.Generator | None,
+    teacher_bank: TeacherBank | None,
+    text_encoders: Sequence[torch.nn.Module],
+) -> None:
+    """Checks the options of CatStep that concern its inputs."""
+    if accumulate < 1:
+        raise InvalidValueError(f"CatStep: `accumulate` must be at least 1, got {accumulate}")
+    if not math.isfinite(noise_offset):
+        raise InvalidValueError(f"CatStep: `noise_offset` must be a finite number, got {noise_offset}")
+    if generator is not None and generator.device.type != device.type:
+        raise DeviceError(f"CatStep: `generator` must be on {device}, got one on {generator.device}")
+    if teacher_bank is not None:
+        if device.type != "cpu":
+            raise DeviceError(f"CatStep: `teacher_bank` must be None for a model on {device}: banks are on the CPU")
+        if text_encoders or noise_offset:
+            raise InvalidValueError(
+                "CatStep: `text_encoders` and `noise_offset` must not be given with a teacher bank, whose base "
+                "predictions and noise are fixed"
+            )
+
+
+def draw(
+    latents: torch.Tensor,
+    noise: torch.Tensor | None,
+    timesteps: torch.Tensor | None,
+    schedule: NoiseSchedule,
+    noise_offset: float,
+    generator: torch.Generator | None,
+) -> Draws:
+    """Checks the latents, and draws noise and timesteps where they are not given."""
+    if latents.dtype == torch.int64:
+        raise DtypeError(
+            "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got int64; picture indices "
+            "need a teacher_bank"
+        )
+    if latents.dim() < 2 or latents.shape[0] == 0:
+        raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
+    if latents.device != schedule.device:
+        expected = "the CPU" if schedule.device.type == "cpu" else schedule.device
+        raise DeviceError(f"CatStep: `latents` must be on {expected}, got {latents.device}")
+    if noise is None:
+        noise = draw_noise(latents, noise_offset, generator)
+    if timesteps is None:
+        timesteps = schedule.draw(latents.shape[0], generator)
+    return latents, noise, timesteps, None
+
+
+def draw_noise(latents: torch.Tensor, noise_offset: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Standard normal noise of the latents' shape, plus ``noise_offset`` times a draw for each sample and channel."""
+    options: dict[str, Any] = {"dtype": latents.dtype, "device": latents.device, "generator": generator}
+    noise = torch.randn(latents.shape, **options)
+    if noise_offset:
+        if latents.dim() < 4:
+            raise ShapeError(
+                f"CatStep: `latents` must have shape [B, C, H, W] or [B, C, F, H, W] for noise_offset, "
+                f"got {list(latents.shape)}"
+            )
+        shape = (*latents.shape[:2], *(1 for _ in latents.shape[2:]))
+        noise += noise_offset * torch.randn(shape, **options)
+    return noise
+
+
+def draw_stored(
+    pictures: torch.Tensor,
+    noise: torch.Tensor | None,
+    timesteps: torch.Tensor | None,
+    bank: TeacherBank,
+    conditions: Conditions,
+    generator: torch.Generator | None,
+) -> Draws:
+    """Reads a stored draw of each picture, and checks that the conditions are those of the bank."""
+    if noise is not None or timesteps is not None:
+        raise InvalidValueError(
+            "CatStep: `noise` and `timesteps` must not be given with a teacher bank, which holds them"
+        )
+    if conditions.no_trigger is not None:
+        bank.check_cond(pictures, conditions.no_trigger)
+    return bank.draw(pictures, generator)

@@ -1,0 +1,638 @@
+"""AdamW with clipping over flat buffers."""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.ops.adamw import adamw_step, sum_of_squares
+from cat_rs.ops.operator import LOW_PRECISION
+from cat_rs.step import collectives, device_values
+from cat_rs.step.device_values import DeviceValues
+
+__all__ = ["FlatAdamW"]
+
+Params = list[torch.nn.Parameter]
+
+# Hundreds of small tensors are asked in every step: through map, that takes half as long as in a loop.
+_GRAD, _VERSION, _REQUIRES_GRAD = map(operator.attrgetter, ("grad", "_version", "requires_grad"))
+_ADDRESS = operator.methodcaller("data_ptr")
+
+
+def _views(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
+    pieces = flat.split([param.numel() for param in params])
+    return [piece.view(param.shape) for piece, param in zip(pieces, params, strict=True)]
+
+
+def _own_storages(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
+    """As `_views`, each with a storage of its own over its part of the memory.
+
+    Whoever looks for tied weights looks for tensors of one storage: accelerate and safetensors would save one of them
+    and drop the others, and a deep copy of one would copy all.
+    """
+    return [from_dlpack(view) for view in _views(flat, params)]
+
+
+class _Span(NamedTuple):
+    """Consecutive parameters of a flat buffer that have taken the same steps.
+
+    Attributes:
+        start, stop: The parameters' indices.
+        buffers: The kernel's: weights, gradients, first and second moments, weights in lower precision.
+        step: The step count.
+    """
+
+    start: int
+    stop: int
+    buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+    step: torch.Tensor
+
+
+class _FlatBuffers:
+    """The parameters of one group and dtype, in flat buffers.
+
+    Attributes:
+        group: The parameter group.
+        params: Its parameters of one dtype, of which each has a storage of its own over the flat memory.
+        grads: Their gradients, likewise.
+        master: The weights that the kernel updates: the parameters, or float32 ones of parameters in lower precision.
+        grad: The gradients.
+        spans: Parameters by the steps that they have taken.
+        active: Whether each parameter takes part in the step that is being made.
+    """
+
+    def __init__(self, group: dict[str, Any], params: Params, copy_dtype: torch.dtype | None) -> None:
+        dtype, size, device = params[0].dtype, sum(param.numel() for param in params), params[0].device
+        self.group, self.params = group, params
+        self.master = torch.empty(size, dtype=dtype if dtype == torch.float64 else torch.float32, device=device)
+        for view, param in zip(_views(self.master, params), params, strict=True):
+            view.copy_(param.detach())
+        self._low_precision = None if dtype == self.master.dtype else self.master.to(dtype)
+        weights = self.master if self._low_precision is None else self._low_precision
+        self._weights = _own_storages(weights, params)
+        for param, own in zip(params, self._weights, strict=True):
+            param.data = own
+        self.grad = torch.zeros(size, dtype=dtype, device=device)
+        self.grads = _own_storages(self.grad, params)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        # Float32 parameters in the lower precision that layers compute in.
+        self._copy = self.master.to(copy_dtype) if copy_dtype is not None and dtype == torch.float32 else None
+        self.copies = [] if self._copy is None else _views(self._copy, params)
+        self.addresses = list(map(_ADDRESS, params))
+        # Versions of the parameters and gradients when this class last wrote to them: whoever wrote since raised them.
+        self.versions, self.copied_versions = ([param._version for param in params] for _ in range(2))
+        self._zeroed_versions = [grad._version for grad in self.grads]
+        self.spans = self._spans_of([torch.zeros((), dtype=torch.float32, device=device)] * len(params))
+        self.active = [True] * len(params)
+        # Gradients from before the optimizer count.
+        self.attach_grads()
+
+    @property
+    def copied(self) -> bool:
+        """Whether the parameters are kept in lower precision too."""
+        return self._copy is not None
+
+    def _spans_of(self, steps: list[torch.Tensor]) -> list[_Span]:
+        """The spans of parameters with these step counts: neighbours whose count is the same tensor are one."""
+        lowered = self._low_precision if self._copy is None else self._copy
+        offsets = [0]
+        for param in self.params:
+            offsets.append(offsets[-1] + param.numel())
+        borders = [index for index in range(len(steps)) if index == 0 or steps[index] is not steps[index - 1]]
+        spans = []
+        for start, stop in zip(borders, [*borders[1:], len(steps)], strict=True):
+            part = slice(offsets[start], offsets[stop])
+            buffers = (self.master[part], self.grad[part], self.exp_avg[part], self.exp_avg_sq[part])
+            spans.append(_Span(start, stop, (*buffers, None if lowered is None else lowered[part]), steps[start]))
+        return spans
+
+    @property
+    def steps(self) -> list[torch.Tensor]:
+        """The step count of each parameter; those of one span share one tensor."""
+        return [span.step for span in self.spans for _ in range(span.start, span.stop)]
+
+    def choose_active(self, *, touched_only: bool) -> bool:
+        """Settles which parameters take part in the coming step, and splits spans of which only a part does.
+
+        Args:
+            touched_only: Parameters that require a gradient take part only if they got one since the gradients were
+                zeroed, as torch.optim.AdamW steps where .grad is not None.
+
+        Returns:
+            Whether spans were split.
+        """
+        versions = list(map(_VERSION, self.grads))
+        touched = list(map(operator.ne, versions, self._zeroed_versions))
+        active = list(map(_REQUIRES_GRAD, self.params))
+        if not (all(touched) and all(active)):
+            for index, grad in enumerate(self.grads):
+                if touched_only and active[index]:
+                    # What was written through .data raised no version; a GPU would have to be waited for.
+                    active[index] = touched[index] or (not device_values.is_gpu(grad.device) and bool(grad.any()))
+                elif touched[index] and not active[index]:
+                    grad.zero_()
+                    versions[index] = grad._version
+        # The kernel will zero them without raising a version.
+        self._zeroed_versions = versions
+        if active == self.active:
+            return False
+        self.active = active
+        return self._split_spans()
+
+    def _split_spans(self) -> bool:
+        steps, active = self.steps, self.active
+        split = steps[:1]
+        for index in range(1, len(steps)):
+            if steps[index] is not steps[index - 1]:
+                split.append(steps[index])
+            else:
+                split.append(split[-1] if active[index] == active[index - 1] else steps[index].clone())
+        if all(ours is theirs for ours, theirs in zip(split, steps, strict=True)):
+            return False
+        self.spans = self._spans_of(split)
+        return True
+
+    def active_spans(self) -> list[_Span]:
+        """The spans that the coming step updates."""
+        return [span for span in self.spans if self.active[span.start]]
+
+    def state_of(self) -> Iterable[tuple[torch.nn.Parameter, dict[str, torch.Tensor]]]:
+        """Each parameter's state in the layout of torch.optim.AdamW, over the flat memory."""
+        columns = {
+            "step": self.steps,
+            "exp_avg": _own_storages(self.exp_avg, self.params),
+            "exp_avg_sq": _own_storages(self.exp_avg_sq, self.params),
+        }
+        if self._low_precision is not None:
+            columns["master"] = _own_storages(self.master, self.params)
+        for index, param in enumerate(self.params):
+            yield param, {name: column[index] for name, column in columns.items()}
+
+    def load_state(self, states: list[dict[str, Any]]) -> None:
+        """Takes over the state of each parameter; an empty one is that of a parameter before its first step."""
+        steps: list[torch.Tensor] = []
+        counts = [float(state.get("step", 0.0)) for state in states]
+        for index, count in enumerate(counts):
+            same = index > 0 and count == counts[index - 1]
+            steps.append(steps[-1] if same else torch.full_like(self.spans[0].step, count))
+        self.spans = self._spans_of(steps)
+        # The new spans may join parameters that do and do not take part: the next step looks.
+        self.active = []
+        for key, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            for view, state in zip(_views(buffer, self.params), states, strict=True):
+                view.copy_(state[key]) if key in state else view.zero_()
+        if self._low_precision is not None:
+            # A state of torch.optim.AdamW has no master copy: the parameters as they are become it.
+            for master, param, state in zip(_views(self.master, self.params), self.params, states, strict=True):
+                master.copy_(state.get("master", param))
+                param.copy_(master)
+        self._note_versions()
+        self._refresh_copy()
+
+    def broadcast_(self, group: Any) -> None:
+        """Gives every rank the weights of rank 0."""
+        collectives.broadcast_(self.master, group)
+        if self._low_precision is not None:
+            self._low_precision.copy_(self.master)
+        if self._copy is not None:
+            self._copy.copy_(self.master)
+
+    def take_back(self) -> None:
+        """Puts parameters back that somebody gave other memory, as DistributedDataParallel does, with their values.
+
+        Raises:
+            DeviceError, DtypeError: They were moved or converted.
+        """
+        if list(map(_ADDRESS, self.params)) == self.addresses:
+            return
+        for index, (param, own) in enumerate(zip(self.params, self._weights, strict=True)):
+            if param.data_ptr() == self.addresses[index]:
+                continue
+            advice = "move or convert the model, and call accelerator.prepare, before creating the optimizer"
+            if param.device != own.device:
+                raise DeviceError(
+                    f"FlatAdamW: `params` must stay on {own.device}, got one on {param.device}: {advice}"
+                )
+            if param.dtype != own.dtype or param.shape != own.shape:
+                raise DtypeError(
+                    f"FlatAdamW: `params` must stay {own.dtype} of shape {list(own.shape)}, got {param.dtype} of "
+                    f"shape {list(param.shape)}: {advice}"
+                )
+            own.copy_(param)
+            param.data = own
+            self.versions[index] = self.copied_versions[index] = -1
+
+    def refresh_master(self) -> None:
+        """Takes over what somebody wrote to the parameters since the last step."""
+        self._refresh_copy()
+        if self._low_precision is None:
+            return
+        masters = _views(self.master, self.params)
+        for param, version, master in zip(self.params, self.versions, masters, strict=True):
+            if param._version != version:
+                master.copy_(param)
+        self._note_versions()
+
+    def _refresh_copy(self) -> None:
+        """Rounds anew where somebody wrote to the parameters since."""
+        if self._copy is None:
+            return
+        versions = [param._version for param in self.params]
+        if versions != self.copied_versions:
+            self._copy.copy_(self.master)
+            self.copied_versions = versions
+
+    def attach_grads(self) -> None:
+        """Makes every .grad the flat one again where somebody replaced it; None counts as zero."""
+        for index, (param, grad) in self._replaced_grads():
+            if param.grad is not None:
+                grad.copy_(param.grad)
+            elif grad._version != self._zeroed_versions[index]:
+                grad.zero_()
+                self._zeroed_versions[index] = grad._version
+            param.grad = grad
+
+    def zero_grads(self) -> None:
+        """Zeroes what is not zero, and attaches the gradients."""
+        versions = list(map(_VERSION, self.grads))
+        if versions != self._zeroed_versions:
+            self.grad.zero_()
+            self._zeroed_versions = versions
+        for _, (param, grad) in self._replaced_grads():
+            param.grad = grad
+
+    def _replaced_grads(self) -> list[tuple[int, tuple[torch.nn.Parameter, torch.Tensor]]]:
+        """The parameters, with index and flat gradient, whose .grad is another tensor or None."""
+        if all(map(operator.is_, map(_GRAD, self.params), self.grads)):
+            return []
+        pairs = enumerate(zip(self.params, self.grads, strict=True))
+        return [(index, (param, grad)) for index, (param, grad) in pairs if param.grad is not grad]
+
+    def note_kernel_writes(self) -> None:
+        """Counts what the kernel writes behind autograd's back: a graph that saved the old weights must notice."""
+        torch.autograd.graph.increment_version(self.params if self._copy is None else [*self.params, self._copy])
+        self._note_versions()
+        if self._copy is not None:
+            self.copied_versions = list(self.versions)
+
+    def note_zeroed_grads(self) -> None:
+        """Takes note that the gradients are zero now."""
+        self._zeroed_versions = list(map(_VERSION, self.grads))
+
+    def _note_versions(self) -> None:
+        """Remembers the parameters' versions, where their values are kept in another precision too."""
+        if self._copy is not None or self._low_precision is not None:
+            self.versions = list(map(_VERSION, self.params))
+
+
+def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
+    for key in ("exp_avg", "exp_avg_sq", "master"):
+        if key in state and state[key].shape != param.shape:
+            expected, got = list(param.shape), list(state[key].shape)
+            raise ShapeError(f"FlatAdamW: `state_dict` must have {key} of shape {expected}, got {got}")
+
+
+def _check_param(param: torch.nn.Parameter) -> None:
+    if not param.is_floating_point():
+        raise DtypeError(f"FlatAdamW: `params` must have a float dtype, got {param.dtype}")
+    sharding = collectives.sharding_of(param)
+    if sharding is not None:
+        raise InvalidValueError(f"FlatAdamW: `params` must be whole on every rank, got {sharding}")
+    if param.device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"FlatAdamW: `params` must be on the CPU or on CUDA, got a parameter on {param.device}")
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with gradient-norm clipping in one pass over flat memory.
+
+    The parameters of one group and dtype share one flat buffer, and so do their gradients: the norm is one pass, and
+    clipping, decay, moments, update, the low-precision copy and zeroing are a second one. Equal, step by step and up
+    to rounding, to ``torch.nn.utils.clip_grad_norm_`` followed by ``torch.optim.AdamW``. Parameters in bfloat16 or
+    float16 keep a float32 master copy and float32 moments.
+
+    Each parameter, gradient and moment has a storage of its own over its part of the buffer, so that what saves,
+    copies, pickles or averages them sees separate tensors, as with ``torch.optim.AdamW``; ``copy.deepcopy`` and
+    pickle of the optimizer give the copy buffers of its own.
+
+    ``step()`` leaves the gradients zero. As in ``torch.optim.AdamW``, a parameter that got no gradient since the last
+    ``step()`` or ``zero_grad()``, or that no longer requires one, is left alone: neither decay nor moments nor its
+    step count change. With a ``process_group``, where a gradient may exist on other ranks, and in recorded steps, only
+    ``requires_grad`` decides. A step whose gradient norm is not finite changes nothing but the gradients, which become
+    zero, and raises ``skipped_steps`` by one. The state dict has the layout of ``torch.optim.AdamW``.
+
+    With a ``process_group``, each of its ranks gets rank 0's parameters when they are added, and ``step()`` averages
+    the gradients over the ranks before their norm is taken: one all_reduce for each flat buffer, that is for each
+    group and dtype; most adapters have one. So the ranks take, or skip, the same steps. Adding parameters and
+    ``step()`` are then collective: every rank calls them.
+
+    Args:
+        params: Parameters or parameter groups, dense, of a float dtype, all on the CPU or all on one CUDA device.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are scaled so that their joint L2 norm is at most this; None does not clip.
+        process_group: Ranks that train the same parameters, each on its own data: ``torch.distributed.group.WORLD``
+            for all. None, the default, trains alone, also where torch.distributed is initialized.
+        low_precision: torch.bfloat16 or torch.float16: float32 parameters are also kept in this dtype, written in the
+            same pass over memory; see :meth:`low_precision_copy`. Not part of the state.
+
+    Attributes:
+        grad_norm: The norm before clipping, and after averaging, at the last step, a float; NaN before the first.
+        skipped_steps: Steps skipped because their gradient norm was not finite.
+        last_norm: ``grad_norm`` as the device has it: a 0-dim float32 tensor on CUDA, else the float.
+
+    On CUDA ``step()`` does not wait for the device; who reads ``grad_norm`` or ``skipped_steps`` does.
+
+    Raises:
+        DtypeError, DeviceError, InvalidValueError: Naming what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_grad_norm: float | None = None,
+        process_group: Any = None,
+        low_precision: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise InvalidValueError(f"FlatAdamW: `{name}` must be a finite number >= 0, got {value}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise InvalidValueError(f"FlatAdamW: `betas` must be two numbers in [0, 1), got {betas}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise InvalidValueError(f"FlatAdamW: `max_grad_norm` must be > 0 or None, got {max_grad_norm}")
+        if process_group is not None:
+            collectives.check_group("FlatAdamW", process_group)
+        if low_precision not in (None, *LOW_PRECISION):
+            expected = "torch.bfloat16, torch.float16 or None"
+            raise InvalidValueError(f"FlatAdamW: `low_precision` must be {expected}, got {low_precision}")
+        self.max_grad_norm = max_grad_norm
+        self.process_group = process_group
+        self._low_precision = low_precision
+        self._reset()
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def _reset(self) -> None:
+        """Begins without parameters."""
+        self.last_norm: float | torch.Tensor = math.nan
+        self._averaged = False
+        self._flats: list[_FlatBuffers] = []
+        self._copied: dict[torch.Tensor, tuple[_FlatBuffers, int]] = {}
+        # On the parameters' device, so that the host need not wait for it: of each flat buffer lr, beta1, beta2, eps,
+        # weight_decay, max_grad_norm; the sums of squared gradients; how many steps were skipped.
+        self._settings: list[DeviceValues] = []
+        self._sums = torch.zeros(0, dtype=torch.float64)
+        self._skipped = torch.zeros((), dtype=torch.int64)
+
+    @property
+    def grad_norm(self) -> float:
+        """The norm before clipping at the last step."""
+        return float(self.last_norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing."""
+        return int(self._skipped)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group and moves its parameters into flat buffers."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for param in group["params"]:
+                _check_param(param)
+            devices = list(dict.fromkeys(param.device for each in self.param_groups for param in each["params"]))
+            if len(devices) > 1:
+                raise DeviceError(
+                    f"FlatAdamW: `params` must be on one device, got parameters on {' and '.join(map(str, devices))}"
+                )
+            if self.process_group is not None:
+                collectives.check_alike("FlatAdamW", self.process_group, group["params"])
+        except Exception:
+            del self.param_groups[-1]
+            raise
+        for flat in self._flatten(group):
+            if self.process_group is not None:
+                flat.broadcast_(self.process_group)
+
+    def _flatten(self, group: dict[str, Any]) -> list[_FlatBuffers]:
+        """Moves a group's parameters into flat buffers, one for each dtype."""
+        by_dtype: dict[torch.dtype, Params] = {}
+        for param in group["params"]:
+            by_dtype.setdefault(param.dtype, []).append(param)
+        made = [_FlatBuffers(group, params, self._low_precision) for params in by_dtype.values()]
+        for flat in made:
+            if flat.copied:
+                self._copied.update({param: (flat, index) for index, param in enumerate(flat.params)})
+            self._flats.append(flat)
+            self._settings.append(DeviceValues(self._settings_of(group), flat.master.device))
+            self._sums = torch.zeros(len(self._flats), dtype=torch.float64, device=flat.master.device)
+            self._skipped = self._skipped.to(flat.master.device)
+            self.state.update(flat.state_of())
+        return made
+
+    def _settings_of(self, group: dict[str, Any]) -> list[Any]:
+        for name in ("lr", "eps", "weight_decay"):
+            # A tensor on the device is not waited for.
+            if isinstance(group[name], float | int) and not 0 <= group[name] < math.inf:
+                raise InvalidValueError(f"FlatAdamW: `{name}` must be a finite number >= 0, got {group[name]}")
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], limit]
+
+    def low_precision_copy(self, param: torch.Tensor) -> torch.Tensor | None:
+        """The parameter in the dtype ``low_precision``, a view that later steps write to; it has no gradient.
+
+        None where the optimizer keeps none, and where somebody has written to the parameter since the copy was made:
+        the next ``step()`` or ``load_state_dict()`` renews it. What is written through ``param.data`` is not noticed.
+
+        Args:
+            param: One of the optimizer's parameters, or any tensor.
+        """
+        flat, index = self._copied.get(param, (None, 0))
+        if flat is None or flat.copied_versions[index] != param._version or flat.addresses[index] != param.data_ptr():
+            return None
+        return flat.copies[index]
+
+    @torch.no_grad()
+    def average_gradients(self) -> None:
+        """Averages the gradients over the ranks of ``process_group`` now; ``step()`` then does not do it again.
+
+        For what must see the averaged gradients before the step, as a ``GradScaler`` must.
+        """
+        if self.process_group is None or self._averaged:
+            return
+        for flat in self._flats:
+            flat.attach_grads()
+            collectives.average_(flat.grad, self.process_group)
+        self._averaged = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step; the gradients are zero afterwards.
+
+        Args:
+            closure: Recomputes the loss and the gradients first, as for every torch optimizer.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.before_launch(gradients_follow=False)
+        self.average_gradients()
+        self._averaged = False
+        # Before the kernels, which drive all of these small objects out of the caches.
+        for flat in self._flats:
+            flat.note_kernel_writes()
+        self.last_norm = self.launch()
+        return loss
+
+    @torch.no_grad()
+    def before_launch(self, *, gradients_follow: bool = True) -> None:
+        """The host's part of a step: takes over what others did to parameters, gradients and settings since the last.
+
+        ``step()`` calls it. It has to be called before a graph of :meth:`launch`, with what filled the gradients or
+        without, is recorded or replayed.
+
+        Args:
+            gradients_follow: Whether the gradients are still to come, so that only ``requires_grad`` tells which
+                parameters take part.
+        """
+        # Whatever may fail comes before the gradients count as used.
+        for flat, settings in zip(self._flats, self._settings, strict=True):
+            flat.take_back()
+            settings.write(self._settings_of(flat.group))
+        for flat in self._flats:
+            flat.refresh_master()
+            flat.attach_grads()
+            if flat.choose_active(touched_only=not gradients_follow and self.process_group is None):
+                self.state.update(flat.state_of())
+
+    @property
+    def active_spans(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Which parameters the coming step updates, and in which pieces: what a recorded step depends on."""
+        return tuple(tuple((span.start, span.stop) for span in flat.active_spans()) for flat in self._flats)
+
+    @torch.no_grad()
+    def launch(self) -> float | torch.Tensor:
+        """The kernels of a step: norm, clipping, update and zeroing, in place; returns the norm.
+
+        On CUDA it only queues work, whose every input is on the device, at an address that stays, so that a graph may
+        record it, and the norm is a 0-dim float32 tensor there.
+        """
+        for index, flat in enumerate(self._flats):
+            sum_of_squares(flat.grad, self._sums, index)
+        skipped: torch.Tensor | None = self._skipped
+        for flat, settings in zip(self._flats, self._settings, strict=True):
+            for span in flat.active_spans():
+                adamw_step(*span.buffers, settings=settings.tensor, sums=self._sums, step=span.step, skipped=skipped)
+                # A step counts as skipped once.
+                skipped = None
+        if device_values.is_gpu(self._sums.device):
+            return self._sums.sum().sqrt().to(torch.float32)
+        return math.sqrt(sum(self._sums.tolist()))
+
+    def after_launch(self, norm: torch.Tensor) -> None:
+        """Takes note, on the host, of a recorded :meth:`launch` that was replayed and returned this norm."""
+        self.last_norm = norm
+        # What the wrapper that a learning-rate scheduler puts around step() notes.
+        self._opt_called = True
+        for flat in self._flats:
+            flat.note_kernel_writes()
+            flat.note_zeroed_grads()
+
+    def after_gradients(self) -> None:
+        """Takes note that a replayed graph added to the gradients, behind autograd's back."""
+        for flat in self._flats:
+            torch.autograd.graph.increment_version(flat.grads)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zeroes the gradients; free after ``step()``. They stay in place, so ``set_to_none`` has no effect."""
+        for flat in self._flats:
+            flat.zero_grads()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state in the layout of ``torch.optim.AdamW``; the moments are those of the optimizer, not copies."""
+        state_dict = super().state_dict()
+        # The parameters of a span share one count here; torch would raise a shared one once for each.
+        state_dict["state"] = {
+            key: {**state, "step": state["step"].clone()} for key, state in state_dict["state"].items()
+        }
+        return state_dict
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of FlatAdamW or torch.optim.AdamW into the flat buffers, without rounding the moments."""
+        # torch's own method would round the float32 moments of parameters in lower precision.
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        saved_groups = copy.deepcopy(state_dict["param_groups"])
+        sizes, saved_sizes = (
+            [len(group["params"]) for group in groups] for groups in (self.param_groups, saved_groups)
+        )
+        if sizes != saved_sizes:
+            raise InvalidValueError(
+                f"FlatAdamW: `state_dict` must have parameter groups of sizes {sizes}, got {saved_sizes}"
+            )
+        saved: dict[torch.nn.Parameter, dict[str, Any]] = {}
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            for name in ("amsgrad", "maximize"):
+                if saved_group.get(name):
+                    raise InvalidValueError(f"FlatAdamW: `state_dict` must have {name}=False, got True")
+            for param, key in zip(group["params"], saved_group["params"], strict=True):
+                saved[param] = state_dict["state"].get(key, {})
+                _check_state(param, saved[param])
+        self._load_state(saved)
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved_group.items() if key != "params"})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load_state(self, states: dict[torch.nn.Parameter, dict[str, Any]]) -> None:
+        for flat in self._flats:
+            flat.load_state([states[param] for param in flat.params])
+            self.state.update(flat.state_of())
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group not in (None, collectives.data_parallel_group(None)):
+            raise InvalidValueError(
+                "FlatAdamW: `process_group` must be None or the default group for a copy or a pickle, got another one"
+            )
+        return {
+            **super().__getstate__(),
+            "max_grad_norm": self.max_grad_norm,
+            "low_precision": self._low_precision,
+            "whole_world": self.process_group is not None,
+            "skipped_steps": self.skipped_steps,
+        }
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The parameters of a copy or a pickle, which have memory of their own, move into flat buffers anew."""
+        state = dict(state)
+        states = state.pop("state")
+        self.max_grad_norm, self._low_precision = state.pop("max_grad_norm"), state.pop("low_precision")
+        self.process_group = collectives.data_parallel_group(None) if state.pop("whole_world") else None
+        self._reset()
+        self._skipped.fill_(state.pop("skipped_steps"))
+        super().__setstate__({**state, "state": defaultdict(dict)})
+        for group in self.param_groups:
+            self._flatten(group)
+        self._load_state(states)

@@ -1,0 +1,70 @@
+"""Text files as people's editors write them: captions, prompts, settings and JSON lines."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from pathlib import Path
+
+from cat_rs.errors import CatRsError
+
+_OTHER_ENCODINGS = {
+    # UTF-32's mark begins with UTF-16's.
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_BOM = "\ufeff"
+
+
+class TextFileError(CatRsError, OSError):
+    """A file is not a text in UTF-8; the caller names it."""
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a text in UTF-8, with or without a byte order mark; its line ends stay as they are.
+
+    Raises:
+        OSError: The file cannot be read; `TextFileError`: it is in another encoding.
+    """
+    data = Path(path).read_bytes()
+    other = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
+    if other is None and b"\0" in data:
+        other = "UTF-16 or no text"
+    if other is not None:
+        raise TextFileError(f"expected a text in UTF-8, got {other}; save it as UTF-8")
+    try:
+        return data.decode().removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        raise TextFileError(f"expected a text in UTF-8, got other bytes: {error}; save it as UTF-8") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is whole: JSON can hold half of a surrogate pair, which no text encoder takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """Read a file of prompts, one a line; blank lines and lines that start with `#` are skipped.
+
+    Raises:
+        OSError: As `read_text` does.
+    """
+    # Not str.splitlines: it splits at characters that stand inside a prompt, such as U+2028.
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    stripped = (line.strip().removeprefix(_BOM).strip() for line in lines)
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+def json_lines(path: str | os.PathLike[str]) -> list[str]:
+    r"""Read a file of JSON lines, which end at "\n" only; a mark that two joined files leave inside is dropped.
+
+    Raises:
+        OSError: As `read_text` does.
+    """
+    return [line.removeprefix(_BOM) for line in read_text(path).removesuffix("\n").split("\n")]

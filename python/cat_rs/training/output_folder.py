@@ -1,0 +1,141 @@
+"""The output folder of a training: settings, checkpoints and the adapter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cat_rs import run_folder
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE
+from cat_rs.options import ConfigError
+from cat_rs.training.checkpoint import CheckpointFolder, load_state
+from cat_rs.training.config import TrainConfig
+from cat_rs.training.errors import CheckpointError
+from cat_rs.training.log import drop_lines_after
+from cat_rs.training.trainer import Trainer
+
+_CONTENT = (
+    run_folder.CHECKPOINT_FOLDER,
+    run_folder.METRICS_FILE,
+    run_folder.TENSORBOARD_FOLDER,
+    DIFFUSERS_FILE,
+    run_folder.CONFIG_FILE,
+    run_folder.BANK_FILE,
+    run_folder.EVALUATION_FOLDER,
+    run_folder.BEST_FOLDER,
+)
+
+
+class OutputFolder:
+    """The output folder of one training; only rank 0 looks into it and writes.
+
+    Attributes:
+        path: The folder.
+        checkpoints: The checkpoints in it.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self.path = Path(config.output_dir)
+        self.checkpoints = CheckpointFolder(self.path / run_folder.CHECKPOINT_FOLDER, config.keep_checkpoints)
+
+    def check(self) -> None:
+        """Keep an earlier training in the folder from being mixed with this one.
+
+        Raises:
+            ConfigError: There is one, and neither `resume` nor `overwrite` is given.
+        """
+        earlier = [name for name in _CONTENT if (self.path / name).exists()]
+        if earlier and not (self._config.resume or self._config.overwrite):
+            raise ConfigError(
+                f"output_dir: expected a folder without a run, got {self.path} with {', '.join(earlier)}; "
+                f"give --resume, --overwrite or another --output-dir"
+            )
+
+    def resume_state(self, data: str, world_size: int) -> dict[str, Any] | None:
+        """Read the state to continue from; None without `resume`.
+
+        Args:
+            data: The fingerprint of the pictures and captions.
+            world_size: The number of ranks.
+
+        Raises:
+            ConfigError: There is none, or it has other settings, data or another number of ranks.
+            CheckpointError: It cannot be read.
+        """
+        if not self._config.resume:
+            return None
+        checkpoint = self.checkpoints.latest()
+        if checkpoint is None:
+            raise ConfigError(f"resume: expected a checkpoint in {self.path / run_folder.CHECKPOINT_FOLDER}, got none")
+        state = load_state(checkpoint)
+        self._config.check_continues(state["config"])
+        if state["data"] != data:
+            raise ConfigError(f"resume: expected the pictures and captions of {checkpoint}, got others")
+        # A checkpoint of version 0.1 is one process's.
+        before = 1 + len(state.get("other_processes", ()))
+        if before != world_size:
+            raise ConfigError(f"resume: expected as many processes as wrote {checkpoint}, {before}, got {world_size}")
+        return state
+
+    def open(self, after_step: int) -> None:
+        """Make the folder, write the settings, and remove what the training will write anew.
+
+        Args:
+            after_step: The step from which the training continues; 0 for a new one.
+
+        Raises:
+            CheckpointError: The folder cannot be written, or the log in it is broken.
+        """
+        try:
+            if self._config.overwrite:
+                self._clear()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._config.save(self.path / run_folder.CONFIG_FILE)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to the output folder {self.path}: {error}") from error
+        drop_lines_after(self.path, after_step)
+
+    def save_checkpoint(self, trainer: Trainer, others: list[dict[str, Any]], data: str, seconds: float) -> Path:
+        """Write a checkpoint of the trainer after its last finished step.
+
+        Args:
+            trainer: The trainer.
+            others: The random states of the other ranks; all other state is the same on every rank.
+            data: The fingerprint of the pictures and captions.
+            seconds: The time that training has taken.
+
+        Raises:
+            CheckpointError: It cannot be written; the earlier ones are untouched.
+        """
+        state = {
+            "run": trainer.state_dict(),
+            "other_processes": others,
+            "config": self._config.to_dict(),
+            "data": data,
+            "seconds": seconds,
+        }
+        return self.checkpoints.save(trainer.steps_done, state, trainer.save_adapter)
+
+    def finish(self, trainer: Trainer) -> Path:
+        """Write the adapter, and remove what only a continuation would need.
+
+        Raises:
+            CheckpointError: The adapter cannot be written.
+        """
+        try:
+            adapter = trainer.save_adapter(self.path)
+        except OSError as error:
+            latest = self.checkpoints.latest()
+            kept = f"; the checkpoint {latest} is whole" if latest else ""
+            raise CheckpointError(f"cannot write {self.path / DIFFUSERS_FILE}: {error}{kept}") from error
+        (self.path / run_folder.BANK_FILE).unlink(missing_ok=True)
+        return adapter
+
+    def _clear(self) -> None:
+        for path in map(self.path.joinpath, _CONTENT):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
