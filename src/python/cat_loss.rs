@@ -21,7 +21,7 @@ impl FromPyObject<'_> for PyFactor {
             return Ok(Self::Number(number.value()));
         }
         // A tensor could be made a number too, but the host would wait for that of a GPU.
-        object.extract().map(Self::Tensor).or_else(|_| object.extract().map(Self::Number))
+        object.extract().map(Self::Tensor).or_else(|_| argument(object).map(Self::Number))
     }
 }
 

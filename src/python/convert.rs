@@ -1,6 +1,8 @@
 //! Tensors to and from Python, and errors to exceptions.
 
+use std::ffi::OsString;
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use pyo3::exceptions::{PyOSError, PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
@@ -10,6 +12,7 @@ use pyo3::types::{PyBool, PyFloat, PyInt, PyString};
 use pyo3_tch::PyTensor;
 use tch::Tensor;
 
+use crate::adapter_file::{KnownModules, Metadata};
 use crate::error::{CatError, TorchContext};
 
 /// What a type is called in a refusal.
@@ -32,11 +35,15 @@ expected! {
     u64: "an integer in 0..2**64 - 1",
     usize: "an integer in 0..2**64 - 1",
     u32: "an integer in 0..2**32 - 1",
+    i32: "an integer in -2**31..2**31 - 1",
     [i64; 2]: "two integers in -2**63..2**63 - 1",
     (bool, bool): "a tuple of two bools",
     (bool, bool, bool): "a tuple of three bools",
     PyBackedStr: "a text without surrogates",
-    PathBuf: "a path without surrogates",
+    Option<PyBackedStr>: "a text without surrogates, or None",
+    Metadata: "a mapping of texts to texts",
+    KnownModules: "a mapping of texts to sequences of texts",
+    Vec<(String, PyTensor)>: "a sequence of (name, tensor)",
 }
 
 /// Converts an argument, and refuses it with what was expected and what came.
@@ -45,6 +52,13 @@ expected! {
 /// is out of range, a sequence has another length or a text is no Unicode.
 pub fn argument<'py, T: FromPyObject<'py> + Expected>(object: &Bound<'py, PyAny>) -> PyResult<T> {
     object.extract().map_err(|error| refused(object, T::EXPECTED, error))
+}
+
+/// A path: PyO3's own conversion panics where the system's encoding has no bytes for a text.
+pub fn path(object: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
+    let encoded = object.py().import("os")?.call_method1("fsencode", (object,));
+    let encoded = encoded.map_err(|error| refused(object, "a path that the file system can encode", error))?;
+    Ok(PathBuf::from(OsString::from_vec(encoded.extract()?)))
 }
 
 /// A TypeError, before which PyO3 puts the argument's name; other errors are those of the object's own methods.
@@ -130,10 +144,12 @@ pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
 
 /// OSError with number and file name, of which Python makes FileNotFoundError and the like.
 fn raise_io(py: Python<'_>, path: &Path, source: &io::Error) -> PyErr {
-    let Some(number) = source.raw_os_error() else {
-        return PyOSError::new_err(format!("{}: {source}", path.display()));
+    let number = source.raw_os_error();
+    let described = match number {
+        Some(number) => py.import("os").and_then(|os| os.call_method1("strerror", (number,))),
+        None => Ok(PyString::new(py, &source.to_string()).into_any()),
     };
-    let described = py.import("os").and_then(|os| os.call_method1("strerror", (number,)));
+    let number = number.unwrap_or(libc::EINVAL);
     let instance = described.and_then(|text| py.get_type::<PyOSError>().call1((number, text, path.as_os_str())));
     instance.map_or_else(|error| error, PyErr::from_value)
 }

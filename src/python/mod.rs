@@ -24,9 +24,13 @@ use self::convert::raise;
 use crate::cpu::interrupt;
 use crate::error::{CatError, Result};
 
-/// Runs `work` without the GIL and raises its error; a panic, which would be a bug, becomes an error too.
+/// Runs `work` without the GIL and outside of autograd, and raises its error; a panic, which would be a bug, becomes an
+/// error too.
 fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
-    let outcome = py.allow_threads(|| catch_unwind(AssertUnwindSafe(work)));
+    let outcome = py.allow_threads(|| {
+        let _no_grad = tch::no_grad_guard();
+        catch_unwind(AssertUnwindSafe(work))
+    });
     let panicked = |_| Err(CatError::Kernel { op: "cat_rs", message: "a bug: the kernel panicked".into() });
     outcome.unwrap_or_else(panicked).map_err(|error| raise(py, &error))
 }

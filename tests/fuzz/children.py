@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
 import gc
 import json
 import os
@@ -85,6 +86,8 @@ def _in_a_child(work: Sequence[Any], run: Callable[[Any], Outcome], memory: int)
         child = os.fork()
     if child == 0:
         os.close(reading)
+        # Where no call that is given a small number for a file's writes to it.
+        writing = fcntl.fcntl(writing, fcntl.F_DUPFD, 500)
         _work(work, run, memory, writing, folder)
     os.close(writing)
     finished = 0

@@ -461,6 +461,11 @@ def link_to(target: str) -> str:
     return place
 
 
+def descriptor() -> int:
+    """An open file."""
+    return os.open(path(), os.O_RDWR | os.O_CREAT)
+
+
 def state(**settings: Any) -> dict[str, torch.Tensor]:
     """An adapter's tensors by PEFT's names."""
     return {
@@ -555,17 +560,17 @@ def used_twice(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def under(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """As ``used``, within a context."""
-    begun[0] = True
     with _context(name):
+        begun[0] = True
         return _use(function(*args, **kwargs))
 
 
 def inside(name: str, names: list[Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Calls within one of PyTorch's transformations of the named arguments, or in another thread."""
-    begun[0] = True
     chosen = [kwargs[each] if each in kwargs else args[each] for each in names]
 
     def call(*moved: Any) -> Any:
+        begun[0] = True
         again = dict(zip(names, moved, strict=True))
         positional = [again.get(index, each) for index, each in enumerate(args)]
         return function(*positional, **{key: again.get(key, each) for key, each in kwargs.items()})
@@ -575,7 +580,9 @@ def inside(name: str, names: list[Any], function: Callable[..., Any], *args: Any
 
 def _transformed(name: str, call: Callable[..., Any], chosen: list[Any]) -> Any:
     if name == "vmap":
-        return torch.vmap(call)(*(each.unsqueeze(0).expand(2, *each.shape) for each in chosen))
+        return torch.vmap(lambda *each: _summed(call(*each)))(
+            *(each.unsqueeze(0).expand(2, *each.shape) for each in chosen)
+        )
     if name == "grad":
         return torch.func.grad(lambda *each: _summed(call(*each)))(*chosen)
     if name == "jvp":
@@ -601,7 +608,7 @@ def _caught(call: Callable[..., Any], *chosen: Any) -> Any:
 
 
 def _summed(value: Any) -> torch.Tensor:
-    """A number that depends on a call's result."""
+    """A tensor that depends on a call's result, as the transformations ask for."""
     tensors = [each for each in torch.utils._pytree.tree_leaves(value) if isinstance(each, torch.Tensor)]
     return sum((each.float().sum() for each in tensors), torch.zeros(()))
 

@@ -108,6 +108,7 @@ BY_NAME: dict[str, str] = {
     "known": '{{"unet": ["mid.to_q"]}}',
     "metadata": '{{"note": "1"}}',
     "layers": "layers()",
+    "descriptor": "descriptor()",
     "cond": "tensor(({B}, 2, 16))",
     "cond_no_trigger": "tensor(({B}, 2, 16))",
     "draws": "2",

@@ -31,9 +31,11 @@ impl Convolution {
     /// Checks weight and geometry; [out, in, kh, kw].
     fn weight_shape(&self) -> Result<[i64; 4]> {
         let shape = self.weight.size();
-        let &[out, inner, height, width] = shape.as_slice() else {
-            return Err(CatError::shape(OP, "weight", "[out, in, kh, kw]", &shape));
-        };
+        let expected = || CatError::shape(OP, "weight", "[out, in, kh, kw] with no empty dimension", &shape);
+        let &[out, inner, height, width] = shape.as_slice() else { return Err(expected()) };
+        if shape.contains(&0) {
+            return Err(expected());
+        }
         for (name, values, least) in
             [("stride", self.stride, 1), ("padding", self.padding, 0), ("dilation", self.dilation, 1)]
         {

@@ -112,7 +112,8 @@ impl UpProjection {
             let got = check_float(OP, argument, tensor, on)?;
             if got != kind {
                 let got = format!("{} beside {name} of {}", dtype_name(got), dtype_name(kind));
-                return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of the layer's output", got });
+                let expected = if name == "y" { "the dtype of `y`" } else { "the dtype of `grad`" };
+                return Err(CatError::Dtype { op: OP, argument, expected, got });
             }
         }
         let shape = y.size();
