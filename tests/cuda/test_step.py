@@ -24,8 +24,8 @@ from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow
 from tests.cuda import reference_core
 from tests.cuda.simulation import NoWaiting, Recorder, SimulatedGraphs
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_text_encoder, tiny_transformer, tiny_unet
-from tests.test_step import unet_pair
-from tests.test_text_encoders import adapted
+from tests.step.test_cat_step import unet_pair
+from tests.step.test_text_encoders import adapted
 
 EAGER_STEPS = cuda_graphs.WARM_UP
 STEPS = EAGER_STEPS + 4
@@ -136,6 +136,7 @@ def test_everything_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> 
     for module in ("adamw", "cat_loss", "noising"):
         monkeypatch.setattr(f"cat_rs.ops.{module}.stream_of", lambda tensor: 0)
     monkeypatch.setattr(torch.autograd, "backward", lambda student, grad: None)
+    monkeypatch.setattr("cat_rs.step.optimizer.from_dlpack", lambda view: view)
     model = add_lora(tiny_unet())
     with FakeTensorMode(), torch.device("cuda"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -472,6 +473,27 @@ def test_resumes_bit_for_bit(before: int, accumulate: int) -> None:
     batches = [undrawn(n) for n in range(before, before + 3)]
     assert_same(resumed, step, run(resumed, batches), run(step, batches))
     assert all(torch.equal(value, state["parameters"][name]) for name, value in kept["parameters"].items())
+
+
+def test_frozen_parameters_are_a_graph_of_their_own() -> None:
+    def between(step: Step, number: int) -> None:
+        for name, param in step.trainable.items():
+            param.requires_grad_("lora_A" not in name or not STEPS <= number < 2 * STEPS)
+
+    # Parameters that were frozen have taken fewer steps: theirs are pieces of their own ever after.
+    compare(between=between, batches=[batch(n) for n in range(3 * STEPS)], graphs=3)
+
+
+def test_a_state_with_other_step_counts_is_a_new_graph() -> None:
+    step, eager = (cat_step(unet_pair()[0], capture=capture) for capture in (True, False))
+    for one in (step, eager):
+        run(one, [batch(n) for n in range(STEPS)])
+        state = one.state_dict()
+        for index, values in state["optimizer"]["state"].items():
+            values["step"] = values["step"] + 100 * (index % 2)
+        one.load_state_dict(state)
+    batches = [batch(n) for n in range(STEPS)]
+    assert_same(step, eager, run(step, batches), run(eager, batches))
 
 
 def test_a_new_shape_is_a_new_graph() -> None:

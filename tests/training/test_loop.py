@@ -6,6 +6,8 @@ import errno
 import functools
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -478,3 +480,25 @@ def test_tensorboard_log_is_written(configure: Configure, tmp_path: Path) -> Non
 
 def _fail() -> None:
     raise ArithmeticError("the machine fails here")
+
+
+def test_a_second_training_in_the_folder_is_refused(configure: Configure, tmp_path: Path) -> None:
+    config = configure()
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True)
+    hold = (
+        "import fcntl, sys\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", hold, str(folder / ".training.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="expected a folder without a running training"):
+            train(replace(config, overwrite=True), progress=False, report=lambda _: None)
+        assert [path.name for path in folder.iterdir()] == [".training.lock"]
+        other.stdin.close()
+    train(config, progress=False, report=lambda _: None)
+    assert not (folder / ".training.lock").exists()

@@ -60,16 +60,7 @@ class Layer(NamedTuple):
 def parse(
     tensors: Mapping[str, torch.Tensor], known: Mapping[str, list[str]], component: str | None
 ) -> tuple[str, str | None, list[Layer]]:
-    """Format, family and layers of tensors by name.
-
-    Args:
-        tensors: The tensors.
-        known: Component -> names of its modules, where the model is at hand.
-        component: Whose the layers are where the names do not tell.
-
-    Raises:
-        AdapterError: They are not the tensors of an adapter.
-    """
+    """Format, family and layers of tensors by name; `component` is whose they are where the names do not tell."""
     named = [(name, tensor.detach().to("cpu")) for name, tensor in tensors.items()]
     format, family, found = _core.adapter_layers(named, known)
     layers = [Layer(*each) for each in found]
@@ -80,11 +71,7 @@ def parse(
 
 
 def _component_of_names(modules: list[str]) -> str:
-    """Whose layers these are, by the structure of diffusers' models.
-
-    Raises:
-        AdapterError: They could be anybody's.
-    """
+    """Whose layers these are, by the structure of diffusers' models."""
     starts = {
         "unet": ("down_blocks.", "up_blocks.", "mid_block."),
         "transformer": ("transformer_blocks.", "single_transformer_blocks."),

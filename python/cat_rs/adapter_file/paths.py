@@ -9,7 +9,6 @@ from pathlib import Path
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
-SUFFIX = ".safetensors"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 
 
@@ -50,8 +49,3 @@ def adapter_files(path: str | os.PathLike[str]) -> dict[str, Path]:
         return {DIFFUSERS_FILE: found}
     names = (PEFT_FILE, PEFT_CONFIG_FILE)
     return {f"{component}/{name}": folder / name for component, folder in found.items() for name in names}
-
-
-def is_file_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a path to write to means a file, not a folder."""
-    return os.fspath(path).endswith(SUFFIX)

@@ -230,26 +230,22 @@ def _cat_loss_backward(
     cat_factor: float,
     mask_normalize: bool,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     tensors = (model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask)
     _, _, *gradients = _evaluate(tensors, (cat_factor, mask_normalize), grad_total, wanted)
     first, second = empty_for_none(gradients, (model_pred, model_pred_no_trigger))
     # Both lie in one buffer, which the outputs of an operator must not.
-    return first, second.clone()
+    return [first, second.clone()]
 
 
 @_cat_loss_backward.register_fake
-def _(
-    grad_total: Tensor, model_pred: Tensor, target: Tensor, model_pred_no_trigger: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
-    first, second = fake_gradients((model_pred, model_pred_no_trigger), others[-1])
-    return first, second
+def _(grad_total: Tensor, *arguments: Any) -> list[Tensor]:
+    return fake_gradients((arguments[0], arguments[2]), arguments[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, cat_factor, mask_normalize = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.settings = cat_factor, mask_normalize
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _differentiate(ctx: Any, grad_total: Tensor, grad_parts: Tensor) -> tuple[Tensor | None, ...]:

@@ -121,9 +121,7 @@ def lora_linear_operator(
 
 
 @lora_linear_operator.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((rows, lora_A.shape[0]))
 
@@ -138,27 +136,16 @@ def _lora_linear_backward(
     hidden: Tensor,
     scaling: float,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     gradients = _core.lora_linear_backward(
         grad, x, weight, lora_A, lora_B, hidden, scaling, (wanted[0], wanted[1], wanted[2])
     )
-    dx, dA, dB = empty_for_none(gradients, (x, lora_A, lora_B))
-    return dx, dA, dB
+    return empty_for_none(gradients, (x, lora_A, lora_B))
 
 
 @_lora_linear_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    hidden: Tensor,
-    scaling: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA, dB = fake_gradients((x, lora_A, lora_B), wanted)
-    return dx, dA, dB
+def _(grad: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any) -> list[Tensor]:
+    return fake_gradients((x, lora_A, lora_B), others[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -99,7 +101,5 @@ def noising_operator(
 
 
 @noising_operator.register_fake
-def _(
-    latents: Tensor, noise: Tensor, signal_rate: Tensor, noise_rate: Tensor, prediction_type: str, copies: int
-) -> tuple[Tensor, Tensor]:
-    return latents.new_empty((copies * latents.shape[0], *latents.shape[1:])), noise.new_empty(noise.shape)
+def _(latents: Tensor, noise: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return latents.new_empty((others[-1] * latents.shape[0], *latents.shape[1:])), noise.new_empty(noise.shape)

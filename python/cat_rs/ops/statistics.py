@@ -129,16 +129,9 @@ def bootstrap_difference(
 
 
 def bootstrap_joined(groups: Sequence[tuple[Any, Any]], *, resamples: int, seed: int) -> Interval:
-    """The interval of the harmonic mean of several groups' harmonic means; each group is resampled by itself.
-
-    Args:
-        groups: Values and their clusters, as of :func:`bootstrap_interval`, of each group.
-        resamples: Bootstrap samples.
-        seed: Of the resampling.
-    """
-    op = "bootstrap_interval"
+    """The 95 % interval of the harmonic mean of the harmonic means of groups (values, clusters), resampled apart."""
     return _core.bootstrap_interval(
-        [(vector(values), _clusters(op, "clusters", clusters)) for values, clusters in groups],
+        [(vector(values), _clusters("bootstrap_interval", "clusters", clusters)) for values, clusters in groups],
         harmonic=True,
         confidence=0.95,
         resamples=resamples,
@@ -147,35 +140,13 @@ def bootstrap_joined(groups: Sequence[tuple[Any, Any]], *, resamples: int, seed:
 
 
 def bootstrap_joined_difference(
-    op: str,
-    a: Sequence[Any],
-    b: Sequence[Any],
-    clusters: Sequence[Any],
-    *,
-    confidence: float,
-    resamples: int,
-    seed: int,
+    op: str, a: Sequence[Any], b: Sequence[Any], clusters: Sequence[Any], *, seed: int, **settings: Any
 ) -> Interval:
-    """As :func:`bootstrap_difference`, of the harmonic mean of two groups' harmonic means.
-
-    Args:
-        op: The name of the operation in errors.
-        a: Values of both groups.
-        b: The values paired with them.
-        clusters: Of both groups.
-        confidence: Coverage, in (0, 1).
-        resamples: Bootstrap samples.
-        seed: Of the resampling.
-    """
+    """As :func:`bootstrap_difference`, of the harmonic mean of two groups' harmonic means; ``op`` is for errors."""
     _check(op, "harmonic_mean", seed)
-    return _core.kps_difference(
-        [vector(values) for values in a],
-        [vector(values) for values in b],
-        [_clusters(op, f"clusters[{index}]", numbers) for index, numbers in enumerate(clusters)],
-        confidence=confidence,
-        resamples=resamples,
-        seed=seed,
-    )
+    numbers = [_clusters(op, f"clusters[{index}]", group) for index, group in enumerate(clusters)]
+    first, second = ([vector(values) for values in groups] for groups in (a, b))
+    return _core.kps_difference(first, second, numbers, seed=seed, **settings)
 
 
 def _clusters(op: str, argument: str, clusters: Any) -> np.ndarray | None:

@@ -11,8 +11,8 @@ use tch::{Device, Kind, Tensor};
 use self::cpu::{Mask, Problem, Term};
 pub use self::cuda::variant;
 pub use self::student::StudentLoss;
-use super::{compute_kind, queue_of, threads};
-use crate::cuda::Scalar;
+use super::{compute_kind, threads};
+use crate::cuda::{Scalar, Stream};
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
     address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
@@ -215,18 +215,18 @@ pub fn scale_gradients(mut grads: [Option<Tensor>; 2], factor: &Tensor, stream: 
         })
     };
     let kinds = [grads[0].as_ref().map(check).transpose()?, grads[1].as_ref().map(check).transpose()?];
-    if on == Device::Cpu {
+    let Device::Cuda(gpu) = on else {
         let factor = Factor::Tensor(factor).number("factor")?;
         return grads.iter_mut().flatten().try_for_each(|grad| grad.f_mul_scalar_(factor).during(OP).map(drop));
-    }
-    let (queue, _) = queue_of(OP, "factor", factor, stream)?;
+    };
+    let stream = Stream::new(OP, gpu, stream)?;
     let factor = Factor::Tensor(factor).scalar("factor", on)?;
     match (kinds, grads.each_ref().map(Option::as_ref)) {
         ([Some(first), Some(second)], grads) if first == second => {
-            cuda::scale_gradients(&queue, &grads, first, factor)
+            cuda::scale_gradients(&stream, &grads, first, factor)
         }
         (kinds, grads) => kinds.into_iter().zip(grads).try_for_each(|(kind, grad)| match kind {
-            Some(kind) => cuda::scale_gradients(&queue, &[grad], kind, factor),
+            Some(kind) => cuda::scale_gradients(&stream, &[grad], kind, factor),
             None => Ok(()),
         }),
     }
@@ -265,8 +265,8 @@ fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>;
         .collect::<Result<Vec<_>>>()?;
     let mask = loss.mask.map(|mask| expand_mask(mask, &shape, on, kind)).transpose()?;
     let weights = loss.sample_weight.map(|weight| check_weights(weight, batch, on)).transpose()?;
-    if on != Device::Cpu {
-        let (queue, _) = queue_of(OP, NAMES[0][0], loss.diffusion.pred, loss.stream)?;
+    if let Device::Cuda(gpu) = on {
+        let stream = Stream::new(OP, gpu, loss.stream)?;
         let weights = weights.map(|weights| weights.f_to_kind(kind)).transpose().during(OP)?;
         for ((pred, _), grad) in dense.iter().zip(&grads) {
             let Some(grad) = grad else { continue };
@@ -290,7 +290,7 @@ fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>;
             cat_factor: loss.cat_factor.scalar("cat_factor", on)?,
             scale: loss.scale.scalar("scale", on)?,
         };
-        return cuda::cat_loss(&queue, &problem).map(LossValues::Gpu);
+        return cuda::cat_loss(&stream, &problem).map(LossValues::Gpu);
     }
     let (cat_factor, scale) = (loss.cat_factor.number("cat_factor")?, loss.scale.number("scale")?);
     let terms = dense

@@ -7,7 +7,8 @@ use tch::{Device, Kind, Tensor};
 
 use self::cpu::{Problem, Rates};
 pub use self::cuda::variant;
-use super::{compute_kind, queue_of, threads};
+use super::{compute_kind, threads};
+use crate::cuda::Stream;
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
     check_constant, check_float, check_shape, contiguous, device_of, elements, elements_mut, numbers,
@@ -88,8 +89,7 @@ pub fn noising(
         _ => Some(Tensor::f_empty(&shape, (kinds[1], on)).during(OP)?),
     };
     let kind = compute_kind(&kinds);
-    if on != Device::Cpu {
-        let (queue, _) = queue_of(OP, "latents", &latents, stream)?;
+    if let Device::Cuda(gpu) = on {
         let problem = cuda::Problem {
             latents: &latents,
             noise: &noise,
@@ -101,7 +101,7 @@ pub fn noising(
             prediction_type,
             kind,
         };
-        cuda::noising(&queue, &problem)?;
+        cuda::noising(&Stream::new(OP, gpu, stream)?, &problem)?;
         return Ok((noisy, target.unwrap_or(noise)));
     }
     let (signal, sigma) = (numbers(OP, &signal)?, numbers(OP, &sigma)?);
