@@ -1,14 +1,84 @@
 //! Tensors to and from Python, and errors to exceptions.
 
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use pyo3::exceptions::{PyOSError, PyRuntimeError};
+use pyo3::exceptions::{PyOSError, PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+use pyo3::types::{PyBool, PyFloat, PyInt, PyString};
 use pyo3_tch::PyTensor;
 use tch::Tensor;
 
 use crate::error::{CatError, TorchContext};
+
+/// What a type is called in a refusal.
+pub trait Expected {
+    /// After "must be".
+    const EXPECTED: &'static str;
+}
+
+macro_rules! expected {
+    ($($type:ty: $text:literal,)*) => {
+        $(impl Expected for $type {
+            const EXPECTED: &'static str = $text;
+        })*
+    };
+}
+
+expected! {
+    f64: "a number",
+    i64: "an integer in -2**63..2**63 - 1",
+    u64: "an integer in 0..2**64 - 1",
+    usize: "an integer in 0..2**64 - 1",
+    u32: "an integer in 0..2**32 - 1",
+    [i64; 2]: "two integers in -2**63..2**63 - 1",
+    (bool, bool): "a tuple of two bools",
+    (bool, bool, bool): "a tuple of three bools",
+    PyBackedStr: "a text without surrogates",
+    PathBuf: "a path without surrogates",
+}
+
+/// Converts an argument, and refuses it with what was expected and what came.
+///
+/// PyO3's own refusals speak of Rust's types, and name the argument only where the type is at fault: not where a number
+/// is out of range, a sequence has another length or a text is no Unicode.
+pub fn argument<'py, T: FromPyObject<'py> + Expected>(object: &Bound<'py, PyAny>) -> PyResult<T> {
+    object.extract().map_err(|error| refused(object, T::EXPECTED, error))
+}
+
+/// A TypeError, before which PyO3 puts the argument's name; other errors are those of the object's own methods.
+fn refused(object: &Bound<'_, PyAny>, expected: &str, error: PyErr) -> PyErr {
+    let py = object.py();
+    let about_the_value = error.is_instance_of::<PyTypeError>(py)
+        || error.is_instance_of::<PyValueError>(py)
+        || error.is_instance_of::<PyOverflowError>(py);
+    if !about_the_value {
+        return error;
+    }
+    PyTypeError::new_err(format!("must be {expected}, got {}", shown(object)))
+}
+
+/// A short text for a value: of an object that may be of any size, and whose own text may fail, only its type.
+fn shown(object: &Bound<'_, PyAny>) -> String {
+    const LONGEST: usize = 60;
+    let plain = object.is_none()
+        || object.is_exact_instance_of::<PyBool>()
+        || object.is_exact_instance_of::<PyInt>()
+        || object.is_exact_instance_of::<PyFloat>()
+        || object.is_exact_instance_of::<PyString>();
+    let text = plain.then(|| object.repr().ok()).flatten().map(|text| text.to_string_lossy().into_owned());
+    let length = || object.len().map_or(String::new(), |length| format!(" of length {length}"));
+    match text {
+        Some(text) if text.chars().count() <= LONGEST => text,
+        Some(text) => format!("{}...", text.chars().take(LONGEST).collect::<String>()),
+        None => format!(
+            "a {}{}",
+            object.get_type().name().map_or_else(|_| "value".into(), |name| name.to_string()),
+            length()
+        ),
+    }
+}
 
 /// The tensor of an optional argument.
 pub fn optional(tensor: Option<PyTensor>) -> Option<Tensor> {
@@ -40,7 +110,11 @@ pub fn raise(py: Python<'_>, error: &CatError) -> PyErr {
         CatError::Device { .. } => "DeviceError",
         CatError::Layout { .. } => "LayoutError",
         CatError::Value { .. } => "InvalidValueError",
-        CatError::Torch { .. } | CatError::Kernel { .. } | CatError::Cuda { .. } => "KernelError",
+        CatError::Memory { .. }
+        | CatError::Interrupted { .. }
+        | CatError::Torch { .. }
+        | CatError::Kernel { .. }
+        | CatError::Cuda { .. } => "KernelError",
         CatError::Adapter { .. } => "AdapterError",
         CatError::Io { path, source, .. } => return raise_io(py, path, source),
     };
