@@ -7,9 +7,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{optional, raise, wrap, wrap_optional};
+use super::convert::{optional, raise, wrap, wrap_optional, PyTensor};
 use super::released;
 use crate::adapter_file::{self, Family, Format, KnownModules, Layer, Metadata, NamedTensors, Source};
 use crate::error::CatError;
@@ -18,8 +17,13 @@ use crate::error::CatError;
 type PyLayer = (String, String, PyTensor, PyTensor, Option<PyTensor>, Option<PyTensor>, Option<f64>);
 type PyLayerOut = (String, String, PyObject, PyObject, Option<PyObject>, Option<PyObject>, Option<f64>);
 
-fn named(tensors: Vec<(String, PyTensor)>) -> NamedTensors {
-    tensors.into_iter().map(|(name, tensor)| (name, tensor.0)).collect()
+/// Tensors that have names, which errors tell.
+fn named(py: Python<'_>, tensors: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<NamedTensors> {
+    let tensor = |(name, tensor): (String, Bound<'_, PyAny>)| match tensor.extract::<PyTensor>() {
+        Ok(tensor) => Ok((name, tensor.0)),
+        Err(error) => Err(raise(py, &CatError::adapter("load_lora", format!("`{name}`: {}", error.value(py))))),
+    };
+    tensors.into_iter().map(tensor).collect()
 }
 
 fn wrap_named(py: Python<'_>, tensors: NamedTensors) -> PyResult<Vec<(String, PyObject)>> {
@@ -99,10 +103,10 @@ fn open_again(descriptor: RawFd) -> io::Result<File> {
 #[pyfunction]
 pub fn adapter_layers(
     py: Python<'_>,
-    tensors: Vec<(String, PyTensor)>,
+    tensors: Vec<(String, Bound<'_, PyAny>)>,
     known: KnownModules,
 ) -> PyResult<(&'static str, Option<&'static str>, Vec<PyLayerOut>)> {
-    let tensors = named(tensors);
+    let tensors = named(py, tensors)?;
     let adapter = released(py, move || adapter_file::layers_of(tensors, &known))?;
     let layers = adapter.layers.into_iter().map(|layer| {
         let (lora_a, lora_b) = (wrap(py, layer.lora_a)?, wrap(py, layer.lora_b)?);

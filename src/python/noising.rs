@@ -1,9 +1,8 @@
 //! Noising, for `cat_rs.ops.noising`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{raise, wrap};
+use super::convert::{raise, wrap, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::noising::PredictionType;

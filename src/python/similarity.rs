@@ -1,9 +1,8 @@
 //! Similarities of embeddings, for `cat_rs.ops.similarity`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{raise, wrap};
+use super::convert::{raise, wrap, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::similarity::Reduce;
