@@ -410,3 +410,22 @@ def test_info_lists_versions_and_operations(capsys: pytest.CaptureFixture[str]) 
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("PyTorch", "instruction set used", "operation cat_loss", "diffusers"))
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--learning_rate", "--lr"),
+        ("--output_dir=x", "--output-dir"),
+        ("--pretrained_model_name_or_path", "--model"),
+        ("--network-dim", "--rank"),
+        ("--acumulate", "--accumulate"),
+    ],
+)
+def test_other_trainers_options_and_slips_are_understood(
+    option: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", option, "1"])
+    assert stopped.value.code == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 use pyo3::prelude::*;
 
-use super::convert::{wrap_optional, PyTensor};
+use super::convert::{argument, wrap_optional, PyTensor};
 use super::released;
 use crate::ops::lora_up::UpProjection;
 
@@ -13,7 +13,7 @@ pub fn lora_up_forward(
     y: PyTensor,
     hidden: PyTensor,
     lora_b: PyTensor,
-    scaling: f64,
+    #[pyo3(from_py_with = argument)] scaling: f64,
     channels_second: bool,
 ) -> PyResult<()> {
     let projection = UpProjection { lora_b: lora_b.0, scaling, channels_second };
@@ -28,9 +28,9 @@ pub fn lora_up_backward(
     grad: PyTensor,
     hidden: PyTensor,
     lora_b: PyTensor,
-    scaling: f64,
+    #[pyo3(from_py_with = argument)] scaling: f64,
     channels_second: bool,
-    wanted: (bool, bool),
+    #[pyo3(from_py_with = argument)] wanted: (bool, bool),
 ) -> PyResult<(Option<PyObject>, Option<PyObject>)> {
     let projection = UpProjection { lora_b: lora_b.0, scaling, channels_second };
     let [dh, db] = released(py, move || projection.backward(&grad, &hidden, [wanted.0, wanted.1]))?;

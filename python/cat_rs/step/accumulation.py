@@ -12,36 +12,33 @@ __all__ = ["Accumulation"]
 class Accumulation:
     """Counts calls to one optimizer step.
 
-    Args:
-        accumulate: Calls per optimizer step, >= 1.
-
     Attributes:
         calls: Calls since the last optimizer step.
     """
 
-    def __init__(self, accumulate: int) -> None:
-        self._accumulate = accumulate
+    def __init__(self) -> None:
         self.calls = 0
         # accelerate's flag is True unless accelerator.accumulate is in use, as one False shows.
         self._accelerate_accumulates = False
 
-    def is_due(self, sync_gradients: bool | None) -> bool:
+    def is_due(self, accumulate: int, sync_gradients: bool | None) -> bool:
         """Whether the coming call makes an optimizer step.
 
         Args:
+            accumulate: Calls per optimizer step, >= 1.
             sync_gradients: The caller's answer; None counts calls.
 
         Raises:
             InvalidValueError: The caller accumulates where the step does not, or accelerate counts otherwise.
         """
         if sync_gradients is not None:
-            if self._accumulate == 1 and not sync_gradients:
+            if accumulate == 1 and not sync_gradients:
                 raise InvalidValueError(
                     "CatStep: `sync_gradients` must be True with accumulate=1, got False: give accumulate the number "
                     "of accelerate's gradient_accumulation_steps"
                 )
             return bool(sync_gradients)
-        due = self.calls + 1 >= self._accumulate
+        due = self.calls + 1 >= accumulate
         theirs = _accelerates_flag()
         self._accelerate_accumulates |= theirs is False
         if self._accelerate_accumulates and theirs is not due:

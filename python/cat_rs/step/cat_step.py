@@ -172,7 +172,7 @@ class CatStep:
         self._factors = DeviceValues([0.0, 1.0], device)
         self._captured = CapturedStep(self.optimizer, device, max_captures, self.text_encoders) if capture else None
         self.steps_done = 0
-        self._accumulation = Accumulation(accumulate)
+        self._accumulation = Accumulation()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Copies of the weights belong to the optimizer of the copied step.
@@ -223,7 +223,7 @@ class CatStep:
         Returns:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
-        update_due = self._accumulation.is_due(sync_gradients)
+        update_due = self._accumulation.is_due(self.accumulate, sync_gradients)
         cat_factor = factor_after(self._cat_factor, self.steps_done)
         preserve = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
         conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=preserve)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,8 @@ def denoiser_predict(model: torch.nn.Module) -> Predict:
     return _Call(convention, convention.latents or parameters[0], options, getattr(inner, "config", None))
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Call:
     """The call of a diffusers denoiser: an object, not a closure, so that a step can be pickled.
 
     Attributes:

@@ -65,10 +65,6 @@ class NoiseSchedule:
         """The factors of latent and noise in z_t at each timestep, [batch] each.
 
         On a GPU the timesteps' range is not checked, which would have to wait for their values.
-
-        Raises:
-            ShapeError, DeviceError, InvalidValueError: `timesteps` has another shape, device or dtype, or is out of
-                range.
         """
         if timesteps.shape != (batch,):
             raise ShapeError(f"CatStep: `timesteps` must have shape [{batch}], got {list(timesteps.shape)}")

@@ -178,14 +178,19 @@ class _FlatBuffers:
 
     def load_state(self, states: list[dict[str, Any]]) -> None:
         """Takes over the state of each parameter; an empty one is that of a parameter before its first step."""
-        steps: list[torch.Tensor] = []
         counts = [float(state.get("step", 0.0)) for state in states]
-        for index, count in enumerate(counts):
-            same = index > 0 and count == counts[index - 1]
-            steps.append(steps[-1] if same else torch.full_like(self.spans[0].step, count))
-        self.spans = self._spans_of(steps)
-        # The new spans may join parameters that do and do not take part: the next step looks.
-        self.active = []
+        if all(len(set(counts[span.start : span.stop])) == 1 for span in self.spans):
+            # Recorded steps read the counts where they are.
+            for span in self.spans:
+                span.step.fill_(counts[span.start])
+        else:
+            steps: list[torch.Tensor] = []
+            for index, count in enumerate(counts):
+                same = index > 0 and count == counts[index - 1]
+                steps.append(steps[-1] if same else torch.full_like(self.spans[0].step, count))
+            self.spans = self._spans_of(steps)
+            # The new spans may join parameters that do and do not take part: the next step looks.
+            self.active = []
         for key, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             for view, state in zip(_views(buffer, self.params), states, strict=True):
                 view.copy_(state[key]) if key in state else view.zero_()
@@ -525,9 +530,13 @@ class FlatAdamW(torch.optim.Optimizer):
                 self.state.update(flat.state_of())
 
     @property
-    def active_spans(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Which parameters the coming step updates, and in which pieces: what a recorded step depends on."""
-        return tuple(tuple((span.start, span.stop) for span in flat.active_spans()) for flat in self._flats)
+    def active_spans(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        """Which parameters the coming step updates, in which pieces, and the addresses of the pieces' step counts.
+
+        A recorded step depends on it.
+        """
+        spans_of = (flat.active_spans() for flat in self._flats)
+        return tuple(tuple((span.start, span.stop, span.step.data_ptr()) for span in spans) for spans in spans_of)
 
     @torch.no_grad()
     def launch(self) -> float | torch.Tensor:

@@ -70,6 +70,26 @@ impl Layer {
         Ok(())
     }
 
+    /// Checks what the backward pass has beside the layer and x.
+    fn check_backward(&self, grad: &Tensor, x: &Tensor, hidden: &Tensor) -> Result<()> {
+        self.check(x)?;
+        let (on, kind) = (device_of(OP, "x", x)?, x.f_kind().during(OP)?);
+        for (argument, tensor) in [("grad", grad), ("hidden", hidden)] {
+            let got = check_float(OP, argument, tensor, on)?;
+            if got != kind {
+                let got = format!("{} beside x of {}", dtype_name(got), dtype_name(kind));
+                return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `x`", got });
+            }
+        }
+        let (mut shape, lora_b) = (x.size(), self.lora_b.size());
+        let rows = shape[..shape.len() - 1].iter().product();
+        check_shape(OP, "hidden", hidden, &[rows, lora_b[1]])?;
+        if let Some(last) = shape.last_mut() {
+            *last = lora_b[0];
+        }
+        check_shape(OP, "grad", grad, &shape)
+    }
+
     /// y [..., out] and h = scaling * x A^T [M, r], which the backward pass needs.
     pub fn forward(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         self.check(x)?;
@@ -103,6 +123,7 @@ impl Layer {
     pub fn backward(&self, grad: &Tensor, x: &Tensor, hidden: &Tensor, wanted: [bool; 3]) -> Result<Gradients> {
         self.check_backward(grad, x, hidden)?;
         let [x_wanted, a_wanted, b_wanted] = wanted;
+        self.check_backward(grad, x, hidden)?;
         let grad_rows = flatten(grad)?;
         let product = |a, b| sum_of_products(OP, &[(a, b)], 1.0, None);
         let lora_b = b_wanted.then(|| product(transposed(&grad_rows), plain(hidden))).transpose()?;
