@@ -30,10 +30,10 @@ impl Deref for PyTensor {
 impl FromPyObject<'_> for PyTensor {
     fn extract_bound(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let tensor = pyo3_tch::PyTensor::extract_bound(object)?;
-        // A TypeError, because pyo3 adds the argument's name to no other.
-        let refused = |name| PyTypeError::new_err(format!("expected a plain torch.Tensor, got {name}"));
         if !is_plain(object)? {
-            return Err(refused(object.get_type().fully_qualified_name()?));
+            let name = object.get_type().fully_qualified_name()?;
+            // A TypeError, because PyO3 adds the argument's name to no other.
+            return Err(PyTypeError::new_err(format!("must be a plain torch.Tensor, got a {name}")));
         }
         Ok(Self(tensor.0))
     }

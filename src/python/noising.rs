@@ -7,7 +7,6 @@ use super::convert::{argument, raise, wrap, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::noising::PredictionType;
-use pyo3::prelude::*;
 
 /// See `cat_rs.ops.noising.noising`.
 #[pyfunction]

@@ -7,7 +7,6 @@ use super::convert::{argument, raise, wrap, PyTensor};
 use super::interruptible;
 use crate::ops;
 use crate::ops::similarity::Reduce;
-use pyo3::prelude::*;
 
 /// See `cat_rs.similarity`.
 #[pyfunction]
