@@ -9,8 +9,9 @@ from pathlib import Path
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
+_PEFT_FILES = (PEFT_FILE, PEFT_CONFIG_FILE)
 SUFFIX = ".safetensors"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def locate(path: str | os.PathLike[str]) -> Path | dict[str, Path]:
@@ -48,8 +49,8 @@ def adapter_files(path: str | os.PathLike[str]) -> dict[str, Path]:
     found = locate(path)
     if isinstance(found, Path):
         return {DIFFUSERS_FILE: found}
-    names = (PEFT_FILE, PEFT_CONFIG_FILE)
-    return {f"{component}/{name}": folder / name for component, folder in found.items() for name in names}
+    files = {f"{component}/{name}": folder / name for component, folder in found.items() for name in _PEFT_FILES}
+    return {name: file for name, file in files.items() if file.exists()}
 
 
 def is_file_name(path: str | os.PathLike[str]) -> bool:
