@@ -49,6 +49,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def printable(name: str) -> str:
+    """Return a file's name as text: bytes that are not UTF-8 become escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     """Read a file of prompts, one a line; blank lines and lines that start with `#` are skipped.
 
