@@ -1,8 +1,10 @@
 //! Files of adapters, for `cat_rs.adapter_file`.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -26,10 +28,20 @@ fn wrap_named(py: Python<'_>, tensors: NamedTensors) -> PyResult<Vec<(String, Py
     tensors.into_iter().map(|(name, tensor)| Ok((name, wrap(py, tensor)?))).collect()
 }
 
+/// A path as Python's `os.fsencode` takes it. pyo3's own conversion panics where that raises: at half of a surrogate pair.
+pub struct PyPath(PathBuf);
+
+impl<'py> FromPyObject<'py> for PyPath {
+    fn extract_bound(path: &Bound<'py, PyAny>) -> PyResult<Self> {
+        let bytes: Vec<u8> = path.py().import("os")?.call_method1("fsencode", (path,))?.extract()?;
+        Ok(Self(OsString::from_vec(bytes).into()))
+    }
+}
+
 /// The tensors and the metadata of a safetensors file.
 #[pyfunction]
-pub fn read_safetensors(py: Python<'_>, path: PathBuf) -> PyResult<(Vec<(String, PyObject)>, Metadata)> {
-    let (tensors, metadata) = released(py, move || adapter_file::read(&path))?;
+pub fn read_safetensors(py: Python<'_>, path: PyPath) -> PyResult<(Vec<(String, PyObject)>, Metadata)> {
+    let (tensors, metadata) = released(py, move || adapter_file::read(&path.0))?;
     Ok((wrap_named(py, tensors)?, metadata))
 }
 
@@ -67,10 +79,11 @@ impl Iterator for PyParts {
 pub fn write_safetensors(
     py: Python<'_>,
     descriptor: RawFd,
-    path: PathBuf,
+    path: PyPath,
     tensors: Vec<(String, PySource)>,
     metadata: Metadata,
 ) -> PyResult<()> {
+    let path = path.0;
     let file =
         open_again(descriptor).map_err(|source| raise(py, &CatError::io("write_safetensors", &path, source)))?;
     let raised = Arc::new(Mutex::new(None));
