@@ -164,6 +164,42 @@ for _ in range(40):
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_all_is_on_the_disk_before_the_rename_and_the_rename_before_the_end(
+    kind: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, read = KINDS[kind]
+    write(target, 1)
+    # What is synced, with its size then, and what is renamed to where: by inode.
+    events: list[tuple[int, int | Path]] = []
+    fsync = os.fsync
+
+    def synced(handle: int) -> None:
+        found = os.fstat(handle)
+        events.append((found.st_ino, found.st_size))
+        fsync(handle)
+
+    def noting(rename: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
+        def renamed(source: Path, destination: Path) -> None:
+            events.append((os.stat(source).st_ino, Path(destination)))
+            rename(source, destination)
+
+        return renamed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", synced)
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, noting(getattr(os, name)))
+        write(target, 2)
+    assert read(target) == 2
+    files = [target] if target.is_file() else [target, *target.iterdir()]
+    renamed = events.index((target.stat().st_ino, target))
+    before, after = events[:renamed], events[renamed + 1 :]
+    for file in files:
+        found = file.stat()
+        assert (found.st_ino, found.st_size) in before, f"{file} was renamed before it was synced whole"
+    assert target.parent.stat().st_ino in {inode for inode, _ in after}, "the rename was not synced"
+
+
 @pytest.mark.parametrize("kind", ["text", "adapter"], indirect=True)
 def test_a_planted_link_is_not_followed(kind: str, target: Path, tmp_path: Path) -> None:
     victim = tmp_path / "victim"

@@ -251,7 +251,8 @@ def test_killed_evaluation_goes_on_where_it_was(evaluate_arguments: list[str], t
     # The fifth write is of pictures; of those left after four, the seventh is of embeddings.
     for writes, pictures, embeddings in ((4, 4, 0), (6, 8, 2)):
         killed = subprocess.run(
-            [sys.executable, "-c", KILL_AT_A_WRITE, str(writes), *evaluate_arguments],
+            # Each write syncs the file, then its folder.
+            [sys.executable, "-c", KILL_AT_A_WRITE, str(2 * writes), *evaluate_arguments],
             env=environment,
             capture_output=True,
             check=False,
@@ -409,3 +410,22 @@ def test_info_lists_versions_and_operations(capsys: pytest.CaptureFixture[str]) 
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("PyTorch", "instruction set used", "operation cat_loss", "diffusers"))
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--learning_rate", "--lr"),
+        ("--output_dir=x", "--output-dir"),
+        ("--pretrained_model_name_or_path", "--model"),
+        ("--network-dim", "--rank"),
+        ("--acumulate", "--accumulate"),
+    ],
+)
+def test_other_trainers_options_and_slips_are_understood(
+    option: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", option, "1"])
+    assert stopped.value.code == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err

@@ -150,16 +150,17 @@ def test_plain_lora_stops_where_it_has_cats_identity(study: Any, monkeypatch: py
     scored = []
 
     def score(_work: Path, _concept: str, _seed: int, step: int) -> EvaluationResult:
-        """The demo's plain LoRA, which gains 0.1 of identity in every checkpoint."""
+        """The demo's plain LoRA, with another identity in every checkpoint."""
         scored.append(step)
         plain = demo.adapters["LoRA"]
-        scores = replace(plain, identity=replace(plain.identity, value=0.002 * step + 0.3))
+        scores = replace(plain, identity=replace(plain.identity, value=0.28 + 0.002 * step))
         rows = tuple(replace(row, model="stopped") for row in demo.prompts if row.model == "LoRA")
         return replace(demo, adapters={"stopped": scores}, prompts=rows)
 
     monkeypatch.setattr(study.stopped_early, "score", score)
     found = study.stopped_early.stop(Path(), concept, seed, demo)
-    assert scored == [50, 100, 150]  # 0.6 is the first that CAT's 0.599 does not exceed
+    # 0.38, 0.48, 0.58: the first within 0.02 of CAT's 0.599.
+    assert scored == [50, 100, 150]
     assert found["cat_minus_lora"]["stopped"] == found["cat_minus_lora"]["LoRA"]
     page = study.stopped_early.page([{"file": file, "concept": concept, "seed": seed, **found}])
     assert "| pineapple, 0 (demo) | LoRA, 150 | 0.857 [0.816, 0.900] |" in page

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cat_rs.errors import CatRsError
-from cat_rs.options import add_options, from_mapping, given_options, read_config_file
+from cat_rs.options import add_options, from_mapping, given_options, read_config_file, suggestion
 
 EXIT_ERROR = 2
 # A shell reports a program ended by signal N as 128 + N.
@@ -133,7 +133,11 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
         )
         if name == named:
             _add_command_options(options, command)
-    return parser.parse_args(given)
+    parsed, unknown = parser.parse_known_args(given)
+    if unknown:
+        hint = suggestion(unknown[0], _module(_COMMANDS[parsed.command]).Settings)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return parsed
 
 
 def _add_command_options(parser: argparse.ArgumentParser, command: _Command) -> None:

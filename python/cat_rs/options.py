@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import types
@@ -16,11 +17,49 @@ from typing import Any, TypeVar
 from cat_rs.errors import CatRsError
 from cat_rs.text_files import read_text
 
-__all__ = ["ConfigError", "add_options", "check_range", "from_mapping", "given_options", "option", "read_config_file"]
+__all__ = [
+    "ConfigError",
+    "add_options",
+    "check_range",
+    "from_mapping",
+    "given_options",
+    "option",
+    "read_config_file",
+    "suggestion",
+]
 
 Settings = TypeVar("Settings")
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
+
+
+# Names of these settings in diffusers' and kohya's training scripts.
+_OTHER_NAMES = {
+    "pretrained_model_name_or_path": "model",
+    "train_data_dir": "data",
+    "instance_data_dir": "data",
+    "instance_prompt": "caption",
+    "class_prompt": "class_word",
+    "learning_rate": "lr",
+    "unet_lr": "lr",
+    "max_train_steps": "steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "network_dim": "rank",
+    "network_alpha": "lora_alpha",
+    "min_snr_gamma": "snr_gamma",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps",
+    "adam_weight_decay": "weight_decay",
+    "mixed_precision": "dtype",
+    "random_flip": "flip",
+    "checkpointing_steps": "checkpoint_every",
+    "save_every_n_steps": "checkpoint_every",
+    "checkpoints_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume",
+    "validation_steps": "evaluate_every",
+}
 
 
 class ConfigError(CatRsError, ValueError):
@@ -84,6 +123,14 @@ def given_options(arguments: argparse.Namespace, settings: type) -> dict[str, An
     return {name: value for name, value in vars(arguments).items() if name in names}
 
 
+def suggestion(unknown: str, settings: type) -> str:
+    """Return "; did you mean --lr?" for an option that is not one, or an empty text where nothing comes near."""
+    name = unknown.lstrip("-").partition("=")[0].replace("-", "_")
+    fields = {field.name: field for field in dataclasses.fields(settings)}
+    near = [_OTHER_NAMES.get(name, name), *difflib.get_close_matches(name, fields, n=1)]
+    return next((f"; did you mean {_flag(fields[one])}?" for one in near if one in fields), "")
+
+
 def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML (`.yaml`, `.yml`) or JSON file of settings.
 
@@ -121,7 +168,10 @@ def from_mapping(settings: type[Settings], values: Mapping[str, Any], source: st
     fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, settings))}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ConfigError(f"{source}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(fields)}")
+        hint = suggestion(unknown[0], settings)
+        raise ConfigError(
+            f"{source}: unknown key {', '.join(map(repr, unknown))}; known keys: {', '.join(fields)}{hint}"
+        )
     missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in values]
     if missing:
         raise ConfigError(f"{source}: missing {', '.join(_flag(fields[name]) for name in missing)}")

@@ -28,6 +28,7 @@ EVALUATION_FOLDER = "evaluations"
 FRONT_FILE = f"{EVALUATION_FOLDER}/front.json"
 FRONT_FORMAT = "cat-rs front 1"
 BEST_FOLDER = "best"
+LOCK_FILE = ".training.lock"
 
 RESULTS_FILE = "results.json"
 DEMO_FORMAT = "cat-rs demo 1"

@@ -9,7 +9,7 @@ use super::names::{
     diffusers_key, is_kohya, is_tabled, parse_dotted, parse_kohya, peft_key, Key, KohyaNames, Part, Slot, Target,
     ANY_DENOISER, COMPONENTS,
 };
-use super::{Adapter, Family, Format, KnownModules, Layer, NamedTensors};
+use super::{check_named, Adapter, Family, Format, KnownModules, Layer, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::dtype_name;
 
@@ -32,6 +32,9 @@ type Parts = BTreeMap<Part, (String, Tensor)>;
 pub fn layers_of(tensors: NamedTensors, known: &KnownModules) -> Result<Adapter> {
     if tensors.is_empty() {
         return Err(CatError::adapter(READ, "expected tensors of a LoRA, got none"));
+    }
+    for (name, tensor) in &tensors {
+        check_named(READ, name, tensor)?;
     }
     // A file may name its layers in several ways at once.
     let (kohya, dotted): (NamedTensors, NamedTensors) = tensors.into_iter().partition(|(name, _)| is_kohya(name));
@@ -72,6 +75,11 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
     if layers.is_empty() {
         return Err(CatError::adapter(WRITE, "expected an adapter with layers, got none"));
     }
+    for layer in layers {
+        for (part, tensor) in parts_of(layer) {
+            check_named(WRITE, &peft_key(&layer.module, part), tensor)?;
+        }
+    }
     if format == Format::Kohya {
         let Some(family) = family else {
             let expected = "sd, sdxl or flux: this model's is not recognized";
@@ -85,14 +93,7 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
             let text = format!("the component must be one of {}, got {:?}", COMPONENTS.join(", "), layer.component);
             return Err(CatError::adapter(WRITE, text));
         }
-        let parts = [
-            (Part::A, Some(&layer.lora_a)),
-            (Part::B, Some(&layer.lora_b)),
-            (Part::Bias, layer.bias.as_ref()),
-            (Part::Magnitude, layer.magnitude.as_ref()),
-        ];
-        for (part, tensor) in parts {
-            let Some(tensor) = tensor else { continue };
+        for (part, tensor) in parts_of(layer) {
             let name = match format {
                 Format::Diffusers => diffusers_key(&layer.component, &layer.module, part),
                 _ => peft_key(&layer.module, part),
@@ -101,6 +102,17 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
         }
     }
     Ok(tensors)
+}
+
+fn parts_of(layer: &Layer) -> impl Iterator<Item = (Part, &Tensor)> {
+    [
+        (Part::A, Some(&layer.lora_a)),
+        (Part::B, Some(&layer.lora_b)),
+        (Part::Bias, layer.bias.as_ref()),
+        (Part::Magnitude, layer.magnitude.as_ref()),
+    ]
+    .into_iter()
+    .filter_map(|(part, tensor)| Some((part, tensor?)))
 }
 
 /// The parts of the layers that kohya's names stand for, and of those that paths stand for.

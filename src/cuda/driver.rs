@@ -38,9 +38,9 @@ const CAPABILITY_MINOR: c_int = 76;
 #[derive(Clone, Copy, Debug)]
 pub struct Driver(DriverFunctions);
 
-/// A device that PyTorch uses.
+/// What kernels need to know of a device that PyTorch uses.
 #[derive(Clone, Copy, Debug)]
-pub struct DeviceFacts {
+pub struct DeviceProperties {
     /// Its primary context, which is PyTorch's.
     context: Handle,
     /// Compute capability, 90 for 9.0.
@@ -88,8 +88,8 @@ impl Driver {
         Ok(version)
     }
 
-    /// The facts of PyTorch's device of that index.
-    pub fn device(&self, op: &'static str, index: usize) -> Result<DeviceFacts> {
+    /// The properties of PyTorch's device of that index.
+    pub fn device(&self, op: &'static str, index: usize) -> Result<DeviceProperties> {
         let (mut device, mut context) = (0, ptr::null_mut());
         let ordinal = c_int::try_from(index).unwrap_or(c_int::MAX);
         // SAFETY: both write one value. The context is PyTorch's, which never gives it back either.
@@ -105,7 +105,7 @@ impl Driver {
             self.check(op, "cuDeviceGetAttribute", status)?;
             Ok(u32::try_from(value).unwrap_or(0))
         };
-        Ok(DeviceFacts {
+        Ok(DeviceProperties {
             context: Handle(context),
             architecture: 10 * attribute(CAPABILITY_MAJOR)? + attribute(CAPABILITY_MINOR)?,
             multiprocessors: attribute(MULTIPROCESSORS)?.max(1),
@@ -113,7 +113,7 @@ impl Driver {
     }
 
     /// Makes the device's context this thread's current one until the guard goes.
-    pub fn enter(&self, op: &'static str, device: &DeviceFacts) -> Result<ContextGuard<'_>> {
+    pub fn enter(&self, op: &'static str, device: &DeviceProperties) -> Result<ContextGuard<'_>> {
         let mut current = ptr::null_mut();
         // SAFETY: writes one pointer.
         self.check(op, "cuCtxGetCurrent", unsafe { (self.0.current_context)(&raw mut current) })?;
@@ -144,7 +144,7 @@ impl Driver {
         Ok(Handle(function))
     }
 
-    /// Queues a kernel whose one parameter is `problem`.
+    /// Launches a kernel whose one parameter is `problem`.
     ///
     /// # Safety
     /// `problem` has the layout of the kernel's parameter, and the addresses in it are of memory of the current

@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use super::cache::Cache;
 use super::compiler::{Compiler, CompilerFunctions};
 use super::driver::{Driver, DriverFunctions};
-use super::{Queue, Toolkit};
+use super::{Stream, Toolkit};
 
 /// Devices that there are.
 const DEVICES: c_int = 2;
@@ -56,9 +56,9 @@ pub fn alone(test: impl FnOnce(&Toolkit)) {
     }
 }
 
-/// Runs a test of kernels on the queue of a device.
-pub fn with_queue(op: &'static str, test: impl FnOnce(&Queue)) {
-    alone(|toolkit| test(&toolkit.queue(op, 0, 7).unwrap()));
+/// Runs a test of kernels on a stream of a device.
+pub fn with_stream(op: &'static str, test: impl FnOnce(&Stream)) {
+    alone(|toolkit| test(&toolkit.stream(op, 0, 7).unwrap()));
 }
 
 /// A toolkit that caches in that folder.

@@ -15,7 +15,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use self::cache::Cache;
 use self::compiler::Compiler;
-use self::driver::{DeviceFacts, Driver, Handle, Launch};
+use self::driver::{DeviceProperties, Driver, Handle, Launch};
 use crate::error::{CatError, Result};
 
 /// Threads of a block, of kernels that do not say otherwise: THREADS of common.cuh.
@@ -89,7 +89,7 @@ pub struct Toolkit {
     driver: Driver,
     compiler: Compiler,
     cache: Cache,
-    devices: Mutex<Vec<(usize, DeviceFacts)>>,
+    devices: Mutex<Vec<(usize, DeviceProperties)>>,
     functions: Mutex<Vec<Loaded>>,
 }
 
@@ -119,50 +119,54 @@ impl Toolkit {
         TOOLKIT.get_or_init(Self::find).as_ref().map_err(|reason| CatError::cuda(op, reason))
     }
 
-    /// The stream of PyTorch's device of that index.
-    pub fn queue(&self, op: &'static str, device: usize, stream: u64) -> Result<Queue<'_>> {
+    /// A stream of PyTorch's device of that index.
+    pub fn stream(&self, op: &'static str, device: usize, handle: u64) -> Result<Stream<'_>> {
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, facts)) = devices.iter().find(|(index, _)| *index == device) {
-            return Ok(Queue { toolkit: self, op, device, facts: *facts, stream });
-        }
-        let facts = self.driver.device(op, device)?;
-        devices.push((device, facts));
-        Ok(Queue { toolkit: self, op, device, facts, stream })
+        let known = devices.iter().find(|(index, _)| *index == device).map(|(_, properties)| *properties);
+        let properties = match known {
+            Some(properties) => properties,
+            None => {
+                let properties = self.driver.device(op, device)?;
+                devices.push((device, properties));
+                properties
+            }
+        };
+        Ok(Stream { toolkit: self, op, device, properties, handle })
     }
 }
 
 /// A stream of a device, for the kernels of one operation.
 #[derive(Debug)]
-pub struct Queue<'t> {
+pub struct Stream<'t> {
     toolkit: &'t Toolkit,
     op: &'static str,
     device: usize,
-    facts: DeviceFacts,
-    stream: u64,
+    properties: DeviceProperties,
+    handle: u64,
 }
 
-impl Queue<'static> {
+impl Stream<'static> {
     /// The stream of that handle, a raw CUstream; 0 is the default one of PyTorch's device of that index.
-    pub fn new(op: &'static str, device: usize, stream: u64) -> Result<Self> {
-        Toolkit::of_the_process(op)?.queue(op, device, stream)
+    pub fn new(op: &'static str, device: usize, handle: u64) -> Result<Self> {
+        Toolkit::of_the_process(op)?.stream(op, device, handle)
     }
 }
 
-impl Queue<'_> {
+impl Stream<'_> {
     /// Blocks for a kernel that takes any number of them, and has so many pieces of work.
     pub fn blocks(&self, pieces: u64) -> u32 {
-        let most = BLOCKS * u64::from(self.facts.multiprocessors);
+        let most = BLOCKS * u64::from(self.properties.multiprocessors);
         u32::try_from(pieces.clamp(1, most)).unwrap_or(u32::MAX)
     }
 
-    /// Queues a kernel of blocks of [`THREADS`] threads.
+    /// Launches a kernel of blocks of [`THREADS`] threads.
     ///
     /// # Safety
     /// `problem` has the layout of the kernel's parameter, and the addresses in it are of this device's memory that
     /// lives until the kernel is done: PyTorch's allocator hands freed memory only to later work of the same stream.
     pub unsafe fn launch<P: Copy>(&self, kernel: Kernel, blocks: [u32; 2], problem: &P) -> Result<()> {
-        let Self { toolkit, op, facts, stream, .. } = *self;
-        let _current = toolkit.driver.enter(op, &facts)?;
+        let Self { toolkit, op, properties, handle: stream, .. } = *self;
+        let _current = toolkit.driver.enter(op, &properties)?;
         let function = self.function(kernel)?;
         let launch = Launch { blocks, threads: THREADS, stream };
         // SAFETY: the caller's promise, in the device's context.
@@ -191,7 +195,7 @@ impl Queue<'_> {
 
     fn module(&self, program: &'static Program, defines: &[Define]) -> Result<Handle> {
         let Toolkit { driver, compiler, cache, .. } = self.toolkit;
-        let architecture = self.facts.architecture;
+        let architecture = self.properties.architecture;
         let (options, _) = compiler.options(self.op, architecture)?;
         let versions = (compiler.version()?, driver.version()?, architecture);
         let key = format!("{versions:?} {options:?} {defines:?} {}", program.text());
@@ -253,25 +257,25 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) doubling(const Work work
         count: u64,
     }
 
-    fn run(queue: &Queue, factor: &'static str) -> Result<[f32; 3]> {
+    fn run(stream: &Stream, factor: &'static str) -> Result<[f32; 3]> {
         let mut values = [1.0, 2.0, 3.0];
         let work = Work { values: values.as_mut_ptr(), count: 3 };
         let kernel = Kernel { program: &DOUBLING, defines: &[("FACTOR", factor)], name: c"doubling" };
         // SAFETY: the structure above.
-        unsafe { queue.launch(kernel, [1, 1], &work)? };
+        unsafe { stream.launch(kernel, [1, 1], &work)? };
         Ok(values)
     }
 
     #[test]
     fn a_kernel_runs_on_the_given_stream_and_is_compiled_once() {
         fake::alone(|toolkit| {
-            let queue = toolkit.queue("op", 0, 42).unwrap();
+            let stream = toolkit.stream("op", 0, 42).unwrap();
             let before = fake::compilations();
-            assert_eq!(run(&queue, "2").unwrap(), [2.0, 4.0, 6.0]);
-            assert_eq!(run(&queue, "2").unwrap(), [2.0, 4.0, 6.0]);
+            assert_eq!(run(&stream, "2").unwrap(), [2.0, 4.0, 6.0]);
+            assert_eq!(run(&stream, "2").unwrap(), [2.0, 4.0, 6.0]);
             assert_eq!(fake::last_stream(), 42);
             assert_eq!(fake::compilations(), before + 1);
-            assert_eq!(run(&queue, "3").unwrap(), [3.0, 6.0, 9.0]);
+            assert_eq!(run(&stream, "3").unwrap(), [3.0, 6.0, 9.0]);
             assert_eq!(fake::compilations(), before + 2);
         });
     }
@@ -282,7 +286,7 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) doubling(const Work work
             for current in [std::ptr::null_mut(), fake::context_of(0), fake::context_of(1)] {
                 fake::set_current(current);
                 for device in [0, 1] {
-                    run(&toolkit.queue("op", device, 0).unwrap(), "2").unwrap();
+                    run(&toolkit.stream("op", device, 0).unwrap(), "2").unwrap();
                     assert_eq!(fake::current_context(), current);
                 }
             }
@@ -293,7 +297,7 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) doubling(const Work work
     fn compiled_kernels_stay_on_disk() {
         fake::alone(|_| {
             let folder = fake::new_folder();
-            let launch = || run(&fake::toolkit(folder.clone()).queue("op", 0, 0).unwrap(), "2");
+            let launch = || run(&fake::toolkit(folder.clone()).stream("op", 0, 0).unwrap(), "2");
             let before = fake::compilations();
             launch().unwrap();
             launch().unwrap();
@@ -333,7 +337,7 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) doubling(const Work work
             let file = fake::new_folder();
             fs::write(&file, "").unwrap();
             let toolkit = fake::toolkit(file.join("kernels"));
-            assert_eq!(run(&toolkit.queue("op", 0, 0).unwrap(), "2").unwrap(), [2.0, 4.0, 6.0]);
+            assert_eq!(run(&toolkit.stream("op", 0, 0).unwrap(), "2").unwrap(), [2.0, 4.0, 6.0]);
             let _ = fs::remove_file(file);
         });
     }
@@ -354,11 +358,11 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) doubling(const Work work
     #[test]
     fn failures_carry_cudas_own_words() {
         fake::alone(|toolkit| {
-            let queue = toolkit.queue("op", 0, 0).unwrap();
+            let stream = toolkit.stream("op", 0, 0).unwrap();
             let launch = |program, name| {
                 // SAFETY: the kernel is not reached.
                 let launched =
-                    unsafe { queue.launch(Kernel { program, defines: &[("FACTOR", "2")], name }, [1, 1], &0u64) };
+                    unsafe { stream.launch(Kernel { program, defines: &[("FACTOR", "2")], name }, [1, 1], &0u64) };
                 launched.unwrap_err().to_string()
             };
             let error = launch(&BROKEN, c"broken");
@@ -367,7 +371,7 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) doubling(const Work work
             assert!(error.contains("this is no C++") || error.contains("does not name a type"), "{error}");
             let error = launch(&DOUBLING, c"tripling");
             assert_eq!(error, "op: CUDA: cuModuleGetFunction failed with OTHER (500): unknown");
-            let error = toolkit.queue("op", 2, 0).unwrap_err().to_string();
+            let error = toolkit.stream("op", 2, 0).unwrap_err().to_string();
             assert_eq!(error, "op: CUDA: cuDeviceGet failed with OTHER (101): unknown");
         });
     }
@@ -381,11 +385,11 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) waiting(const Work work)
     if (threadIdx.x == 0) __syncthreads();
 }",
         };
-        fake::with_queue("op", |queue| {
+        fake::with_stream("op", |stream| {
             let kernel = Kernel { program: &WAITING, defines: &[], name: c"waiting" };
             let work = Work { values: std::ptr::null_mut(), count: 0 };
             // SAFETY: the structure above.
-            let error = unsafe { queue.launch(kernel, [1, 1], &work) }.unwrap_err().to_string();
+            let error = unsafe { stream.launch(kernel, [1, 1], &work) }.unwrap_err().to_string();
             let expected = "cuLaunchKernel failed with CUDA_ERROR_LAUNCH_FAILED (719): unspecified launch failure";
             assert_eq!(error, format!("op: CUDA: {expected}"));
         });

@@ -12,11 +12,9 @@ mod product;
 pub mod similarity;
 pub mod statistics;
 
-use tch::{Device, Kind, Tensor};
+use tch::Kind;
 
-use crate::cuda::{Queue, Variant, THREADS};
-use crate::error::{CatError, Result};
-use crate::tensor::device_of;
+use crate::cuda::{Variant, THREADS};
 
 /// The dtype in which a kernel computes: f64 where an input is f64, else f32.
 fn compute_kind(kinds: &[Kind]) -> Kind {
@@ -51,19 +49,6 @@ fn block_chunk(unroll: u64, kinds: &[Kind]) -> u64 {
 /// The CUDA kernels of all operations, for tensors of one dtype.
 pub fn kernels(kind: Kind) -> Vec<Variant> {
     vec![adamw::variant(kind), cat_loss::variant(kind), noising::variant(kind), similarity::variant(kind)]
-}
-
-/// The queue of a stream of the tensor's GPU, and that device.
-fn queue_of(
-    op: &'static str,
-    argument: &'static str,
-    tensor: &Tensor,
-    stream: u64,
-) -> Result<(Queue<'static>, Device)> {
-    match device_of(op, argument, tensor)? {
-        Device::Cuda(index) => Ok((Queue::new(op, index, stream)?, Device::Cuda(index))),
-        _ => Err(CatError::Device { op, argument, expected: "CUDA".into(), got: "the CPU".into() }),
-    }
 }
 
 /// PyTorch's intra-op thread count.

@@ -18,7 +18,7 @@ from cat_rs import CatFactorRatio
 from cat_rs.step import cuda_graphs
 from tests.comparison import cat_step
 from tests.models import add_lora, batch, lora_parameters, tiny_unet
-from tests.test_step import unet_pair
+from tests.step.test_cat_step import unet_pair
 
 pytestmark = [
     pytest.mark.gpu,

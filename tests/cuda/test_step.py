@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -23,8 +24,8 @@ from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow
 from tests.cuda import reference_core
 from tests.cuda.simulation import NoWaiting, Recorder, SimulatedGraphs
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_text_encoder, tiny_transformer, tiny_unet
-from tests.test_step import unet_pair
-from tests.test_text_encoders import adapted
+from tests.step.test_cat_step import unet_pair
+from tests.step.test_text_encoders import adapted
 
 EAGER_STEPS = cuda_graphs.WARM_UP
 STEPS = EAGER_STEPS + 4
@@ -135,6 +136,7 @@ def test_everything_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> 
     for module in ("adamw", "cat_loss", "noising"):
         monkeypatch.setattr(f"cat_rs.ops.{module}.stream_of", lambda tensor: 0)
     monkeypatch.setattr(torch.autograd, "backward", lambda student, grad: None)
+    monkeypatch.setattr("cat_rs.step.optimizer.from_dlpack", lambda view: view)
     model = add_lora(tiny_unet())
     with FakeTensorMode(), torch.device("cuda"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
@@ -303,6 +305,28 @@ def test_a_learning_rate_scheduler_takes_effect() -> None:
     compare(between=between)
 
 
+def test_snr_gamma_takes_effect() -> None:
+    gammas = [None] * STEPS + [5.0] * STEPS + [0.5] * STEPS + [None, 5.0, 0.5]
+
+    def between(step: Step, number: int) -> None:
+        step.snr_gamma = gammas[number]
+
+    compare(between=between, batches=[batch(n) for n in range(len(gammas))], graphs=3)
+
+
+def test_autocast_takes_effect() -> None:
+    dtypes = [None, torch.bfloat16, torch.float16]
+    numbers = [0] * STEPS + [1] * STEPS + [2] * STEPS + [0, 1, 2]
+    with contextlib.ExitStack() as entered:
+
+        def between(step: Step, number: int) -> None:
+            entered.close()
+            if (dtype := dtypes[numbers[number]]) is not None:
+                entered.enter_context(torch.autocast("cpu", dtype))
+
+        compare(between=between, batches=[batch(n) for n in range(len(numbers))], graphs=3)
+
+
 def test_settings_take_effect() -> None:
     def between(step: Step, number: int) -> None:
         group = step.optimizer.param_groups[0]
@@ -451,6 +475,27 @@ def test_resumes_bit_for_bit(before: int, accumulate: int) -> None:
     assert all(torch.equal(value, state["parameters"][name]) for name, value in kept["parameters"].items())
 
 
+def test_frozen_parameters_are_a_graph_of_their_own() -> None:
+    def between(step: Step, number: int) -> None:
+        for name, param in step.trainable.items():
+            param.requires_grad_("lora_A" not in name or not STEPS <= number < 2 * STEPS)
+
+    # Parameters that were frozen have taken fewer steps: theirs are pieces of their own ever after.
+    compare(between=between, batches=[batch(n) for n in range(3 * STEPS)], graphs=3)
+
+
+def test_a_state_with_other_step_counts_is_a_new_graph() -> None:
+    step, eager = (cat_step(unet_pair()[0], capture=capture) for capture in (True, False))
+    for one in (step, eager):
+        run(one, [batch(n) for n in range(STEPS)])
+        state = one.state_dict()
+        for index, values in state["optimizer"]["state"].items():
+            values["step"] = values["step"] + 100 * (index % 2)
+        one.load_state_dict(state)
+    batches = [batch(n) for n in range(STEPS)]
+    assert_same(step, eager, run(step, batches), run(eager, batches))
+
+
 def test_a_new_shape_is_a_new_graph() -> None:
     sizes = [2] * STEPS + [3] * STEPS + [2, 3, 2, 3]
     compare(batches=[undrawn(n, size) for n, size in enumerate(sizes)], graphs=2)
@@ -564,10 +609,9 @@ def test_an_error_of_the_model_is_an_error() -> None:
 
 
 def test_an_input_that_requires_a_gradient_is_refused() -> None:
-    one = batch(0)
-    one["cond"].requires_grad_()
-    with pytest.raises(InvalidValueError, match=r"no input must require a gradient, .* shape \[2, 5, 16\] that does"):
-        cat_step(unet_pair()[0], capture=True)(**one)
+    mask = torch.ones(2, 1, 8, 8, requires_grad=True)
+    with pytest.raises(InvalidValueError, match=r"no input must require a gradient, .* shape \[2, 1, 8, 8\]"):
+        cat_step(unet_pair()[0], capture=True)(**batch(0), mask=mask)
 
 
 def test_text_encoders_are_not_recorded() -> None:

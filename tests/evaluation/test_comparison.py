@@ -105,6 +105,23 @@ def test_order_turns_the_sign(result: EvaluationResult) -> None:
         assert (forth.value, forth.low, forth.high) == pytest.approx((-opposite.value, -opposite.high, -opposite.low))
 
 
+def test_all_pictures_of_a_prompt_are_resampled_together() -> None:
+    def alike(model: str, seed: int) -> list[PromptScores]:
+        """Prompts whose seeds have one figure, so that more seeds are no more evidence."""
+        many = rows(model, seed, seeds=1)
+        return [
+            replace(row, **{name: getattr(row, name) * 8 for name in ("similarity", "identity", "prompt_similarity")})
+            for row in many
+        ]
+
+    single = result_of(one=rows("one", 1, seeds=1), two=rows("two", 2, seeds=1)).compare("one", "two")
+    repeated = result_of(one=alike("one", 1), two=alike("two", 2)).compare("one", "two")
+    for name in ("kps", "ups", "tps", "drift", "identity", "prompt_similarity", "prompt_similarity_no_trigger"):
+        once, often = getattr(single, name), getattr(repeated, name)
+        assert often.value == pytest.approx(once.value), name
+        assert often.high - often.low == pytest.approx(once.high - once.low, rel=0.1), name
+
+
 def test_adapter_does_not_differ_from_itself(result: EvaluationResult) -> None:
     comparison = result.compare("one", "one")
     for name in MEASURES:

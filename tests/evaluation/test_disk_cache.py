@@ -22,11 +22,12 @@ from cat_rs.evaluation import (
     EvaluationInputError,
     EvaluationPrompts,
     EvaluationResult,
+    KpsEvaluator,
     ModelPictures,
     evaluate,
 )
 from cat_rs.evaluation.disk_cache import EvaluationCache
-from cat_rs.evaluation.generation import request_batches
+from cat_rs.evaluation.generation import PictureRequest, request_batches
 
 from .conftest import CountingPipeline, Stopped, write_adapter
 
@@ -250,6 +251,20 @@ def test_another_encoder_embeds_the_same_pictures(
     assert_identical(result, evaluated(encoder=encoder))
 
 
+def test_embeddings_made_in_other_batches_are_made_anew(
+    counting: CountingPipeline, evaluated: Evaluate, cache: Path, tiny_clip_dir: Path
+) -> None:
+    def by(batch_size: int) -> EvaluationResult:
+        evaluator = KpsEvaluator(ClipEncoder.from_pretrained(tiny_clip_dir), batch_size=batch_size)
+        return evaluated(encoder=evaluator, cache=cache)
+
+    # Batches of 4 and 2 pictures; an encoder that takes more of them at once computes the same.
+    for batch_size, kept in ((4, 8), (32, 8), (3, 12), (1, 20)):
+        by(batch_size)
+        assert len(list((cache / "embeddings").iterdir())) == kept
+    assert sum(count for _, count in counting.pictures) == 24
+
+
 def test_embeddings_of_a_callable_are_not_kept(evaluated: Evaluate, cache: Path) -> None:
     factor = 1.0
 
@@ -371,13 +386,46 @@ class TestKeys:
         keys.append(key())
         assert len(set(keys)) == len(keys)
 
-    def test_versions_and_device_matter(self, key: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_versions_and_device_matter(
+        self, key: Callable[..., str], pipeline: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         before = key()
+        for package in ("diffusers", "transformers", "peft"):
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    "cat_rs.evaluation.fingerprint.version", lambda one, p=package: "99" if one == p else "1"
+                )
+                of_package = key()
+                patch.setattr("cat_rs.evaluation.fingerprint.version", lambda one: "1")
+                assert key() != of_package, package
         with monkeypatch.context() as patch:
-            patch.setattr("cat_rs.evaluation.fingerprint.version", lambda package: f"99 of {package}")
+            patch.setattr("cat_rs.evaluation.fingerprint.torch.__version__", "99.1.0")
             assert key() != before
-        monkeypatch.setattr("cat_rs.evaluation.fingerprint.torch.__version__", "99.1.0")
-        assert key() != before
+        keys = []
+        for device in ("cuda:0", "cuda:1"):
+            monkeypatch.setattr(type(pipeline), "device", torch.device(device))
+            keys.append(key())
+        # Of several GPUs none is special.
+        assert keys[0] == keys[1] != before
+
+    def test_a_picture_is_that_of_its_index_and_seed(
+        self, pipeline: Any, config: EvaluationConfig, tmp_path: Path
+    ) -> None:
+        cache = EvaluationCache(tmp_path, pipeline, config)
+        requests = [PictureRequest(*values) for values in (("a", 0, 0), ("b", 0, 0), ("a", 1, 0), ("a", 0, 1))]
+        assert len({cache.picture_key(None, (request,)) for request in requests}) == len(requests)
+
+    def test_embeddings_are_those_of_pictures_encoder_and_batch_size(
+        self, pipeline: Any, config: EvaluationConfig, tmp_path: Path
+    ) -> None:
+        cache = EvaluationCache(tmp_path, pipeline, config)
+        given = [
+            ("pictures", "encoder", 4),
+            ("others", "encoder", 4),
+            ("pictures", "other", 4),
+            ("pictures", "encoder", 3),
+        ]
+        assert len({cache.embedding_key(*values) for values in given}) == len(given)
 
     def test_unloaded_weights_are_named(self, key: Callable[..., str], pipeline: Any) -> None:
         pipeline.vae.to("meta")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from cat_rs.evaluation import Interval, Scores
-from cat_rs.evaluation.scores import Embedded, EmbeddedModel, References, score_model, score_other_seed
+from cat_rs.evaluation.scores import Embedded, EmbeddedModel, References, _ratio, score_model, score_other_seed
 
 from .conftest import noise_picture
 
@@ -193,6 +193,26 @@ def test_single_pair_has_no_interval() -> None:
     for interval in (scores.ups, scores.tps, scores.drift, scores.identity, scores.pixel_rmse):
         assert interval is not None
         assert np.isnan([interval.low, interval.high]).all()
+
+
+def test_a_ratios_interval_has_the_noise_of_both() -> None:
+    generator = np.random.default_rng(3)
+    base = 0.2 + 0.1 * generator.random((400, 1))
+    ratio = _ratio(0.5 * base, base)
+    # Half as much for each prompt: whichever prompts are drawn, the ratio is a half.
+    assert ratio is not None
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.5,) * 3)
+    own = 0.1 + 0.05 * generator.random((400, 1))
+    drawn = generator.integers(400, size=(20_000, 400))
+    resampled = own.ravel()[drawn].mean(axis=1) / base.ravel()[drawn].mean(axis=1)
+    ratio = _ratio(own, base)
+    assert ratio is not None
+    spread = float(resampled.std())
+    assert (ratio.low, ratio.high) == pytest.approx(np.quantile(resampled, (0.025, 0.975)), abs=0.15 * spread)
+    # With the base model's diversity taken for exact, it would be two thirds as wide.
+    alone = _ratio(own, np.full_like(base, base.mean()))
+    assert alone is not None
+    assert alone.high - alone.low < 0.8 * (ratio.high - ratio.low)
 
 
 def test_collapsed_base_has_no_ratio() -> None:

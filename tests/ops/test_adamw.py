@@ -244,6 +244,18 @@ def test_zero_grad_zeroes_whatever_is_there(set_to_none: bool) -> None:
     assert all(param.grad is view and view.count_nonzero() == 0 for param, view in zip(params, views, strict=True))
 
 
+def test_zero_grad_drops_gradients_that_stand_elsewhere() -> None:
+    params, untouched = make_params(), make_params()
+    optimizer = FlatAdamW(params, weight_decay=0.5)
+    # The flat gradients are zero: only the tensors that took their places are not.
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.zero_grad()
+    assert all(param.grad is not None and param.grad.count_nonzero() == 0 for param in params)
+    optimizer.step()
+    assert all(torch.equal(param, before) for param, before in zip(params, untouched, strict=True))
+
+
 def test_a_graph_over_the_old_weights_is_noticed() -> None:
     weight = torch.nn.Parameter(torch.randn(4))
     optimizer = FlatAdamW([weight])

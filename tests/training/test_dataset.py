@@ -121,6 +121,13 @@ def test_random_crops_follow_the_generator() -> None:
     assert all(0 <= top <= 48 and left == 0 for top, left in places)
 
 
+@pytest.mark.parametrize("size", [(16, 18), (18, 16)])
+def test_random_crops_reach_both_edges(size: tuple[int, int]) -> None:
+    picture, generator = Image.new("RGB", size), torch.Generator().manual_seed(0)
+    places = {crop_square(picture, 16, generator).top_left for _ in range(60)}
+    assert places == {(place, 0) if size[1] > size[0] else (0, place) for place in range(3)}
+
+
 def test_fingerprint_sees_captions_and_bytes(concept_dir: Path) -> None:
     before = fingerprint(read_folder(concept_dir))
     assert before == fingerprint(read_folder(concept_dir))

@@ -10,10 +10,11 @@ import torch
 
 from cat_rs.training.captions import pair_captions
 from cat_rs.training.config import TrainConfig
-from cat_rs.training.dataset import read_folder
+from cat_rs.training.dataset import crop_square, load_picture, read_folder
 from cat_rs.training.encoded_dataset import EncodedDataset, encode_dataset
 from cat_rs.training.errors import DatasetError
-from cat_rs.training.model import encode_caption, load_pipeline
+from cat_rs.training.model import encode_caption, encode_pixels, load_pipeline
+from tests.conftest import draw_picture
 
 
 @pytest.fixture
@@ -76,6 +77,30 @@ def test_latents_are_those_of_the_vae(pipeline: Any, concept_dir: Path) -> None:
 def test_every_view_is_prepared(pipeline: Any, concept_dir: Path, settings: dict[str, Any], views: int) -> None:
     cache = build(pipeline, concept_dir, **settings)
     assert [len(prepared) for prepared in cache._views] == [views] * 3
+
+
+def test_sdxl_is_told_where_each_latent_was_cut(tiny_sdxl_pipeline_dir: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(str(tiny_sdxl_pipeline_dir), torch.float32, torch.device("cpu"))
+    for number, size in enumerate([(16, 48), (64, 20)]):
+        draw_picture(tmp_path / f"{number}.png", "red", size)
+        (tmp_path / f"{number}.txt").write_text("a sks cat")
+    data = build(pipeline, tmp_path, crop="random", crops=3, seed=5)
+    # The crops as the settings draw them, in the order of the pictures.
+    drawn = torch.Generator().manual_seed(5)
+    crops = [
+        [crop_square(load_picture(tmp_path / f"{number}.png"), 16, drawn) for _ in range(3)] for number in range(2)
+    ]
+    views = [crop for of_picture in crops for crop in of_picture]
+    expected = torch.tensor([[*crop.original_size, *crop.top_left, 16, 16] for crop in views], dtype=torch.float32)
+    assert len(expected.unique(dim=0)) == len(views)
+    means, _, conditioning = data.all_views()
+    torch.testing.assert_close(means, torch.stack([encode_pixels(pipeline, crop.pixels)[0] for crop in views]))
+    assert torch.equal(conditioning["added_cond_kwargs"]["time_ids"], expected)
+    for seed in range(4):
+        chosen = data.batch([1, 0], torch.Generator().manual_seed(seed), from_bank=True).latents
+        batch = data.batch([1, 0], torch.Generator().manual_seed(seed))
+        for cond in (batch.cond, batch.cond_no_trigger):
+            assert torch.equal(cond["added_cond_kwargs"]["time_ids"], expected[chosen])
 
 
 def test_prompts_to_preserve_take_their_share(pipeline: Any, concept_dir: Path, tmp_path: Path) -> None:

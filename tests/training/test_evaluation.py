@@ -189,12 +189,33 @@ def test_what_is_on_the_front(points: list[tuple[float, float]], expected: list[
         ([(0.5, 0.99), (0.69, 0.95), (0.7, 0.9)], 0.4, 1.0, 2),
         ([(0.5, 0.99), (0.69, 0.95), (0.7, 0.9)], 0.4, 0.0, 0),
         ([(0.7, 0.9), (0.7, 0.9)], 0.4, 0.95, 0),
+        # 0.68 is 93 % of the way from 0.4 to 0.7, though 97 % of 0.7.
+        ([(0.5, 0.99), (0.68, 0.95), (0.7, 0.9)], 0.4, 0.95, 2),
+        ([(0.5, 0.99), (0.68, 0.95), (0.7, 0.9)], -0.4, 0.95, 1),
         # All of them below the base model: none has come anywhere, the nearest to the concept remains.
         ([(0.3, 0.9), (0.2, 0.95)], 0.4, 0.95, 0),
     ],
 )
 def test_the_rule_of_the_best(points: list[tuple[float, float]], base: float, keep: float, expected: int) -> None:
     assert choose_best(points, base, keep) == expected
+
+
+def test_the_best_is_measured_from_the_base_models_identity(
+    configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[tuple[float, float]], float, float]] = []
+
+    def noting(points: list[tuple[float, float]], base_identity: float, keep: float) -> int:
+        seen.append((points, base_identity, keep))
+        return choose_best(points, base_identity, keep)
+
+    monkeypatch.setattr("cat_rs.training.evaluation.choose_best", noting)
+    config = configure(evaluate_keep=0.5)
+    quiet(config)
+    front = front_of(Path(config.output_dir))
+    scores = [row["scores"] for row in front["checkpoints"]]
+    points = [(one["identity"]["value"], one["ups"]["value"]) for one in scores]
+    assert seen[-1] == (points, front["base"]["identity"]["value"], 0.5)
 
 
 def test_a_run_killed_at_any_moment_ends_with_the_same_files(

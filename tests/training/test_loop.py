@@ -6,6 +6,8 @@ import errno
 import functools
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +204,29 @@ def test_metrics_have_a_line_for_each_step(configure: Configure) -> None:
     assert rows[0]["cat"] < 1e-8 * rows[0]["diffusion"]
     assert rows[-1]["cat"] > 0
     assert rows[-1]["loss"] == pytest.approx(rows[-1]["diffusion"] + rows[-1]["cat"])
+
+
+def test_logged_figures_are_means_over_the_batches_of_a_step(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+
+    class Noting(cat_rs.CatStep):
+        def __call__(self, *arguments: Any, **settings: Any) -> Any:
+            measured.append(super().__call__(*arguments, **settings))
+            return measured[-1]
+
+    monkeypatch.setattr("cat_rs.training.trainer.CatStep", Noting)
+    result = quiet(configure(accumulate=3, steps=2, cat_factor_end=3.0))
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        of_step = measured[3 * number : 3 * number + 3]
+        for name in ("loss", "diffusion", "cat", "cat_factor"):
+            values = [float(getattr(one, name)) for one in of_step]
+            assert row[name] == pytest.approx(sum(values) / 3), name
+            assert name in ("cat", "cat_factor") or row[name] != pytest.approx(values[-1])
+        # The gradient is whole with the last.
+        assert row["grad_norm"] == pytest.approx(float(of_step[-1].grad_norm))
 
 
 def test_plain_lora_has_no_preservation_term(configure: Configure) -> None:
@@ -455,3 +480,25 @@ def test_tensorboard_log_is_written(configure: Configure, tmp_path: Path) -> Non
 
 def _fail() -> None:
     raise ArithmeticError("the machine fails here")
+
+
+def test_a_second_training_in_the_folder_is_refused(configure: Configure, tmp_path: Path) -> None:
+    config = configure()
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True)
+    hold = (
+        "import fcntl, sys\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", hold, str(folder / ".training.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="expected a folder without a running training"):
+            train(replace(config, overwrite=True), progress=False, report=lambda _: None)
+        assert [path.name for path in folder.iterdir()] == [".training.lock"]
+        other.stdin.close()
+    train(config, progress=False, report=lambda _: None)
+    assert not (folder / ".training.lock").exists()

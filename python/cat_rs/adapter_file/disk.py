@@ -1,11 +1,10 @@
-"""Safetensors files: the one writer of this package, and the reader of adapters."""
+"""The one writer of safetensors files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -42,14 +41,3 @@ def _source(tensor: torch.Tensor | TensorParts) -> torch.Tensor | tuple[str, tup
     if isinstance(tensor, torch.Tensor):
         return tensor
     return str(tensor.dtype).removeprefix("torch."), tensor.shape, tensor.parts
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file.
-
-    Raises:
-        AdapterError: It is damaged, or holds a dtype that is not read.
-        OSError: It cannot be read.
-    """
-    tensors, metadata = _core.read_safetensors(path)
-    return dict(tensors), metadata

@@ -60,17 +60,8 @@ class Layer(NamedTuple):
 def parse(
     tensors: Mapping[str, torch.Tensor], known: Mapping[str, list[str]], component: str | None
 ) -> tuple[str, str | None, list[Layer]]:
-    """Format, family and layers of tensors by name.
-
-    Args:
-        tensors: The tensors.
-        known: Component -> names of its modules, where the model is at hand.
-        component: Whose the layers are where the names do not tell.
-
-    Raises:
-        AdapterError: They are not the tensors of an adapter.
-    """
-    named = [(name, tensor.detach().to("cpu")) for name, tensor in tensors.items()]
+    """Format, family and layers of tensors by name; `component` is whose they are where the names do not tell."""
+    named = [(name, _whole(tensor).detach().to("cpu")) for name, tensor in tensors.items()]
     format, family, found = _core.adapter_layers(named, known)
     layers = [Layer(*each) for each in found]
     if any(not layer.component for layer in layers):
@@ -86,12 +77,13 @@ def _component_of_models(modules: list[str], known: Mapping[str, list[str]]) -> 
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _component_of_names(modules: list[str]) -> str:
-    """Whose layers these are, by the structure of diffusers' models.
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; where it is sharded (a DTensor), gathered, for which every rank must be here."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-    Raises:
-        AdapterError: They could be anybody's.
-    """
+
+def _component_of_names(modules: list[str]) -> str:
+    """Whose layers these are, by the structure of diffusers' models."""
     starts = {
         "unet": ("down_blocks.", "up_blocks.", "mid_block."),
         "transformer": ("transformer_blocks.", "single_transformer_blocks."),

@@ -17,11 +17,7 @@ _KEPT_SETTINGS = ("lora_dropout", "use_rslora", "use_dora", "lora_bias")
 
 
 def with_alpha(layer: Layer, config: Mapping[str, Any]) -> Layer:
-    """The layer with the alpha of a LoraConfig; r, so that the scale is 1, where there is neither.
-
-    Raises:
-        AdapterError: The alpha is no number.
-    """
+    """The layer with the alpha of a LoraConfig; r, so that the scale is 1, where there is neither."""
     if layer.alpha is not None:
         return layer
     alpha: Any = layer.rank

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from cat_rs.adapter_file.layer import Layer
-from cat_rs.adapter_file.model import component_of_model, fitting, put_in, unwrapped
+from cat_rs.adapter_file.model import component_of_model, fitting, put_in
 from cat_rs.errors import AdapterError
+from cat_rs.unwrap import unwrap_model
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class LoraFile:
         Raises:
             AdapterError: The file has no such part, or a layer does not fit the model; the model is unchanged.
         """
-        model = unwrapped(model)
+        model = unwrap_model(model)
         component = self._component_for(model) if component is None else component
         if component not in self.state:
             raise AdapterError(f"load_lora: expected layers of {component}, got only {', '.join(self.state)}")

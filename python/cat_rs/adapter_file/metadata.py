@@ -63,11 +63,6 @@ def other_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {name: text for name, text in metadata.items() if name not in _OWN_KEYS}
 
 
-def kept_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The part of a file's metadata that holds for another file of the same adapter: a hash does not."""
-    return {name: text for name, text in metadata.items() if "hash" not in name}
-
-
 def family_of_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family, where a trainer noted the model."""
     return _KOHYA_VERSIONS.get(metadata.get("ss_base_model_version", ""))

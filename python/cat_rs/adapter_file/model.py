@@ -6,22 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from cat_rs.adapter_file.layer import Layer, listed, parse
 from cat_rs.adapter_file.lora_config import exact_config
 from cat_rs.errors import AdapterError
-
-
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without what torch.compile and data parallelism put around it, and before its layers' names."""
-    while True:
-        if isinstance(model, (DataParallel, DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), torch.nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def module_names(model: torch.nn.Module) -> list[str]:
@@ -47,11 +35,7 @@ def family_of_model(model: torch.nn.Module) -> str | None:
 
 
 def check_ldm_layout(model: torch.nn.Module) -> None:
-    """kohya's names of SDXL's layers count two in a block: other models' layers would get each other's names.
-
-    Raises:
-        AdapterError: The model has another number.
-    """
+    """kohya's names of SDXL's layers count two in a block: other models' layers would get each other's names."""
     layers = getattr(getattr(model, "config", None), "layers_per_block", 2)
     if layers != 2 and layers != [2, 2, 2]:
         raise AdapterError(

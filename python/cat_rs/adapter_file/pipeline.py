@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from cat_rs.adapter_file.lora_file import LoraFile, check_fit
-from cat_rs.adapter_file.model import unwrapped
 from cat_rs.adapter_file.paths import COMPONENTS
 from cat_rs.errors import AdapterError
+from cat_rs.unwrap import unwrap_model
 
 
 def pipeline_models(pipeline: Any) -> dict[str, torch.nn.Module]:
     """The models of a pipeline that can have an adapter, by component."""
     parts = {name: pipeline.components.get(name) for name in COMPONENTS}
-    return {name: unwrapped(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    return {name: unwrap_model(part) for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
 
 def adapter_names(pipeline: Any) -> list[str]:

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from cat_rs._native import _core
 from cat_rs.adapter_file import metadata as text
-from cat_rs.adapter_file.disk import read_safetensors
 from cat_rs.adapter_file.layer import Layer, family_of_layers, parse
 from cat_rs.adapter_file.lora_config import split_configs, with_alpha
 from cat_rs.adapter_file.lora_file import LoraFile, check_fit
-from cat_rs.adapter_file.model import component_of_model, module_names, unwrapped
+from cat_rs.adapter_file.model import component_of_model, module_names
 from cat_rs.adapter_file.paths import PEFT_CONFIG_FILE, PEFT_FILE, locate
 from cat_rs.errors import AdapterError
 from cat_rs.text_files import read_text
+from cat_rs.unwrap import unwrap_model
 
 
 def load_lora(
@@ -50,8 +51,8 @@ def load_lora(
     """
     given = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     if model is not None:
-        given = {**given, component_of_model(unwrapped(model)): model}
-    models = {component: unwrapped(each) for component, each in given.items() if each is not None}
+        given = {**given, component_of_model(unwrap_model(model)): model}
+    models = {component: unwrap_model(each) for component, each in given.items() if each is not None}
     lora = read_lora(path, models)
     check_fit(lora, models)
     for component, each in models.items():
@@ -79,11 +80,11 @@ def read_lora(path: str | os.PathLike[str], models: Mapping[str, torch.nn.Module
 
 
 def _read_file(file: Path, known: Mapping[str, list[str]], component: str | None = None) -> LoraFile:
-    tensors, metadata = read_safetensors(file)
+    tensors, metadata = _core.read_safetensors(file)
     training = text.training_metadata(metadata, file)
     stored = text.from_json(metadata.get(text.CONFIG_KEY, "{}"), file, text.CONFIG_KEY)
     with _named(file):
-        format, family, layers = parse(tensors, known, component)
+        format, family, layers = parse(dict(tensors), known, component)
         if format == "peft" and "lora_alpha" not in stored and any(layer.alpha is None for layer in layers):
             raise AdapterError(
                 f"load_lora: expected {PEFT_CONFIG_FILE} beside {PEFT_FILE}, whose tensors do not tell their scale: "
@@ -106,11 +107,11 @@ def _read_peft(folders: Mapping[str, Path]) -> LoraFile:
         config = text.from_json(read_text(config_file), config_file, "the file")
         if config.get("peft_type") != "LORA":
             raise AdapterError(f"{config_file}: expected peft_type LORA, got {config.get('peft_type')!r}")
-        tensors, stored = read_safetensors(folder / PEFT_FILE)
+        tensors, stored = _core.read_safetensors(folder / PEFT_FILE)
         metadata |= stored
         training |= text.training_metadata(stored, folder / PEFT_FILE)
         with _named(folder):
-            _, _, found = parse(tensors, {}, name or stored.get("component"))
+            _, _, found = parse(dict(tensors), {}, name or stored.get("component"))
         configs[found[0].component] = config
         layers += [with_alpha(layer, config) for layer in found]
     return _lora_file(layers, configs, metadata, training, "peft", None)

@@ -21,14 +21,15 @@ from cat_rs.adapter_file.model import (
     component_of_model,
     family_of_model,
     layers_of_model,
-    unwrapped,
 )
-from cat_rs.adapter_file.paths import DIFFUSERS_FILE, PEFT_CONFIG_FILE, PEFT_FILE, SUFFIX, is_file_name
+from cat_rs.adapter_file.paths import DIFFUSERS_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 from cat_rs.atomic import write_bytes
 from cat_rs.errors import InvalidValueError
+from cat_rs.unwrap import unwrap_model
 
 FAMILIES = ("sd", "sdxl", "flux")
 FORMATS = ("diffusers", "peft", "kohya")
+SUFFIX = ".safetensors"
 
 
 def save_lora(
@@ -44,6 +45,8 @@ def save_lora(
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter. An older file stays until the new one is whole.
+
+    Sharded parameters (FSDP2's DTensors) are gathered, for which every rank must call this.
 
     kohya's format has one number for each layer's scale and no more: rsLoRA is folded into it, DoRA and biases are
     refused. In FLUX files query, key and value are one layer there, written block-diagonal with the sum of the ranks,
@@ -82,7 +85,7 @@ def save_lora(
         training, file_metadata = dict(model_or_state.metadata), dict(model_or_state.file_metadata)
         family = family or model_or_state.family
     elif isinstance(model_or_state, torch.nn.Module):
-        denoiser = unwrapped(model_or_state)
+        denoiser = unwrap_model(model_or_state)
     elif model_or_state is not None:
         _, found, layers = parse(model_or_state, {}, None)
         layers = [with_alpha(layer, {}) for layer in layers]
@@ -93,7 +96,7 @@ def save_lora(
         family = family or family_of_model(denoiser)
     for component, model in models.items():
         if model is not None:
-            model = unwrapped(model)
+            model = unwrap_model(model)
             layers = [layer for layer in layers if layer.component != component]
             layers += layers_of_model(model, component, adapter_name)
             configs[component] = model_config(model, adapter_name)
@@ -101,11 +104,9 @@ def save_lora(
         layers = [layer.to(dtype) for layer in layers]
     family = family or family_of_layers(layers)
     training |= metadata or {}
-    common = {
-        **text.kept_metadata(file_metadata),
-        "format": "pt",
-        text.TRAINING_KEY: text.to_json("metadata", training),
-    }
+    # A hash of the file that was read is not one of the file that is written.
+    kept = {name: value for name, value in file_metadata.items() if "hash" not in name}
+    common = {**kept, "format": "pt", text.TRAINING_KEY: text.to_json("metadata", training)}
     if format == "peft":
         return _save_peft(Path(path), layers, configs, common)
     if format == "kohya":
@@ -115,7 +116,7 @@ def save_lora(
         common |= text.kohya_metadata(Path(path).stem, layers, family, training, file_metadata)
     else:
         common[text.CONFIG_KEY] = text.to_json("configs", joined_configs(configs_for(layers, configs)))
-    file = Path(path) if is_file_name(path) else Path(path, DIFFUSERS_FILE)
+    file = Path(path) if os.fspath(path).endswith(SUFFIX) else Path(path, DIFFUSERS_FILE)
     tensors = _core.adapter_tensors(layers, format, family)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(file, dict(tensors), common)
@@ -150,9 +151,10 @@ def _check_arguments(path: str | os.PathLike[str], format: str, family: str | No
         if value not in choices:
             known = ", ".join(filter(None, choices))
             raise InvalidValueError(f"save_lora: `{name}` must be {known}, got {value!r}")
-    if format == "peft" and is_file_name(path):
+    is_file = os.fspath(path).endswith(SUFFIX)
+    if format == "peft" and is_file:
         raise InvalidValueError(f"save_lora: `path` must be a folder for format peft, got {os.fspath(path)}")
-    if format == "kohya" and not is_file_name(path):
+    if format == "kohya" and not is_file:
         raise InvalidValueError(f"save_lora: `path` must end with {SUFFIX} for format kohya, got {os.fspath(path)}")
     if dtype is not None and not dtype.is_floating_point:
         raise InvalidValueError(f"save_lora: `dtype` must be a floating dtype, got {dtype}")

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat_rs._native import _core
-from cat_rs.ops.operator import check_tensor, empty_for_none, fake_gradients, none_for_empty, stream_of
+from cat_rs.arguments import as_float, check_tensor
+from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, reraise, stream_of
 
 __all__ = ["CatLossParts", "cat_loss", "student_loss"]
 
@@ -145,18 +146,14 @@ def cat_loss(
             model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask, cat_factor, mask_normalize
         )
         return CatLossParts(total, *values.unbind()) if return_parts else total
+    factor = cat_factor if type(cat_factor) is float else as_float("cat_loss", "cat_factor", cat_factor)
+    tensors = (model_pred, model_pred_no_trigger, target, base_pred, sample_weight, mask)
     parts: list[Any] = []
-    total = CatLossFunction.apply(
-        model_pred,
-        model_pred_no_trigger,
-        target,
-        base_pred,
-        sample_weight,
-        mask,
-        float(cat_factor),
-        mask_normalize,
-        parts,
-    )
+    try:
+        total = CatLossFunction.apply(*tensors, factor, mask_normalize, parts)
+    except RuntimeError as error:
+        names = ("model_pred", "model_pred_no_trigger", "target", "base_pred", "sample_weight", "mask")
+        reraise("cat_loss", error, **dict(zip(names, tensors, strict=True)))
     if not return_parts:
         return total
     return CatLossParts(total, *_as_tensor(parts[0], total).unbind())
@@ -230,26 +227,22 @@ def _cat_loss_backward(
     cat_factor: float,
     mask_normalize: bool,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     tensors = (model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask)
     _, _, *gradients = _evaluate(tensors, (cat_factor, mask_normalize), grad_total, wanted)
     first, second = empty_for_none(gradients, (model_pred, model_pred_no_trigger))
     # Both lie in one buffer, which the outputs of an operator must not.
-    return first, second.clone()
+    return [first, second.clone()]
 
 
 @_cat_loss_backward.register_fake
-def _(
-    grad_total: Tensor, model_pred: Tensor, target: Tensor, model_pred_no_trigger: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
-    first, second = fake_gradients((model_pred, model_pred_no_trigger), others[-1])
-    return first, second
+def _(grad_total: Tensor, *arguments: Any) -> list[Tensor]:
+    return fake_gradients((arguments[0], arguments[2]), arguments[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, cat_factor, mask_normalize = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.settings = cat_factor, mask_normalize
+    ctx.save_for_backward(*inputs[:6])
+    ctx.settings = inputs[6:]
 
 
 def _differentiate(ctx: Any, grad_total: Tensor, grad_parts: Tensor) -> tuple[Tensor | None, ...]:

@@ -30,18 +30,10 @@ class FrozenConv2dFunction(torch.autograd.Function):
     """y = im2col(x) W^T + b with W and b frozen; saves nothing of the input."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.size, ctx.geometry = x.shape[-2:], (stride, padding, dilation)
-        return _core.frozen_conv2d_forward(x, weight, bias, stride, padding, dilation)
+        ctx.size, ctx.geometry = x.shape[-2:], geometry
+        return _core.frozen_conv2d_forward(x, weight, bias, *geometry)
 
     @staticmethod
     @once_differentiable
@@ -92,16 +84,9 @@ def frozen_conv2d_operator(
 
 
 @frozen_conv2d_operator.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    geometry = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    size = [(length + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for length, kernel, step, pad, gap in geometry]
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Sequence[int]) -> Tensor:
+    sides = zip(x.shape[2:], weight.shape[2:], *geometry, strict=True)
+    size = [(length + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for length, kernel, step, pad, gap in sides]
     return x.new_empty((x.shape[0], weight.shape[0], *size))
 
 
@@ -118,14 +103,7 @@ def _frozen_conv2d_backward(
 
 
 @_frozen_conv2d_backward.register_fake
-def _(
-    grad: Tensor,
-    weight: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
+def _(grad: Tensor, weight: Tensor, size: Sequence[int], *geometry: Sequence[int]) -> Tensor:
     return grad.new_empty((grad.shape[0], weight.shape[1], *size))
 
 

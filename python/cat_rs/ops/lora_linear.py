@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cat_rs._native import _core
+from cat_rs.arguments import as_float, check_tensor
 from cat_rs.errors import InvalidValueError
-from cat_rs.ops.operator import check_tensor, empty_for_none, fake_gradients, none_for_empty, rounded
+from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, reraise, rounded
 
 __all__ = ["LoraLinearFunction", "WeightCopyFunction", "lora_linear"]
 
@@ -109,7 +110,11 @@ def lora_linear(
     if torch.compiler.is_compiling():
         lora_A, lora_B = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
         return lora_linear_operator(x, weight, bias, lora_A, lora_B, scaling)[0]
-    return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, float(scaling), None)
+    factor = scaling if type(scaling) is float else as_float("lora_linear", "scaling", scaling)
+    try:
+        return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, factor, None)
+    except RuntimeError as error:
+        reraise("lora_linear", error, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
 
 
 @torch.library.custom_op("cat_rs::lora_linear", mutates_args=())
@@ -121,9 +126,7 @@ def lora_linear_operator(
 
 
 @lora_linear_operator.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((rows, lora_A.shape[0]))
 
@@ -138,27 +141,16 @@ def _lora_linear_backward(
     hidden: Tensor,
     scaling: float,
     wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     gradients = _core.lora_linear_backward(
         grad, x, weight, lora_A, lora_B, hidden, scaling, (wanted[0], wanted[1], wanted[2])
     )
-    dx, dA, dB = empty_for_none(gradients, (x, lora_A, lora_B))
-    return dx, dA, dB
+    return empty_for_none(gradients, (x, lora_A, lora_B))
 
 
 @_lora_linear_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    hidden: Tensor,
-    scaling: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA, dB = fake_gradients((x, lora_A, lora_B), wanted)
-    return dx, dA, dB
+def _(grad: Tensor, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *others: Any) -> list[Tensor]:
+    return fake_gradients((x, lora_A, lora_B), others[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cat_rs._native import _core
-from cat_rs.ops.operator import check_tensor, empty_for_none, fake_gradients, none_for_empty, rounded
+from cat_rs.arguments import as_float, check_tensor
+from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, rounded
 
 __all__ = ["LoraUpFunction", "lora_up_"]
 
@@ -74,7 +75,7 @@ def lora_up_(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, *, chann
     check_tensor("lora_up", "lora_B", lora_B)
     if torch.compiler.is_compiling():
         return lora_up_operator(y, hidden, rounded(lora_B, y.dtype), scaling, channels_second)
-    return LoraUpFunction.apply(y, hidden, lora_B, float(scaling), channels_second, None)
+    return LoraUpFunction.apply(y, hidden, lora_B, as_float("lora_up", "scaling", scaling), channels_second, None)
 
 
 @torch.library.custom_op("cat_rs::lora_up", mutates_args=())
@@ -86,35 +87,32 @@ def lora_up_operator(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, 
 
 
 @lora_up_operator.register_fake
-def _(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, channels_second: bool) -> Tensor:
+def _(y: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(y)
 
 
 @torch.library.custom_op("cat_rs::lora_up_backward", mutates_args=())
 def _lora_up_backward(
     grad: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, channels_second: bool, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     gradients = _core.lora_up_backward(grad, hidden, lora_B, scaling, channels_second, (wanted[0], wanted[1]))
     dh, dB = empty_for_none(gradients, (hidden, lora_B))
-    return dh.contiguous(), dB
+    return [dh.contiguous(), dB]
 
 
 @_lora_up_backward.register_fake
-def _(
-    grad: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, channels_second: bool, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    dh, dB = fake_gradients((hidden, lora_B), wanted)
-    return dh, dB
+def _(grad: Tensor, hidden: Tensor, lora_B: Tensor, *others: Any) -> list[Tensor]:
+    return fake_gradients((hidden, lora_B), others[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, hidden, lora_B, ctx.scaling, ctx.channels_second = inputs
+    _, hidden, lora_B, *ctx.settings = inputs
     ctx.save_for_backward(hidden, lora_B)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[1:3])
-    gradients = _lora_up_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.channels_second, wanted)
+    gradients = _lora_up_backward(grad, *ctx.saved_tensors, *ctx.settings, wanted)
     dh, dB = none_for_empty(gradients, wanted)
     return grad, dh, dB, None, None
 

@@ -47,9 +47,15 @@ class Adapters:
             peft.patch_peft(module)
         low_precision = peft.lower_dtype(self._modules)
         optimizer = FlatAdamW(self.parameters.values(), *arguments, **options, low_precision=low_precision)
+        self.use_copies_of(optimizer)
+        return optimizer
+
+    def use_copies_of(self, optimizer: FlatAdamW) -> None:
+        """Lets the layers compute with the optimizer's low-precision copies of their weights."""
+        from cat_rs import peft
+
         for module in self._modules:
             peft.use_copies_of(optimizer, module)
-        return optimizer
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -64,6 +70,7 @@ class Adapters:
     @torch.no_grad()
     def load(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Copies saved parameters into those of the same names; raises AdapterError where names or shapes differ."""
+        saved = {_plain_name(name): tensor for name, tensor in saved.items()}
         shapes, saved_shapes = (
             {name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (self.parameters, saved)
         )
@@ -77,6 +84,11 @@ class Adapters:
             param.copy_(saved[name])
 
 
+def _plain_name(name: str) -> str:
+    """A parameter's name without what torch.compile puts into it, so that states fit compiled models and others."""
+    return name.replace("_orig_mod.", "")
+
+
 def _adapter_parameters(argument: str, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     # PEFT is imported only where a model with its layers is trained.
     from cat_rs.peft import has_adapter
@@ -85,7 +97,7 @@ def _adapter_parameters(argument: str, model: torch.nn.Module) -> dict[str, torc
         raise AdapterError(
             f"CatStep: `{argument}` must have PEFT adapter layers (model.add_adapter(LoraConfig(...))), got none"
         )
-    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    trainable = {_plain_name(name): param for name, param in model.named_parameters() if param.requires_grad}
     if not trainable:
         raise AdapterError(f"CatStep: `{argument}` must have trainable adapter parameters, got all of them frozen")
     for name, param in trainable.items():

@@ -46,16 +46,16 @@ class CapturedStep:
     def __call__(
         self, forward_backward: ForwardBackward, inputs: StepInputs, settings: tuple[Any, ...], *, with_update: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Runs, records or replays a step.
+        """Runs, records or replays a step: ``forward_backward(inputs)`` and, ``with_update``, the optimizer step.
 
         Args:
             forward_backward: Adds to the gradients of the optimizer's parameters; returns loss and [diffusion, cat].
-            inputs: Argument of ``forward_backward``.
+            inputs: The tensors that it reads.
             settings: All other values that the kernels depend on.
             with_update: Whether the optimizer step belongs to the graph.
 
         Returns:
-            Loss, [diffusion, cat], and the gradient norm, which is None where the caller makes the optimizer step.
+            Loss, [diffusion, cat], and the gradient norm, which is None without the optimizer step.
         """
         kind = inputs.latents.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)

@@ -13,6 +13,7 @@ import torch
 from cat_rs.ops.cat_loss import student_loss
 from cat_rs.ops.noising import noising
 from cat_rs.step import collectives, inputs
+from cat_rs.step.accumulation import Accumulation
 from cat_rs.step.adapters import Adapters
 from cat_rs.step.captured_step import CapturedStep
 from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor, factor_after
@@ -161,17 +162,22 @@ class CatStep:
         self._join_conditions = functools.partial(
             join_conditions, unbatched=frozenset(unbatched), convention=convention_of(self.model)
         )
-        self._process_group = collectives.data_parallel_group(process_group)
-        if self._process_group is not None:
-            collectives.check_group("CatStep", self._process_group)
+        process_group = collectives.data_parallel_group(process_group)
+        if process_group is not None:
+            collectives.check_group("CatStep", process_group)
         self.optimizer = self._adapters.make_optimizer(
-            lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, process_group=self._process_group
+            lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, process_group=process_group
         )
         # cat_factor, and the factor of the gradient.
         self._factors = DeviceValues([0.0, 1.0], device)
         self._captured = CapturedStep(self.optimizer, device, max_captures, self.text_encoders) if capture else None
         self.steps_done = 0
-        self._accumulated = 0
+        self._accumulation = Accumulation()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copies of the weights belong to the optimizer of the copied step.
+        self.__dict__.update(state)
+        self._adapters.use_copies_of(self.optimizer)
 
     @property
     def cat_factor(self) -> CatFactor:
@@ -192,6 +198,7 @@ class CatStep:
         timesteps: torch.Tensor | None = None,
         sample_weight: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        sync_gradients: bool | None = None,
     ) -> StepMetrics:
         """Runs one step; every ``accumulate``-th call updates the adapter.
 
@@ -209,10 +216,14 @@ class CatStep:
             timesteps: [B], on the latents' device; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
             mask: m, of the latents' shape up to dimensions of size 1.
+            sync_gradients: Whether this call updates the adapter, as ``accelerator.sync_gradients`` says inside
+                ``accelerator.accumulate``, which also ends an accumulation with the dataloader; by default every
+                ``accumulate``-th call does.
 
         Returns:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
+        update_due = self._accumulation.is_due(self.accumulate, sync_gradients)
         cat_factor = factor_after(self._cat_factor, self.steps_done)
         preserve = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
         conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=preserve)
@@ -226,10 +237,10 @@ class CatStep:
             loss, parts, grad_norm = *self._forward_backward(given), None
         else:
             # Between gradient and update these three do what a graph cannot hold, or not in every call.
-            whole = self.accumulate == 1 and self.grad_scaler is None and self._process_group is None
+            whole = self.accumulate == 1 and self.grad_scaler is None and self.optimizer.process_group is None
             settings = self.snr_gamma, self.model.training
             loss, parts, grad_norm = self._captured(self._forward_backward, given, settings, with_update=whole)
-        grad_norm = self._update(grad_norm)
+        grad_norm = self._update(grad_norm, update_due)
         diffusion, cat = parts.unbind()
         if isinstance(self._cat_factor, CatFactorRatio):
             self._cat_factor.update(diffusion, cat)
@@ -267,17 +278,18 @@ class CatStep:
         # Under autocast the loss is taken in the latents' dtype, and the scaled gradient is rounded once.
         return prediction.to(latents.dtype) if torch.is_autocast_enabled(latents.device.type) else prediction
 
-    def _update(self, grad_norm: torch.Tensor | None) -> torch.Tensor:
+    def _update(self, grad_norm: torch.Tensor | None, due: bool) -> torch.Tensor:
         """Counts the call, and makes the optimizer step where it is due.
 
         Args:
             grad_norm: Of a graph that made the optimizer step already.
+            due: Whether it is.
 
         Returns:
             The gradient norm; NaN where no optimizer step is due.
         """
-        self._accumulated = (self._accumulated + 1) % self.accumulate
-        if self._accumulated:
+        self._accumulation.count(due)
+        if not due:
             return torch.full((), math.nan, device=self._schedule.device)
         if grad_norm is None:
             grad_norm = self._optimizer_step()
@@ -301,12 +313,13 @@ class CatStep:
 
         Accumulated gradients and the generator are the rank's own. Taking and loading a state is not collective.
         """
-        grads = {name: param.grad for name, param in self.trainable.items()} if self._accumulated else {}
+        accumulated = self._accumulation.calls
+        grads = {name: param.grad for name, param in self.trainable.items()} if accumulated else {}
         return {
             "parameters": {name: param.detach().clone() for name, param in self.trainable.items()},
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "steps_done": self.steps_done,
-            "accumulated": self._accumulated,
+            "accumulated": accumulated,
             "cat_factor": self._cat_factor.state_dict() if isinstance(self._cat_factor, CatFactorRatio) else None,
             "gradients": {name: grad.clone() for name, grad in grads.items() if grad is not None},
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
@@ -324,7 +337,7 @@ class CatStep:
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.optimizer.zero_grad()
         self.steps_done = state_dict["steps_done"]
-        self._accumulated = state_dict["accumulated"]
+        self._accumulation.calls = state_dict["accumulated"]
         for name, saved_grad in state_dict["gradients"].items():
             grad = self.trainable[name].grad
             if grad is not None:

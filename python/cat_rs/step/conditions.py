@@ -63,11 +63,19 @@ def _evaluate(name: str, cond: Cond | Callable[[], Cond], trains_text: bool) -> 
             f"lambda: text_encoder(input_ids)[0], for text_encoders to train, got {type(cond).__name__}"
         )
     kwargs = as_kwargs(name, cond)
-    if trains_text and torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in pytree.tensors(kwargs)):
-        raise InvalidValueError(
-            f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "
-            "train, got no tensor that requires a gradient"
-        )
+    if torch.is_grad_enabled():
+        has_grad = any(tensor.requires_grad for tensor in pytree.tensors(kwargs))
+        if trains_text and not has_grad:
+            raise InvalidValueError(
+                f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "
+                "train, got no tensor that requires a gradient"
+            )
+        if has_grad and not trains_text:
+            # The base prediction would see the adapted encoder, and nothing would train it.
+            raise InvalidValueError(
+                f"CatStep: `{name}` must be constant without text_encoders, got a tensor that requires a gradient: "
+                "give text_encoders=[...] to train them, or compute it under torch.no_grad()"
+            )
     return kwargs
 
 

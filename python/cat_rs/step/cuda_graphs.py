@@ -150,10 +150,14 @@ class CapturedFunctions:
     """
 
     def __init__(self, owner: str, device: torch.device, limit: int) -> None:
-        self._owner, self._limit = owner, limit
+        self._owner, self._device, self._limit = owner, device, limit
         self._graphs = CudaGraphs(device)
         self._recordings: list[_Recording] = []
         self._given_up = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A recording holds the addresses of what it was made with: a copy records anew.
+        return type(self), (self._owner, self._device, self._limit)
 
     def __call__(self, function: Callable[[Any], Outputs], inputs: Any, variant: Any) -> Outputs:
         """Returns the function's outputs in new tensors.

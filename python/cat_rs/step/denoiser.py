@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -91,22 +92,36 @@ def denoiser_predict(model: torch.nn.Module) -> Predict:
             f"CatStep: `model` must take its latent first and have an argument 'timestep', got {type(inner).__name__} "
             f"with {parameters}: pass predict=lambda model, latents, timesteps, cond: ..."
         )
-    latent_name = convention.latents or parameters[0]
     options = {"return_dict": False} if "return_dict" in parameters else {}
-    config = getattr(inner, "config", None)
-    out_channels = getattr(config, "out_channels", None)
+    return _Call(convention, convention.latents or parameters[0], options, getattr(inner, "config", None))
 
-    def predict(
-        model: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]
+
+@dataclass(frozen=True)
+class _Call:
+    """The call of a diffusers denoiser: an object, not a closure, so that a step can be pickled.
+
+    Attributes:
+        convention: The model class's.
+        latents: Name of the latents' argument.
+        options: Further arguments.
+        config: The model's.
+    """
+
+    convention: Convention
+    latents: str
+    options: dict[str, Any]
+    config: Any
+
+    def __call__(
+        self, model: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]
     ) -> torch.Tensor:
-        time = convention.time(timesteps, config) if convention.time else timesteps
+        convention, out_channels = self.convention, getattr(self.config, "out_channels", None)
+        time = convention.time(timesteps, self.config) if convention.time else timesteps
         z: Any = list(latents.unsqueeze(2).unbind()) if convention.list_of_frames else latents
-        output = model(**{latent_name: z, convention.timestep: time}, **cond, **options)
+        output = model(**{self.latents: z, convention.timestep: time}, **cond, **self.options)
         output = output[0] if isinstance(output, tuple) else output
         if convention.list_of_frames:
             output = torch.stack(output).squeeze(2)
         if output.dim() > 3 and out_channels == output.shape[1] == 2 * latents.shape[1]:
             output = output.chunk(2, dim=1)[0].contiguous()
         return -output if convention.sign < 0 else output
-
-    return predict

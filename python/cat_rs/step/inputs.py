@@ -37,8 +37,8 @@ class StepInputs(NamedTuple):
     conditions: Conditions
 
 
+# The first four fields.
 Draws = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""The first fields of :class:`StepInputs`."""
 
 
 def check_options(

@@ -37,6 +37,8 @@ class NoiseSchedule:
             self.prediction_type = prediction_type or config.get("prediction_type", "epsilon")
             expected: tuple[str, ...] = ("epsilon", "v_prediction")
         elif type(scheduler).__name__.startswith("FlowMatch") and hasattr(scheduler, "timesteps"):
+            # Sampling replaces a scheduler's timesteps by the few that it visits: a new one has those of training.
+            scheduler = type(scheduler).from_config(config)
             self.timesteps: torch.Tensor = scheduler.timesteps.to(self.device, torch.float32)
             self.num_train_timesteps: int = config["num_train_timesteps"]
             self.prediction_type = prediction_type or "flow"
@@ -63,10 +65,6 @@ class NoiseSchedule:
         """The factors of latent and noise in z_t at each timestep, [batch] each.
 
         On a GPU the timesteps' range is not checked, which would have to wait for their values.
-
-        Raises:
-            ShapeError, DeviceError, InvalidValueError: `timesteps` has another shape, device or dtype, or is out of
-                range.
         """
         if timesteps.shape != (batch,):
             raise ShapeError(f"CatStep: `timesteps` must have shape [{batch}], got {list(timesteps.shape)}")

@@ -77,7 +77,8 @@ class _FlatBuffers:
             view.copy_(param.detach())
         self._low_precision = None if dtype == self.master.dtype else self.master.to(dtype)
         weights = self.master if self._low_precision is None else self._low_precision
-        for param, own in zip(params, _own_storages(weights, params), strict=True):
+        self._weights = _own_storages(weights, params)
+        for param, own in zip(params, self._weights, strict=True):
             param.data = own
         self.grad = torch.zeros(size, dtype=dtype, device=device)
         self.grads = _own_storages(self.grad, params)
@@ -87,7 +88,7 @@ class _FlatBuffers:
         self.copies = [] if self._copy is None else _views(self._copy, params)
         self.addresses = list(map(_ADDRESS, params))
         # Versions of the parameters and gradients when this class last wrote to them: whoever wrote since raised them.
-        self.versions = self.copied_versions = [param._version for param in params]
+        self.versions, self.copied_versions = ([param._version for param in params] for _ in range(2))
         self._zeroed_versions = [grad._version for grad in self.grads]
         self.spans = self._spans_of([torch.zeros((), dtype=torch.float32, device=device)] * len(params))
         self.active = [True] * len(params)
@@ -177,14 +178,19 @@ class _FlatBuffers:
 
     def load_state(self, states: list[dict[str, Any]]) -> None:
         """Takes over the state of each parameter; an empty one is that of a parameter before its first step."""
-        steps: list[torch.Tensor] = []
         counts = [float(state.get("step", 0.0)) for state in states]
-        for index, count in enumerate(counts):
-            same = index > 0 and count == counts[index - 1]
-            steps.append(steps[-1] if same else torch.full_like(self.spans[0].step, count))
-        self.spans = self._spans_of(steps)
-        # The new spans may join parameters that do and do not take part: the next step looks.
-        self.active = []
+        if all(len(set(counts[span.start : span.stop])) == 1 for span in self.spans):
+            # Recorded steps read the counts where they are.
+            for span in self.spans:
+                span.step.fill_(counts[span.start])
+        else:
+            steps: list[torch.Tensor] = []
+            for index, count in enumerate(counts):
+                same = index > 0 and count == counts[index - 1]
+                steps.append(steps[-1] if same else torch.full_like(self.spans[0].step, count))
+            self.spans = self._spans_of(steps)
+            # The new spans may join parameters that do and do not take part: the next step looks.
+            self.active = []
         for key, buffer in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
             for view, state in zip(_views(buffer, self.params), states, strict=True):
                 view.copy_(state[key]) if key in state else view.zero_()
@@ -204,13 +210,30 @@ class _FlatBuffers:
         if self._copy is not None:
             self._copy.copy_(self.master)
 
-    def check_in_place(self) -> None:
-        """Refuses parameters that were moved out of the flat buffer, by ``model.to`` for example."""
-        if list(map(_ADDRESS, self.params)) != self.addresses:
-            raise InvalidValueError(
-                "FlatAdamW: `params` must stay where the optimizer put them, got a parameter whose memory was "
-                "replaced: move or convert the model before creating the optimizer"
-            )
+    def take_back(self) -> None:
+        """Puts parameters back that somebody gave other memory, as DistributedDataParallel does, with their values.
+
+        Raises:
+            DeviceError, DtypeError: They were moved or converted.
+        """
+        if list(map(_ADDRESS, self.params)) == self.addresses:
+            return
+        for index, (param, own) in enumerate(zip(self.params, self._weights, strict=True)):
+            if param.data_ptr() == self.addresses[index]:
+                continue
+            advice = "move or convert the model, and call accelerator.prepare, before creating the optimizer"
+            if param.device != own.device:
+                raise DeviceError(
+                    f"FlatAdamW: `params` must stay on {own.device}, got one on {param.device}: {advice}"
+                )
+            if param.dtype != own.dtype or param.shape != own.shape:
+                raise DtypeError(
+                    f"FlatAdamW: `params` must stay {own.dtype} of shape {list(own.shape)}, got {param.dtype} of "
+                    f"shape {list(param.shape)}: {advice}"
+                )
+            own.copy_(param)
+            param.data = own
+            self.versions[index] = self.copied_versions[index] = -1
 
     def refresh_master(self) -> None:
         """Takes over what somebody wrote to the parameters since the last step."""
@@ -263,7 +286,7 @@ class _FlatBuffers:
         torch.autograd.graph.increment_version(self.params if self._copy is None else [*self.params, self._copy])
         self._note_versions()
         if self._copy is not None:
-            self.copied_versions = self.versions
+            self.copied_versions = list(self.versions)
 
     def note_zeroed_grads(self) -> None:
         """Takes note that the gradients are zero now."""
@@ -363,7 +386,7 @@ class FlatAdamW(torch.optim.Optimizer):
             expected = "torch.bfloat16, torch.float16 or None"
             raise InvalidValueError(f"FlatAdamW: `low_precision` must be {expected}, got {low_precision}")
         self.max_grad_norm = max_grad_norm
-        self._process_group = process_group
+        self.process_group = process_group
         self._low_precision = low_precision
         self._reset()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -402,14 +425,14 @@ class FlatAdamW(torch.optim.Optimizer):
                 raise DeviceError(
                     f"FlatAdamW: `params` must be on one device, got parameters on {' and '.join(map(str, devices))}"
                 )
-            if self._process_group is not None:
-                collectives.check_alike("FlatAdamW", self._process_group, group["params"])
+            if self.process_group is not None:
+                collectives.check_alike("FlatAdamW", self.process_group, group["params"])
         except Exception:
             del self.param_groups[-1]
             raise
         for flat in self._flatten(group):
-            if self._process_group is not None:
-                flat.broadcast_(self._process_group)
+            if self.process_group is not None:
+                flat.broadcast_(self.process_group)
 
     def _flatten(self, group: dict[str, Any]) -> list[_FlatBuffers]:
         """Moves a group's parameters into flat buffers, one for each dtype."""
@@ -455,11 +478,11 @@ class FlatAdamW(torch.optim.Optimizer):
 
         For what must see the averaged gradients before the step, as a ``GradScaler`` must.
         """
-        if self._process_group is None or self._averaged:
+        if self.process_group is None or self._averaged:
             return
         for flat in self._flats:
             flat.attach_grads()
-            collectives.average_(flat.grad, self._process_group)
+            collectives.average_(flat.grad, self.process_group)
         self._averaged = True
 
     @torch.no_grad()
@@ -498,18 +521,22 @@ class FlatAdamW(torch.optim.Optimizer):
         """
         # Whatever may fail comes before the gradients count as used.
         for flat, settings in zip(self._flats, self._settings, strict=True):
-            flat.check_in_place()
+            flat.take_back()
             settings.write(self._settings_of(flat.group))
         for flat in self._flats:
             flat.refresh_master()
             flat.attach_grads()
-            if flat.choose_active(touched_only=not gradients_follow and self._process_group is None):
+            if flat.choose_active(touched_only=not gradients_follow and self.process_group is None):
                 self.state.update(flat.state_of())
 
     @property
-    def active_spans(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Which parameters the coming step updates, and in which pieces: what a recorded step depends on."""
-        return tuple(tuple((span.start, span.stop) for span in flat.active_spans()) for flat in self._flats)
+    def active_spans(self) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+        """Which parameters the coming step updates, in which pieces, and the addresses of the pieces' step counts.
+
+        A recorded step depends on it.
+        """
+        spans_of = (flat.active_spans() for flat in self._flats)
+        return tuple(tuple((span.start, span.stop, span.step.data_ptr()) for span in spans) for spans in spans_of)
 
     @torch.no_grad()
     def launch(self) -> float | torch.Tensor:
@@ -593,7 +620,7 @@ class FlatAdamW(torch.optim.Optimizer):
             self.state.update(flat.state_of())
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._process_group not in (None, collectives.data_parallel_group(None)):
+        if self.process_group not in (None, collectives.data_parallel_group(None)):
             raise InvalidValueError(
                 "FlatAdamW: `process_group` must be None or the default group for a copy or a pickle, got another one"
             )
@@ -601,7 +628,7 @@ class FlatAdamW(torch.optim.Optimizer):
             **super().__getstate__(),
             "max_grad_norm": self.max_grad_norm,
             "low_precision": self._low_precision,
-            "whole_world": self._process_group is not None,
+            "whole_world": self.process_group is not None,
             "skipped_steps": self.skipped_steps,
         }
 
@@ -611,7 +638,7 @@ class FlatAdamW(torch.optim.Optimizer):
         state = dict(state)
         states = state.pop("state")
         self.max_grad_norm, self._low_precision = state.pop("max_grad_norm"), state.pop("low_precision")
-        self._process_group = collectives.data_parallel_group(None) if state.pop("whole_world") else None
+        self.process_group = collectives.data_parallel_group(None) if state.pop("whole_world") else None
         self._reset()
         self._skipped.fill_(state.pop("skipped_steps"))
         super().__setstate__({**state, "state": defaultdict(dict)})

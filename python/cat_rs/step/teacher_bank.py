@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +120,9 @@ class TeacherBank:
             InvalidValueError, ShapeError, DtypeError, DeviceError: Naming what was expected and what came.
             OSError: The file cannot be written; nothing is left behind.
         """
-        _check_counts(draws=draws, batch_size=batch_size)
+        for name, value in (("draws", draws), ("batch_size", batch_size)):
+            if value < 1:
+                raise InvalidValueError(f"TeacherBank.build: `{name}` must be at least 1, got {value}")
         _check_latents(latents, latents_std)
         if dtype not in STORAGE_DTYPES:
             got = str(dtype).removeprefix("torch.")
@@ -315,7 +318,7 @@ class TeacherBank:
             rates = schedule.rates(timesteps, len(chunk))
             noisy, _ = noising(latents, noise, *rates, schedule.prediction_type)
             with torch.no_grad(), adapter_disabled(model):
-                base = predict(model, noisy, timesteps, _rows(cond, pictures))
+                base = predict(model, noisy, timesteps, map_tensors(itemgetter(pictures), cond))
             if base.shape != latents.shape:
                 raise ShapeError(
                     f"TeacherBank.build: `model` must predict the latents' shape {list(latents.shape)}, got "
@@ -348,12 +351,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[s
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise InvalidValueError(f"TeacherBank.load: `path` must be a teacher bank, got {path}: {error}") from error
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise InvalidValueError(f"TeacherBank.build: `{name}` must be at least 1, got {count}")
 
 
 def _check_latents(latents: torch.Tensor, latents_std: torch.Tensor | None) -> None:
@@ -392,11 +389,6 @@ def _batched_tensors(cond: Mapping[str, Any], pictures: int) -> dict[str, torch.
                 f"got {list(tensor.shape)}"
             )
     return tensors
-
-
-def _rows(cond: Mapping[str, Any], index: torch.Tensor) -> Mapping[str, Any]:
-    """The condition of some of the pictures."""
-    return map_tensors(lambda tensor: tensor[index], cond)
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:

@@ -159,7 +159,7 @@ class TrainConfig:
     log_every: int = option(1, group=_OUTPUT, help="steps between updates of the progress bar and metrics.jsonl")
     tensorboard: bool = option(True, group=_OUTPUT, help="write a TensorBoard log")
 
-    device: str = option("cpu", group=_MACHINE, help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    device: str = option("auto", group=_MACHINE, help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", group=_MACHINE, help="of the frozen weights; the adapter is trained in float32"
     )

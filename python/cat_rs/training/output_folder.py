@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +42,17 @@ class OutputFolder:
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self.path = Path(config.output_dir)
+        self._locked = False
         self.checkpoints = CheckpointFolder(self.path / run_folder.CHECKPOINT_FOLDER, config.keep_checkpoints)
 
     def check(self) -> None:
-        """Keep an earlier training in the folder from being mixed with this one.
+        """Keep another training in the folder from being mixed with this one.
 
         Raises:
-            ConfigError: There is one, and neither `resume` nor `overwrite` is given.
+            ConfigError: One is running there; or there is an earlier one without `resume` or `overwrite`.
         """
+        if self.path.is_dir():
+            self._lock_folder()
         earlier = [name for name in _CONTENT if (self.path / name).exists()]
         if earlier and not (self._config.resume or self._config.overwrite):
             raise ConfigError(
@@ -86,12 +93,14 @@ class OutputFolder:
             after_step: The step from which the training continues; 0 for a new one.
 
         Raises:
+            ConfigError: Another training is running in the folder.
             CheckpointError: The folder cannot be written, or the log in it is broken.
         """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock_folder()
             if self._config.overwrite:
                 self._clear()
-            self.path.mkdir(parents=True, exist_ok=True)
             self._config.save(self.path / run_folder.CONFIG_FILE)
         except OSError as error:
             raise CheckpointError(f"cannot write to the output folder {self.path}: {error}") from error
@@ -130,8 +139,26 @@ class OutputFolder:
             latest = self.checkpoints.latest()
             kept = f"; the checkpoint {latest} is whole" if latest else ""
             raise CheckpointError(f"cannot write {self.path / DIFFUSERS_FILE}: {error}{kept}") from error
-        (self.path / run_folder.BANK_FILE).unlink(missing_ok=True)
+        for name in (run_folder.BANK_FILE, run_folder.LOCK_FILE):
+            (self.path / name).unlink(missing_ok=True)
         return adapter
+
+    def _lock_folder(self) -> None:
+        """Keep other processes out of the folder as long as this object lives."""
+        if self._locked:
+            return
+        lock = os.open(self.path / run_folder.LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        weakref.finalize(self, os.close, lock)
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                # A file system without locks.
+                return
+            raise ConfigError(
+                f"output_dir: expected a folder without a running training, got {self.path}, where another one writes"
+            ) from error
+        self._locked = True
 
     def _clear(self) -> None:
         for path in map(self.path.joinpath, _CONTENT):

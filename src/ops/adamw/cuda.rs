@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{AdamW, OP};
-use crate::cuda::{Define, Kernel, Program, Queue, Scalar, Variant};
+use crate::cuda::{Define, Kernel, Program, Scalar, Stream, Variant};
 use crate::error::{Result, TorchContext};
 use crate::ops::{block_chunk, dtype, real_of};
 use crate::tensor::{address, optional_address};
@@ -66,10 +66,10 @@ pub fn variant(kind: Kind) -> Variant {
 }
 
 /// Puts the sum of squares of `grad` at the address `sum`, in f64.
-pub fn sum_of_squares(queue: &Queue, on: Device, grad: &Tensor, sum: u64) -> Result<()> {
+pub fn sum_of_squares(stream: &Stream, on: Device, grad: &Tensor, sum: u64) -> Result<()> {
     let kind = grad.f_kind().during(OP)?;
     let len = grad.numel() as u64;
-    let blocks = queue.blocks(len.div_ceil(block_chunk(SQUARES_UNROLL, &[kind])));
+    let blocks = stream.blocks(len.div_ceil(block_chunk(SQUARES_UNROLL, &[kind])));
     let partials = Tensor::f_empty([i64::from(blocks)], (Kind::Double, on)).during(OP)?;
     let partials = address(OP, &partials)?;
     let defines = defines(real_of(kind), kind, kind);
@@ -78,13 +78,13 @@ pub fn sum_of_squares(queue: &Queue, on: Device, grad: &Tensor, sum: u64) -> Res
     let total = SumParameter { partials, count: blocks.into(), sum };
     // SAFETY: Squares and Sum of kernel.cu, on PyTorch's memory.
     unsafe {
-        queue.launch(kernel(c"squares"), [blocks, 1], &squares)?;
-        queue.launch(kernel(c"sum_partials"), [1, 1], &total)
+        stream.launch(kernel(c"squares"), [blocks, 1], &squares)?;
+        stream.launch(kernel(c"sum_partials"), [1, 1], &total)
     }
 }
 
 /// One step over the buffers; the gradients are zero afterwards.
-pub fn adamw(queue: &Queue, on: Device, problem: &AdamW) -> Result<()> {
+pub fn adamw(stream: &Stream, on: Device, problem: &AdamW) -> Result<()> {
     let kind = |tensor: &Tensor| tensor.f_kind().during(OP);
     let (real, grad) = (kind(problem.param)?, kind(problem.grad)?);
     let low_precision = problem.low_precision.as_deref().map_or(Ok(grad), kind)?;
@@ -108,13 +108,13 @@ pub fn adamw(queue: &Queue, on: Device, problem: &AdamW) -> Result<()> {
         step,
         len,
     };
-    let blocks = queue.blocks(len.div_ceil(block_chunk(UPDATE_UNROLL, &[real, grad, low_precision])));
+    let blocks = stream.blocks(len.div_ceil(block_chunk(UPDATE_UNROLL, &[real, grad, low_precision])));
     let defines = defines(real, grad, low_precision);
     let kernel = |name| Kernel { program: &PROGRAM, defines: &defines, name };
     // SAFETY: Prepare and Update of kernel.cu, on PyTorch's memory.
     unsafe {
-        queue.launch(kernel(c"prepare"), [1, 1], &prepare)?;
-        queue.launch(kernel(c"adamw"), [blocks, 1], &update)
+        stream.launch(kernel(c"prepare"), [1, 1], &prepare)?;
+        stream.launch(kernel(c"adamw"), [blocks, 1], &update)
     }
 }
 
@@ -145,7 +145,7 @@ mod tests {
                 let mut skipped = Tensor::f_zeros(&[] as &[i64], (Kind::Int64, Device::Cpu)).unwrap();
                 if on_gpu {
                     let sum = address(OP, &sums).unwrap() + 8;
-                    fake::with_queue(OP, |queue| sum_of_squares(queue, Device::Cpu, &grad, sum).unwrap());
+                    fake::with_stream(OP, |stream| sum_of_squares(stream, Device::Cpu, &grad, sum).unwrap());
                 } else {
                     super::super::sum_of_squares(&grad, &mut sums, 1, 0).unwrap();
                 }
@@ -162,7 +162,7 @@ mod tests {
                     stream: 0,
                 };
                 if on_gpu {
-                    fake::with_queue(OP, |queue| adamw(queue, Device::Cpu, &problem).unwrap());
+                    fake::with_stream(OP, |stream| adamw(stream, Device::Cpu, &problem).unwrap());
                 } else {
                     super::super::adamw(problem).unwrap();
                 }

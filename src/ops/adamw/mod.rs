@@ -7,8 +7,9 @@ use tch::{Device, Kind, Tensor};
 
 use self::cpu::{Buffers, Step};
 pub use self::cuda::variant;
-use super::{queue_of, threads};
+use super::threads;
 use crate::cpu::Real;
+use crate::cuda::Stream;
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
     address, check_contiguous, check_dense, check_float, check_shape, device_of, dtype_name, elements, elements_mut,
@@ -53,9 +54,9 @@ pub fn sum_of_squares(grad: &Tensor, sums: &mut Tensor, index: i64, stream: u64)
     if !(0..sums.numel() as i64).contains(&index) {
         return Err(CatError::value(OP, "index", format!("in 0..{}", sums.numel()), index));
     }
-    if on != Device::Cpu {
-        let (queue, _) = queue_of(OP, "grad", grad, stream)?;
-        return cuda::sum_of_squares(&queue, on, grad, address(OP, sums)? + 8 * index as u64);
+    if let Device::Cuda(gpu) = on {
+        let stream = Stream::new(OP, gpu, stream)?;
+        return cuda::sum_of_squares(&stream, on, grad, address(OP, sums)? + 8 * index as u64);
     }
     let grad = elements(OP, grad)?;
     let sum = match kind {
@@ -75,9 +76,9 @@ pub fn sum_of_squares(grad: &Tensor, sums: &mut Tensor, index: i64, stream: u64)
 pub fn adamw(problem: AdamW) -> Result<()> {
     let on = device_of(OP, "param", problem.param)?;
     let kind = check(&problem, on)?;
-    if on != Device::Cpu {
-        let (queue, _) = queue_of(OP, "param", problem.param, problem.stream)?;
-        return cuda::adamw(&queue, on, &problem);
+    if let Device::Cuda(gpu) = on {
+        let stream = Stream::new(OP, gpu, problem.stream)?;
+        return cuda::adamw(&stream, on, &problem);
     }
     match kind {
         Kind::Double => run::<f64>(problem),
@@ -141,18 +142,12 @@ fn write<T: Real>(tensor: &mut Tensor, index: usize, value: T) -> Result<()> {
 
 /// Checks the buffers and the tensors of numbers; returns the dtype of the weights.
 fn check(problem: &AdamW, on: Device) -> Result<Kind> {
-    let kind = check_float(OP, "param", problem.param, on)?;
-    if !matches!(kind, Kind::Float | Kind::Double) {
-        let expected = "float32 or float64 (lower precisions are a copy)";
-        return Err(CatError::Dtype { op: OP, argument: "param", expected, got: dtype_name(kind) });
-    }
-    let state = [("exp_avg", &*problem.exp_avg), ("exp_avg_sq", &*problem.exp_avg_sq)];
-    for (name, tensor) in state {
-        let got = check_float(OP, name, tensor, on)?;
-        if got != kind {
-            let expected = "the dtype of `param`";
-            return Err(CatError::Dtype { op: OP, argument: name, expected, got: dtype_name(got) });
-        }
+    const REAL: [Kind; 2] = [Kind::Float, Kind::Double];
+    let expected = "float32 or float64 (lower precisions are a copy)";
+    let kind = check_kind("param", problem.param, on, &REAL, expected)?;
+    let moments = [("exp_avg", &*problem.exp_avg), ("exp_avg_sq", &*problem.exp_avg_sq)];
+    for (name, tensor) in moments {
+        check_kind(name, tensor, on, &[kind], "the dtype of `param`")?;
     }
     let low_precision = problem.low_precision.as_deref().map(|tensor| ("low_precision", tensor));
     let others = [("grad", &*problem.grad)].into_iter().chain(low_precision);
@@ -160,46 +155,44 @@ fn check(problem: &AdamW, on: Device) -> Result<Kind> {
         check_float(OP, name, tensor, on)?;
     }
     let shape = problem.param.size();
-    for (name, tensor) in [("param", &*problem.param)].into_iter().chain(others).chain(state) {
+    for (name, tensor) in [("param", &*problem.param)].into_iter().chain(others).chain(moments) {
         check_shape(OP, name, tensor, &shape)?;
         check_contiguous(OP, name, tensor)?;
     }
-    let settings = check_float(OP, "settings", problem.settings, on)?;
-    if !matches!(settings, Kind::Float | Kind::Double) {
-        let expected = "float32 or float64";
-        return Err(CatError::Dtype { op: OP, argument: "settings", expected, got: dtype_name(settings) });
-    }
+    check_kind("settings", problem.settings, on, &REAL, "float32 or float64")?;
     check_shape(OP, "settings", problem.settings, &[6])?;
     check_contiguous(OP, "settings", problem.settings)?;
     check_sums(problem.sums, on)?;
-    check_count("step", problem.step, Kind::Float, on)?;
+    check_kind("step", problem.step, on, &[Kind::Float], "float32")?;
+    check_shape(OP, "step", problem.step, &[])?;
     if let Some(skipped) = problem.skipped.as_deref() {
-        check_count("skipped", skipped, Kind::Int64, on)?;
+        check_kind("skipped", skipped, on, &[Kind::Int64], "int64")?;
+        check_shape(OP, "skipped", skipped, &[])?;
     }
     Ok(kind)
 }
 
 fn check_sums(sums: &Tensor, on: Device) -> Result<()> {
-    const NAME: &str = "sums";
-    let kind = check_float(OP, NAME, sums, on)?;
-    if kind != Kind::Double {
-        return Err(CatError::Dtype { op: OP, argument: NAME, expected: "float64", got: dtype_name(kind) });
-    }
+    check_kind("sums", sums, on, &[Kind::Double], "float64")?;
     if sums.dim() != 1 || sums.numel() == 0 {
-        return Err(CatError::shape(OP, NAME, "[K] with K >= 1", &sums.size()));
+        return Err(CatError::shape(OP, "sums", "[K] with K >= 1", &sums.size()));
     }
-    check_contiguous(OP, NAME, sums)
+    check_contiguous(OP, "sums", sums)
 }
 
-/// Checks that a count is a 0-dim tensor of that dtype.
-fn check_count(argument: &'static str, tensor: &Tensor, kind: Kind, on: Device) -> Result<()> {
+fn check_kind(
+    argument: &'static str,
+    tensor: &Tensor,
+    on: Device,
+    kinds: &[Kind],
+    expected: &'static str,
+) -> Result<Kind> {
     check_dense(OP, argument, tensor, on)?;
-    let got = tensor.f_kind().during(OP)?;
-    if got != kind {
-        let expected = if kind == Kind::Float { "float32" } else { "int64" };
-        return Err(CatError::Dtype { op: OP, argument, expected, got: dtype_name(got) });
+    let kind = tensor.f_kind().during(OP)?;
+    if kinds.contains(&kind) {
+        return Ok(kind);
     }
-    check_shape(OP, argument, tensor, &[])
+    Err(CatError::Dtype { op: OP, argument, expected, got: dtype_name(kind) })
 }
 
 /// Checks the numbers of `AdamW::settings`.
@@ -212,7 +205,7 @@ fn check_settings(settings: &[f64]) -> Result<()> {
         }
     }
     match settings.last() {
-        Some(&limit) if !(limit > 0.0) => Err(CatError::value(OP, "max_grad_norm", "> 0", limit)),
+        Some(&limit) if limit.is_nan() || limit <= 0.0 => Err(CatError::value(OP, "max_grad_norm", "> 0", limit)),
         _ => Ok(()),
     }
 }

@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use tch::{Device, Kind, Tensor};
 
 use super::{GpuValues, OP};
-use crate::cuda::{Define, Kernel, Program, Queue, Scalar, Variant};
+use crate::cuda::{Define, Kernel, Program, Scalar, Stream, Variant};
 use crate::error::{Result, TorchContext};
 use crate::ops::{block_chunk, dtype, real_of};
 use crate::tensor::{address, optional_address};
@@ -114,7 +114,7 @@ pub fn variant(kind: Kind) -> Variant {
 }
 
 /// The values of the loss; writes the gradients that are wanted.
-pub fn cat_loss(queue: &Queue, problem: &Problem) -> Result<GpuValues> {
+pub fn cat_loss(stream: &Stream, problem: &Problem) -> Result<GpuValues> {
     let Problem { on, kind, batch, .. } = *problem;
     let (mask, row) = problem.mask.map_or((None, problem.per_sample), |(mask, row)| (Some(mask), row));
     let mask_rows = mask.map_or(0, |mask| mask.numel() as u64 / row);
@@ -122,7 +122,7 @@ pub fn cat_loss(queue: &Queue, problem: &Problem) -> Result<GpuValues> {
     let kinds = problem.terms.iter().map(|term| Ok((term.pred.f_kind()?, term.target.f_kind()?)));
     let kinds = kinds.collect::<tch::Result<Vec<_>>>().during(OP)?;
     let all_kinds: Vec<Kind> = kinds.iter().flat_map(|(pred, target)| [*pred, *target]).collect();
-    let blocks = queue.blocks(batch * (problem.per_sample / row) * row.div_ceil(block_chunk(UNROLL, &all_kinds)));
+    let blocks = stream.blocks(batch * (problem.per_sample / row) * row.div_ceil(block_chunk(UNROLL, &all_kinds)));
 
     let normalized_rows = if problem.mask_normalize { mask_rows } else { 0 };
     let partials = u64::from(blocks) * problem.terms.len() as u64;
@@ -135,7 +135,7 @@ pub fn cat_loss(queue: &Queue, problem: &Problem) -> Result<GpuValues> {
         let parameter = MaskSumsParameter { mask: optional_address(OP, mask)?, sums: mask_sums, row };
         let blocks = u32::try_from(normalized_rows).unwrap_or(u32::MAX);
         // SAFETY: MaskSums of kernel.cu, on PyTorch's memory.
-        unsafe { queue.launch(kernel(c"mask_sums", &common), [blocks, 1], &parameter)? };
+        unsafe { stream.launch(kernel(c"mask_sums", &common), [blocks, 1], &parameter)? };
     }
 
     let terms = problem.terms.iter().zip(0u64..).map(|(term, is_cat)| {
@@ -159,14 +159,14 @@ pub fn cat_loss(queue: &Queue, problem: &Problem) -> Result<GpuValues> {
     };
     if kinds.iter().all(|other| *other == kinds[0]) {
         // SAFETY: CatLoss of kernel.cu, on PyTorch's memory.
-        unsafe { queue.launch(kernel(c"cat_loss", &common), [blocks, terms.len() as u32], &parameter)? };
+        unsafe { stream.launch(kernel(c"cat_loss", &common), [blocks, terms.len() as u32], &parameter)? };
     } else {
         for (index, (term, (pred, target))) in (0u64..).zip(terms.iter().zip(&kinds)) {
             parameter.terms = [*term; 2];
             parameter.partials = partials + 8 * index * u64::from(blocks);
             let defines = defines(kind, *pred, *target);
             // SAFETY: as above.
-            unsafe { queue.launch(kernel(c"cat_loss", &defines), [blocks, 1], &parameter)? };
+            unsafe { stream.launch(kernel(c"cat_loss", &defines), [blocks, 1], &parameter)? };
         }
     }
 
@@ -183,19 +183,19 @@ pub fn cat_loss(queue: &Queue, problem: &Problem) -> Result<GpuValues> {
         parts: address(OP, &values.parts)?,
     };
     // SAFETY: Values of kernel.cu, on PyTorch's memory.
-    unsafe { queue.launch(kernel(c"cat_loss_values", &common), [1, 1], &parameter)? };
+    unsafe { stream.launch(kernel(c"cat_loss_values", &common), [1, 1], &parameter)? };
     Ok(values)
 }
 
 /// Multiplies one or two gradients, contiguous, of one dtype and length, by a factor.
-pub fn scale_gradients(queue: &Queue, grads: &[Option<&Tensor>], kind: Kind, factor: Scalar) -> Result<()> {
+pub fn scale_gradients(stream: &Stream, grads: &[Option<&Tensor>], kind: Kind, factor: Scalar) -> Result<()> {
     let len = grads.iter().flatten().map(|grad| grad.numel() as u64).max().unwrap_or(0);
     let at = |index: usize| optional_address(OP, grads.get(index).copied().flatten());
     let parameter = ScalingParameter { grads: [at(0)?, at(1)?], len, factor };
     let defines = defines(real_of(kind), kind, kind);
-    let blocks = queue.blocks(len.div_ceil(block_chunk(1, &[kind])));
+    let blocks = stream.blocks(len.div_ceil(block_chunk(1, &[kind])));
     // SAFETY: Scaling of kernel.cu, on PyTorch's memory.
-    unsafe { queue.launch(kernel(c"scale_gradients", &defines), [blocks, grads.len() as u32], &parameter) }
+    unsafe { stream.launch(kernel(c"scale_gradients", &defines), [blocks, grads.len() as u32], &parameter) }
 }
 
 fn kernel<'a>(name: &'static CStr, defines: &'a [Define]) -> Kernel<'a> {
@@ -235,7 +235,7 @@ mod tests {
         let expected = cat_loss_into(&loss, [Some(&mut first), preserve.then_some(&mut second)]).unwrap();
         let LossValues::Cpu(expected) = expected else { panic!("tensors on the CPU") };
 
-        fake::with_queue(OP, |queue| {
+        fake::with_stream(OP, |stream| {
             let grads = [empty(&pred), empty(&pred_no_trigger)];
             let mut terms = vec![Term { pred: &pred, target: &target, grad: Some(&grads[0]) }];
             if preserve {
@@ -253,7 +253,7 @@ mod tests {
                 cat_factor: Scalar::host(factor),
                 scale: Scalar::host(scale),
             };
-            let values = cat_loss(queue, &problem).unwrap();
+            let values = cat_loss(stream, &problem).unwrap();
             let close =
                 |ours: f64, theirs: f64| assert!((ours - theirs).abs() <= 1e-6 * theirs.abs(), "{ours} {theirs}");
             close(values.total.f_double_value(&[]).unwrap(), expected.total);
@@ -283,13 +283,13 @@ mod tests {
 
     #[test]
     fn gradients_are_scaled_by_a_factor_of_the_device() {
-        fake::with_queue(OP, |queue| {
+        fake::with_stream(OP, |stream| {
             let before = [random(&[1001], Kind::BFloat16), random(&[1001], Kind::BFloat16)];
             let grads = [before[0].copy(), before[1].copy()];
             let factor = Tensor::f_from_slice(&[0.5f32]).unwrap();
             let scalar = Scalar::device(address(OP, &factor).unwrap(), false);
-            scale_gradients(queue, &[Some(&grads[0]), Some(&grads[1])], Kind::BFloat16, scalar).unwrap();
-            scale_gradients(queue, &[Some(&grads[1])], Kind::BFloat16, scalar).unwrap();
+            scale_gradients(stream, &[Some(&grads[0]), Some(&grads[1])], Kind::BFloat16, scalar).unwrap();
+            scale_gradients(stream, &[Some(&grads[1])], Kind::BFloat16, scalar).unwrap();
             assert_eq!(grads[0], before[0].f_mul_scalar(0.5).unwrap());
             assert_eq!(grads[1], before[1].f_mul_scalar(0.25).unwrap());
         });

@@ -11,8 +11,8 @@ use tch::{Device, Kind, Tensor};
 use self::cpu::{Mask, Problem, Term};
 pub use self::cuda::variant;
 pub use self::student::StudentLoss;
-use super::{compute_kind, queue_of, threads};
-use crate::cuda::Scalar;
+use super::{compute_kind, threads};
+use crate::cuda::{Scalar, Stream};
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
     address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
@@ -101,7 +101,9 @@ impl LossValues {
     pub fn total(&self) -> Result<Tensor> {
         match self {
             Self::Cpu(CpuValues { total, kind, .. }) => {
-                Tensor::f_full(&[] as &[i64], *total, (*kind, Device::Cpu)).during(OP)
+                // Rounded here: libtorch refuses a number beyond float32, which is infinite there.
+                let total = if *kind == Kind::Float { f64::from(*total as f32) } else { *total };
+                Tensor::f_full(&[] as &[i64], total, (*kind, Device::Cpu)).during(OP)
             }
             Self::Gpu(values) => Ok(values.total.shallow_clone()),
         }
@@ -208,25 +210,25 @@ pub fn cat_loss(loss: &CatLoss, wanted: [bool; 2]) -> Result<(LossValues, [Optio
 /// Multiplies gradients of one shape by a factor on their device, in place; on a GPU a factor of 1 costs nothing.
 pub fn scale_gradients(mut grads: [Option<Tensor>; 2], factor: &Tensor, stream: u64) -> Result<()> {
     let on = device_of(OP, "factor", factor)?;
-    let check = |grad: &Tensor| {
-        check_float(OP, "grad", grad, on).and_then(|kind| {
-            check_contiguous(OP, "grad", grad)?;
-            Ok(kind)
-        })
+    let check = |argument, grad: Option<&Tensor>| {
+        let Some(grad) = grad else { return Ok(None) };
+        let kind = check_float(OP, argument, grad, on)?;
+        check_contiguous(OP, argument, grad)?;
+        Ok(Some(kind))
     };
-    let kinds = [grads[0].as_ref().map(check).transpose()?, grads[1].as_ref().map(check).transpose()?];
-    if on == Device::Cpu {
+    let kinds = [check("first", grads[0].as_ref())?, check("second", grads[1].as_ref())?];
+    let Device::Cuda(gpu) = on else {
         let factor = Factor::Tensor(factor).number("factor")?;
         return grads.iter_mut().flatten().try_for_each(|grad| grad.f_mul_scalar_(factor).during(OP).map(drop));
-    }
-    let (queue, _) = queue_of(OP, "factor", factor, stream)?;
+    };
+    let stream = Stream::new(OP, gpu, stream)?;
     let factor = Factor::Tensor(factor).scalar("factor", on)?;
     match (kinds, grads.each_ref().map(Option::as_ref)) {
         ([Some(first), Some(second)], grads) if first == second => {
-            cuda::scale_gradients(&queue, &grads, first, factor)
+            cuda::scale_gradients(&stream, &grads, first, factor)
         }
         (kinds, grads) => kinds.into_iter().zip(grads).try_for_each(|(kind, grad)| match kind {
-            Some(kind) => cuda::scale_gradients(&queue, &[grad], kind, factor),
+            Some(kind) => cuda::scale_gradients(&stream, &[grad], kind, factor),
             None => Ok(()),
         }),
     }
@@ -265,8 +267,8 @@ fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>;
         .collect::<Result<Vec<_>>>()?;
     let mask = loss.mask.map(|mask| expand_mask(mask, &shape, on, kind)).transpose()?;
     let weights = loss.sample_weight.map(|weight| check_weights(weight, batch, on)).transpose()?;
-    if on != Device::Cpu {
-        let (queue, _) = queue_of(OP, NAMES[0][0], loss.diffusion.pred, loss.stream)?;
+    if let Device::Cuda(gpu) = on {
+        let stream = Stream::new(OP, gpu, loss.stream)?;
         let weights = weights.map(|weights| weights.f_to_kind(kind)).transpose().during(OP)?;
         for ((pred, _), grad) in dense.iter().zip(&grads) {
             let Some(grad) = grad else { continue };
@@ -290,7 +292,7 @@ fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>;
             cat_factor: loss.cat_factor.scalar("cat_factor", on)?,
             scale: loss.scale.scalar("scale", on)?,
         };
-        return cuda::cat_loss(&queue, &problem).map(LossValues::Gpu);
+        return cuda::cat_loss(&stream, &problem).map(LossValues::Gpu);
     }
     let (cat_factor, scale) = (loss.cat_factor.number("cat_factor")?, loss.scale.number("scale")?);
     let terms = dense

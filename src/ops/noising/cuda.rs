@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::{PredictionType, OP};
-use crate::cuda::{Define, Kernel, Program, Queue, Variant};
+use crate::cuda::{Define, Kernel, Program, Stream, Variant};
 use crate::error::{Result, TorchContext};
 use crate::ops::{block_chunk, dtype, real_of};
 use crate::tensor::{address, optional_address};
@@ -61,7 +61,7 @@ pub fn variant(kind: Kind) -> Variant {
 }
 
 /// Writes the noisy batch and the target.
-pub fn noising(queue: &Queue, problem: &Problem) -> Result<()> {
+pub fn noising(stream: &Stream, problem: &Problem) -> Result<()> {
     let kinds = [problem.latents.f_kind().during(OP)?, problem.noise.f_kind().during(OP)?];
     let batch = problem.signal.numel() as u64;
     let row = problem.latents.numel() as u64 / batch;
@@ -77,11 +77,11 @@ pub fn noising(queue: &Queue, problem: &Problem) -> Result<()> {
         row,
         flow: (problem.prediction_type == PredictionType::Flow).into(),
     };
-    let blocks = queue.blocks(batch * row.div_ceil(block_chunk(UNROLL, &kinds)));
+    let blocks = stream.blocks(batch * row.div_ceil(block_chunk(UNROLL, &kinds)));
     let defines = defines(problem.kind, kinds[0], kinds[1]);
     let kernel = Kernel { program: &PROGRAM, defines: &defines, name: c"noising" };
     // SAFETY: Noising of kernel.cu, on PyTorch's memory.
-    unsafe { queue.launch(kernel, [blocks, 1], &parameter) }
+    unsafe { stream.launch(kernel, [blocks, 1], &parameter) }
 }
 
 #[cfg(test)]
@@ -104,7 +104,7 @@ mod tests {
             let sigma = Tensor::f_from_slice(&[0.1f32, 0.7, 0.99]).unwrap();
             let (expected, expected_target) =
                 super::super::noising(&latents, &noise, &signal, &sigma, prediction_type, 2, 0).unwrap();
-            fake::with_queue(OP, |queue| {
+            fake::with_stream(OP, |stream| {
                 let noisy = Tensor::f_full([6, 4, 33, 30], f64::NAN, (kinds[0], Device::Cpu)).unwrap();
                 let target = Tensor::f_full([3, 4, 33, 30], f64::NAN, (kinds[1], Device::Cpu)).unwrap();
                 let has_target = prediction_type != PredictionType::Epsilon;
@@ -119,7 +119,7 @@ mod tests {
                     prediction_type,
                     kind: Kind::Float,
                 };
-                noising(queue, &problem).unwrap();
+                noising(stream, &problem).unwrap();
                 assert!(noisy.f_allclose(&expected, 8e-3, 1e-6, false).unwrap());
                 assert!(!has_target || target.f_allclose(&expected_target, 1e-3, 1e-6, false).unwrap());
             });

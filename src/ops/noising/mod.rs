@@ -7,7 +7,8 @@ use tch::{Device, Kind, Tensor};
 
 use self::cpu::{Problem, Rates};
 pub use self::cuda::variant;
-use super::{compute_kind, queue_of, threads};
+use super::{compute_kind, threads};
+use crate::cuda::Stream;
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
     check_constant, check_float, check_shape, contiguous, device_of, elements, elements_mut, numbers,
@@ -81,15 +82,17 @@ pub fn noising(
 
     let (latents, noise) = (contiguous(OP, latents)?, contiguous(OP, noise)?);
     let mut doubled = shape.clone();
-    doubled[0] *= copies as i64;
+    doubled[0] = i64::try_from(copies)
+        .ok()
+        .and_then(|copies| batch.checked_mul(copies))
+        .ok_or_else(|| CatError::value(OP, "copies", "few enough for a batch below 2^63", copies))?;
     let mut noisy = Tensor::f_empty(&doubled, (kinds[0], on)).during(OP)?;
     let mut target = match prediction_type {
         PredictionType::Epsilon => None,
         _ => Some(Tensor::f_empty(&shape, (kinds[1], on)).during(OP)?),
     };
     let kind = compute_kind(&kinds);
-    if on != Device::Cpu {
-        let (queue, _) = queue_of(OP, "latents", &latents, stream)?;
+    if let Device::Cuda(gpu) = on {
         let problem = cuda::Problem {
             latents: &latents,
             noise: &noise,
@@ -101,7 +104,7 @@ pub fn noising(
             prediction_type,
             kind,
         };
-        cuda::noising(&queue, &problem)?;
+        cuda::noising(&Stream::new(OP, gpu, stream)?, &problem)?;
         return Ok((noisy, target.unwrap_or(noise)));
     }
     let (signal, sigma) = (numbers(OP, &signal)?, numbers(OP, &sigma)?);

@@ -5,7 +5,7 @@ use std::ffi::CStr;
 use tch::{Device, Kind, Tensor};
 
 use super::{Reduce, OP};
-use crate::cuda::{Define, Kernel, Program, Queue, Variant, THREADS};
+use crate::cuda::{Define, Kernel, Program, Stream, Variant, THREADS};
 use crate::error::{Result, TorchContext};
 use crate::ops::{dtype, real_of};
 use crate::tensor::address;
@@ -81,11 +81,11 @@ pub fn variant(kind: Kind) -> Variant {
     Variant { program: &PROGRAM, defines: defines(real_of(kind), kind, kind).to_vec() }
 }
 
-/// Kernels that compute in `kind`, on one queue.
+/// Kernels that compute in `kind`, on one stream.
 #[derive(Debug)]
-pub struct Similarities<'q> {
-    /// The queue.
-    pub queue: &'q Queue<'q>,
+pub struct Similarities<'s> {
+    /// The stream.
+    pub stream: &'s Stream<'s>,
     /// Its device.
     pub on: Device,
     /// float32 or float64
@@ -127,10 +127,10 @@ impl Similarities<'_> {
             result: result as u64,
         };
         let rows_per_block = if block_per_row { 1 } else { u64::from(THREADS) / 32 };
-        let blocks = self.queue.blocks(rows.div_ceil(rows_per_block));
+        let blocks = self.stream.blocks(rows.div_ceil(rows_per_block));
         let defines = self.defines(a, b)?;
         // SAFETY: Paired of kernel.cu, on PyTorch's memory.
-        unsafe { self.queue.launch(kernel(c"paired", &defines), [blocks, 1], &parameter)? };
+        unsafe { self.stream.launch(kernel(c"paired", &defines), [blocks, 1], &parameter)? };
         Ok(values)
     }
 
@@ -153,8 +153,8 @@ impl Similarities<'_> {
         let defines = self.defines(b, b)?;
         // SAFETY: DirectionMean and SumRows of kernel.cu, on PyTorch's memory.
         unsafe {
-            self.queue.launch(kernel(c"direction_mean", &defines), [blocks as u32, columns], &shares)?;
-            self.queue.launch(kernel(c"sum_rows", &defines), [columns, 1], &sums)?;
+            self.stream.launch(kernel(c"direction_mean", &defines), [blocks as u32, columns], &shares)?;
+            self.stream.launch(kernel(c"sum_rows", &defines), [columns, 1], &sums)?;
         }
         Ok(mean)
     }
@@ -163,7 +163,7 @@ impl Similarities<'_> {
         let (a_norms, b_norms) = (self.norms(a)?, self.norms(b)?);
         let a_tiles = blocks_of(count(a), TILE);
         // Few rows of a leave blocks to share the rows of b.
-        let splits = (self.queue.blocks(u64::MAX) / a_tiles).clamp(1, blocks_of(count(b), TILE).min(256));
+        let splits = (self.stream.blocks(u64::MAX) / a_tiles).clamp(1, blocks_of(count(b), TILE).min(256));
         let best = self.empty([splits.into(), count(a)], Kind::Double)?;
         let parameter = CrossMaxParameter {
             a: address(OP, a)?,
@@ -177,7 +177,7 @@ impl Similarities<'_> {
         };
         let defines = self.defines(a, b)?;
         // SAFETY: CrossMax of kernel.cu, on PyTorch's memory.
-        unsafe { self.queue.launch(kernel(c"cross_max", &defines), [a_tiles, splits], &parameter)? };
+        unsafe { self.stream.launch(kernel(c"cross_max", &defines), [a_tiles, splits], &parameter)? };
         best.f_amax([0i64].as_slice(), false).during(OP)
     }
 
@@ -225,8 +225,8 @@ mod tests {
             for (rows, others, width) in [(5, 5, 77), (70, 130, 24), (2, 2, 9001)] {
                 let (a, b) = (random([rows, width], a_kind), random([others, width], b_kind));
                 let pair = b.f_narrow(0, 0, rows).unwrap();
-                fake::with_queue(OP, |queue| {
-                    let kernels = Similarities { queue, on: Device::Cpu, kind };
+                fake::with_stream(OP, |stream| {
+                    let kernels = Similarities { stream, on: Device::Cpu, kind };
                     let close = |ours: Tensor, theirs: Tensor| {
                         assert!(ours.f_to_kind(kind).unwrap().f_allclose(&theirs, 1e-6, 1e-6, false).unwrap());
                     };

@@ -8,9 +8,10 @@ use tch::{Device, Kind, Tensor};
 use self::cpu::Rows;
 pub use self::cuda::variant;
 use self::cuda::Similarities;
-use super::{compute_kind, queue_of, threads};
+use super::{compute_kind, threads};
+use crate::cuda::Stream;
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_float, contiguous, device_of, elements, strided_elements};
+use crate::tensor::{check_float, contiguous, device_of, numbers, strided_elements};
 
 const OP: &str = "similarity";
 
@@ -44,8 +45,8 @@ pub fn similarity(a: &Tensor, b: &Tensor, stream: u64) -> Result<Tensor> {
     if b.size() != a_shape {
         return Err(CatError::shape(OP, "b", format!("{a_shape:?}"), &b.size()));
     }
-    if on != Device::Cpu {
-        return on_gpu(a, b, stream, |kernels, a, b| kernels.paired(a, b));
+    if let Device::Cuda(gpu) = on {
+        return on_gpu(a, b, &Stream::new(OP, gpu, stream)?, on, |kernels, a, b| kernels.paired(a, b));
     }
     with_rows(a, b, |kind, a, b| match kind {
         Kind::Double => cpu::paired::<f64>(OP, threads(), a, b),
@@ -61,8 +62,8 @@ pub fn cross_similarity(a: &Tensor, b: &Tensor, reduce: Reduce, stream: u64) -> 
     if a_shape[1] != b_shape[1] {
         return Err(CatError::shape(OP, "b", format!("[M, {}]", a_shape[1]), &b_shape));
     }
-    if on != Device::Cpu {
-        return on_gpu(a, b, stream, |kernels, a, b| kernels.cross(a, b, reduce));
+    if let Device::Cuda(gpu) = on {
+        return on_gpu(a, b, &Stream::new(OP, gpu, stream)?, on, |kernels, a, b| kernels.cross(a, b, reduce));
     }
     with_rows(a, b, |kind, a, b| match (kind, reduce) {
         (Kind::Double, Reduce::Mean) => cpu::cross_mean::<f64>(OP, threads(), a, b),
@@ -81,10 +82,11 @@ fn check_rows(argument: &'static str, tensor: &Tensor, on: Device) -> Result<Vec
     Ok(shape)
 }
 
-fn rows(tensor: &Tensor) -> Result<Rows<'_>> {
+fn rows<'t>(argument: &'static str, tensor: &'t Tensor) -> Result<Rows<'t>> {
     let (count, dim) = tensor.size2().during(OP)?;
     let (row_stride, stride) = tensor.stride2().during(OP)?;
     Ok(Rows {
+        argument,
         elements: strided_elements(OP, tensor)?,
         count: count as usize,
         dim: dim as usize,
@@ -94,11 +96,11 @@ fn rows(tensor: &Tensor) -> Result<Rows<'_>> {
 
 fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result<Vec<f64>>) -> Result<Tensor> {
     let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
-    let (a_rows, b_rows) = (rows(a)?, rows(b)?);
+    let (a_rows, b_rows) = (rows("a", a)?, rows("b", b)?);
     let mut values = kernel(kind, a_rows, b_rows)?;
     if values.iter().any(|value| value.is_nan()) {
-        for (argument, rows) in [("a", a_rows), ("b", b_rows)] {
-            check_directions(argument, &cpu::norms::<f64>(OP, threads(), rows)?)?;
+        for rows in [a_rows, b_rows] {
+            check_directions(rows.argument, &cpu::norms::<f64>(OP, threads(), rows)?)?;
         }
         // Sound rows whose squares leave the range of f32.
         values = kernel(Kind::Double, a_rows, b_rows)?;
@@ -110,21 +112,19 @@ fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result
 fn on_gpu(
     a: &Tensor,
     b: &Tensor,
-    stream: u64,
+    stream: &Stream,
+    on: Device,
     kernel: impl Fn(&Similarities, &Tensor, &Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let (queue, on) = queue_of(OP, "a", a, stream)?;
     let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
     let (a, b) = (contiguous(OP, a)?, contiguous(OP, b)?);
-    let mut values = kernel(&Similarities { queue: &queue, on, kind }, &a, &b)?;
+    let mut values = kernel(&Similarities { stream, on, kind }, &a, &b)?;
     let any_nan = values.f_isnan().and_then(|nan| nan.f_any()).and_then(|any| any.f_int64_value(&[])).during(OP)?;
     if any_nan != 0 {
-        let kernels = Similarities { queue: &queue, on, kind: Kind::Double };
+        let kernels = Similarities { stream, on, kind: Kind::Double };
         for (argument, rows) in [("a", &a), ("b", &b)] {
             let norms = kernels.norms(rows)?.f_to_device(Device::Cpu).during(OP)?;
-            let mut values = vec![0.0f64; norms.numel()];
-            elements(OP, &norms)?.copy_into(&mut values);
-            check_directions(argument, &values)?;
+            check_directions(argument, &numbers(OP, &norms)?)?;
         }
         values = kernel(&kernels, &a, &b)?;
     }

@@ -368,7 +368,7 @@ def test_inpainting_needs_predict() -> None:
     compare(family, [family.batch(n) for n in range(5)], with_predict=True)
 
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "families.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
 SNIPPETS = dict(re.findall(r"```python (\S+)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
 # What a family's pipeline.encode_prompt returns, as keys of the condition.
 ENCODED = {

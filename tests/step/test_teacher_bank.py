@@ -19,7 +19,7 @@ from cat_rs import TeacherBank, atomic
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_transformer, tiny_unet
 from tests.references import PlainRecipe
-from tests.test_step import SETTINGS, _through_a_file, cat_step, ddpm, flow_matching, unet_pair
+from tests.step.test_cat_step import SETTINGS, _through_a_file, cat_step, ddpm, flow_matching, unet_pair
 from tests.tolerances import assert_close
 
 PICTURES, DRAWS = 3, 4
@@ -459,7 +459,7 @@ def test_draws_out_of_range_are_named(draws: list[int]) -> None:
 
 
 def test_the_documented_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parent.parent / "docs" / "teacher-bank.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "teacher-bank.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     model, _ = unet_pair()

@@ -559,6 +559,15 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
     assert all(torch.equal(param, before[name]) for name, param in lora_parameters(model).items())
 
 
+def test_accumulation_may_change_between_steps() -> None:
+    step = cat_step(unet_pair()[0], accumulate=2)
+    updates = []
+    for number, accumulate in enumerate([2, 2, 1, 3, 3, 3]):
+        step.accumulate = accumulate
+        updates.append(not step(**batch(number)).grad_norm.isnan())
+    assert updates == [False, True, True, False, False, True]
+
+
 def test_a_failed_call_leaves_nothing_behind() -> None:
     step, undisturbed = cat_step(unet_pair()[0]), cat_step(unet_pair()[0])
     with pytest.raises(ShapeError):

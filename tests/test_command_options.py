@@ -1,0 +1,265 @@
+"""Every option of the commands beside `train` changes what it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import cat_rs
+from cat_rs.commands import convert, demo, evaluate, generate, report
+from tests.conftest import draw_picture
+from tests.option_cases import Case, Seen, check_case, check_table
+
+pytest.importorskip("diffusers")
+
+SAMPLING = {
+    "picture_seeds": Case((3,), {"sampling.seeds": (3,)}),
+    "inference_steps": Case(5, {"sampling.num_inference_steps": 5}),
+    "guidance_scale": Case(1.5, {"sampling.guidance_scale": 1.5}),
+    "height": Case(32, {"sampling.height": 32}),
+    "width": Case(48, {"sampling.width": 48}),
+    "picture_batch": Case(3, {"sampling.batch_size": 3}),
+    "device": Case("meta", {"error": "device: expected a device of this machine, got 'meta'"}),
+    "dtype": Case("bfloat16", {"loaded.dtype": torch.bfloat16}),
+}
+
+GENERATE: dict[str, Case] = {
+    **SAMPLING,
+    "model": Case("other model", {"loaded": "other model"}),
+    "prompt": Case(("a dog", "a cat"), {"prompts": ("a dog", "a cat")}),
+    "adapter": Case("adapter", {"adapter": "adapter"}),
+    "output_dir": Case("elsewhere", {"folder": "elsewhere"}),
+}
+
+EVALUATE: dict[str, Case] = {
+    **SAMPLING,
+    "model": Case("other model", {"loaded": "other model"}),
+    "adapters": Case(("mine=a", "theirs=b"), {"adapters": {"mine": "a", "theirs": "b"}}),
+    "data": Case("other data", {"concept_images": "other data"}),
+    "encoder": Case("other encoder", {"encoder": "other encoder"}),
+    "output_dir": Case(
+        "<elsewhere>",
+        {
+            "cache": "<elsewhere>/cache",
+            "pictures": "<elsewhere>/pictures",
+            "results": "<elsewhere>/results.json",
+            "sheet": "<elsewhere>/contact_sheet.png",
+        },
+    ),
+    "cache": Case("kept", {"cache": "kept"}),
+    "prompts": Case("<more>", {"prompts.trigger": ("a sks cat outdoors",)}),
+    "trigger": Case(("a",), {"prompts.trigger_words": ("a",)}),
+    "class_word": Case("dog", {"prompts.class_word": "dog"}, {"prompts": "<plain>"}),
+    "concept": Case("pug", {"prompts.trigger": ("a sks dog",)}, {"prompts": "<concepts>"}),
+}
+
+DEMO: dict[str, Case] = {
+    **SAMPLING,
+    "emoji_model": Case("<other>", {"concepts": ["pug"], "loaded": "<other>/model", "encoder": "<other>/clip"}),
+    "concepts": Case(("tom", "tabby"), {"concepts": ["tom", "tabby"]}),
+    "seeds": Case((4, 5), {"train.seed": [4, 4, 5, 5]}),
+    "output_dir": Case("<elsewhere>", {"results": "<elsewhere>/results.json"}),
+    "steps": Case(3, {"train.steps": [3, 3], "results.steps": 3}),
+    "batch_size": Case(3, {"train.batch_size": [3, 3], "results.batch_size": 3}),
+    "lr": Case(0.5, {"train.lr": [0.5, 0.5], "results.lr": 0.5}),
+    "rank": Case(3, {"train.rank": [3, 3], "results.rank": 3}),
+    "cat_factor": Case(2.5, {"train.cat_factor": [0.0, 2.5], "results.cat_factor": 2.5}),
+    "preserve": Case(False, {"train.preserve_prompts": [None, None], "results.preserve": False}),
+    "teacher_draws": Case(3, {"train.teacher_draws": [0, 3], "results.teacher_draws": 3}, {"preserve": False}),
+    # Of the trained weights too.
+    "dtype": Case("bfloat16", {"loaded.dtype": torch.bfloat16, "train.dtype": ["bfloat16"] * 2}),
+}
+
+CONVERT: dict[str, Case] = {
+    "input": Case("<other>", {"read": "<other>"}),
+    "output": Case("elsewhere", {"written": "elsewhere"}),
+    "to": Case("kohya", {"format": "kohya"}),
+    "family": Case("sdxl", {"family": "sdxl"}),
+    "dtype": Case("bfloat16", {"dtype": torch.bfloat16}),
+    "model": Case("model", {"loaded": "model", "checked": ["unet"]}),
+}
+
+REPORT: dict[str, Case] = {
+    "runs": Case(("a", "b"), {"runs": ("a", "b")}),
+    "output": Case("elsewhere", {"output": "elsewhere"}),
+    "title": Case("Cats", {"title": "Cats"}),
+}
+
+BASES: dict[str, tuple[Any, dict[str, Case], dict[str, Any]]] = {
+    "generate": (generate, GENERATE, {"model": "model", "prompt": ("a cat",), "device": "cpu"}),
+    "evaluate": (
+        evaluate,
+        EVALUATE,
+        {
+            "model": "model",
+            "adapters": ("mine=a",),
+            "data": "data",
+            "prompts": "<prompts>",
+            "trigger": ("sks",),
+            "output_dir": "<output>",
+            "device": "cpu",
+        },
+    ),
+    "demo": (
+        demo,
+        DEMO,
+        {"emoji_model": "<emoji>", "output_dir": "<output>", "concepts": (), "seeds": (0,), "device": "cpu"},
+    ),
+    "convert": (convert, CONVERT, {"input": "<lora>", "output": "output", "to": "diffusers"}),
+    "report": (report, REPORT, {"runs": ("run",)}),
+}
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, str]:
+    """The paths that values name as <name>."""
+    (tmp_path / "prompts").write_text("a sks cat\n")
+    (tmp_path / "plain").write_text("a sks outdoors\n")
+    (tmp_path / "more").write_text("a sks cat outdoors\n")
+    concepts = [
+        {"name": name, "trigger_prompts": [f"a sks {word}"]} for name, word in (("tabby", "cat"), ("pug", "dog"))
+    ]
+    (tmp_path / "concepts.json").write_text(json.dumps({"concepts": concepts}))
+    for folder, names in (("emoji", ("tabby", "tom")), ("other", ("pug",))):
+        (tmp_path / folder).mkdir()
+        concepts = [
+            {
+                "name": name,
+                "class_word": "cat",
+                "folder": name,
+                **{f"{kind}_prompts": ["a cat"] for kind in ("class", "neighbour", "other_class")},
+                "trigger_prompts": ["a sks cat"],
+            }
+            for name in names
+        ]
+        (tmp_path / folder / "prompts.json").write_text(json.dumps({"trigger_word": "sks", "concepts": concepts}))
+    places = {
+        f"<{name}>": str(tmp_path / name)
+        for name in ("prompts", "plain", "more", "output", "elsewhere", "emoji", "other")
+    }
+    return places | {"<concepts>": str(tmp_path / "concepts.json"), "<lora>": str(tmp_path / "lora")}
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands call notes what it is given, and does nothing."""
+
+    def note(**given: Any) -> None:
+        seen.update({name: str(value) if isinstance(value, Path) else value for name, value in given.items()})
+
+    def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Any:
+        note(loaded=model, **{"loaded.dtype": dtype})
+        return SimpleNamespace(device=device)
+
+    def sample(config: Any) -> None:
+        seen.update({f"sampling.{name}": value for name, value in dataclasses.asdict(config).items()})
+
+    def generate_pictures(pipeline: Any, prompts: Any, config: Any, *, adapter: Any) -> str:
+        sample(config)
+        note(prompts=prompts, adapter=adapter)
+        return "grid"
+
+    def score(
+        pipeline: Any, adapters: Any, prompts: Any, encoder: Any, *, concept_images: Any, config: Any, **more: Any
+    ) -> Any:
+        sample(config)
+        note(adapters=adapters, concept_images=concept_images, cache=more.get("cache"))
+        note(**{f"prompts.{name}": value for name, value in dataclasses.asdict(prompts).items()})
+        return SimpleNamespace(save=lambda path: note(results=path), to_json=lambda: "{}", adapters={})
+
+    def train(config: Any) -> Any:
+        for name, value in config.to_dict().items():
+            seen.setdefault(f"train.{name}", []).append(value)
+        return SimpleNamespace(output_dir=Path(config.output_dir), metrics=None, seconds=1.0)
+
+    def save_lora(path: Any, lora: Any, *, format: Any, family: Any, dtype: Any) -> Any:
+        note(written=path, format=format, family=family, dtype=dtype)
+        return path
+
+    def load_encoder(path: Any, device: Any) -> None:
+        note(encoder=path)
+
+    def read_lora(path: Any, models: Any) -> Any:
+        note(read=path)
+        return SimpleNamespace(alphas={}, format="peft")
+
+    def write_report(runs: Any, output: Any, *, title: Any) -> None:
+        note(runs=runs, output=output, title=title)
+
+    fakes: dict[str, Callable[..., Any]] = {
+        "training.model.load_pipeline": load_pipeline,
+        "training.train": train,
+        "evaluation.generate_pictures": generate_pictures,
+        "evaluation.save_pictures": lambda grid, folder: note(folder=folder) or [],
+        "evaluation.evaluate": score,
+        "evaluation.load_encoder": load_encoder,
+        "evaluation.ClipEncoder.from_pretrained": load_encoder,
+        "report.contact_sheet": lambda result, path: note(sheet=path) or draw_picture(path, "red"),
+        "report.save_all_pictures": lambda result, path: path.mkdir(parents=True) or note(pictures=path),
+        "report.training_curves": lambda metrics, path: draw_picture(path, "red"),
+        "report.print_table": lambda result: None,
+        "report.write_report": write_report,
+        "adapter_file.save_lora": save_lora,
+        "adapter_file.read.read_lora": read_lora,
+        "adapter_file.lora_file.check_fit": lambda lora, models: note(checked=sorted(models)),
+        "adapter_file.pipeline.pipeline_models": lambda pipeline: {"unet": pipeline},
+        "commands.demo.summarize": lambda runs: note(concepts=list(dict.fromkeys(run.concept for run in runs))) or {},
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(f"cat_rs.{name}", fake)
+
+
+def named(value: Any, places: dict[str, str]) -> Any:
+    """The value with its <names> filled in."""
+    if isinstance(value, dict):
+        return {name: named(item, places) for name, item in value.items()}
+    if isinstance(value, str) and value.startswith("<"):
+        name, end, rest = value.partition(">")
+        return places[name + end] + rest
+    return value
+
+
+def run(command: Any, seen: Seen, options: dict[str, Any], places: dict[str, str]) -> Seen:
+    seen.clear()
+    try:
+        command.run(command.Settings(**named(options, places)))
+    except cat_rs.errors.CatRsError as error:
+        seen["error"] = str(error)
+    results = Path(
+        places["<elsewhere>"] if options.get("output_dir") == "<elsewhere>" else places["<output>"], "results.json"
+    )
+    if command is demo and results.exists():
+        seen["results"] = str(results)
+        seen.update({f"results.{name}": value for name, value in json.loads(results.read_text())["training"].items()})
+    return dict(seen)
+
+
+@pytest.mark.parametrize("command", BASES)
+def test_every_option_has_its_case(command: str) -> None:
+    module, table, basis = BASES[command]
+    check_table(module.Settings, table, basis)
+
+
+@pytest.mark.parametrize(("command", "name"), [(command, name) for command in BASES for name in BASES[command][1]])
+def test_an_option_changes_what_it_should(
+    command: str, name: str, seen: Seen, places: dict[str, str], tmp_path: Path
+) -> None:
+    module, table, basis = BASES[command]
+    case = table[name]
+    given = basis | case.given
+    before = run(module, seen, given, places)
+    places["<output>"] = str(tmp_path / "output with the option")
+    after = run(module, seen, {**given, name: case.value}, places)
+    check_case(name, dataclasses.replace(case, changes=named(case.changes, places)), before, after)
