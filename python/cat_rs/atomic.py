@@ -44,7 +44,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: The file cannot be written; nothing is left behind, an old file is untouched.
     """
-    path = Path(path)
+    path = _file_name(path)
     with _unfinished(path.parent) as place, open(place / path.name, "xb") as file:
         yield file
         file.flush()
@@ -65,7 +65,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be written; nothing is left behind, an old folder is untouched.
     """
-    path = Path(path).resolve()
+    path = _file_name(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _settle_replaced(path)
     with _unfinished(path.parent) as place:
@@ -76,6 +76,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _replace_folder(path, unfinished)
     _sync_folder(path.parent)
     _settle_replaced(path)
+
+
+def _file_name(path: str | os.PathLike[str]) -> Path:
+    """The path, unless it is a text that no file can have as its name, such as half of a surrogate pair."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise OSError(errno.EINVAL, "No name of a file", ascii(os.fspath(path)))
+    return Path(path)
 
 
 @contextmanager

@@ -65,9 +65,16 @@ def parse(
     format, family, found = _core.adapter_layers(named, known)
     layers = [Layer(*each) for each in found]
     if any(not layer.component for layer in layers):
-        component = component or _component_of_names([layer.module for layer in layers])
+        modules = [layer.module for layer in layers]
+        component = component or _component_of_models(modules, known) or _component_of_names(modules)
         layers = [layer._replace(component=component) for layer in layers]
     return format, family, layers
+
+
+def _component_of_models(modules: list[str], known: Mapping[str, list[str]]) -> str | None:
+    """The one model that is at hand and has these modules."""
+    fitting = [component for component, names in known.items() if {*modules} <= {*names}]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,8 +92,9 @@ def _component_of_names(modules: list[str]) -> str:
     fitting = [name for name, start in starts.items() if any(module.startswith(start) for module in modules)]
     if len(fitting) != 1:
         raise AdapterError(
-            f"expected layers of a known denoiser or text encoder, got {listed(modules)}: put the PEFT files into a "
-            f"folder named {', '.join(COMPONENTS[:-1])} or {COMPONENTS[-1]}"
+            f"expected layers of a known denoiser or text encoder, got {listed(modules)}: give load_lora the model, "
+            "or put adapter_model.safetensors and adapter_config.json into a folder named "
+            f"{', '.join(COMPONENTS[:-1])} or {COMPONENTS[-1]}"
         )
     return fitting[0]
 

@@ -143,6 +143,10 @@ def _save_peft(
 
 
 def _check_arguments(path: str | os.PathLike[str], format: str, family: str | None, dtype: torch.dtype | None) -> None:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"save_lora: `path` must be a path, got {os.fspath(path)!a}") from error
     for name, value, choices in (("format", format, FORMATS), ("family", family, (*FAMILIES, None))):
         if value not in choices:
             known = ", ".join(filter(None, choices))
