@@ -580,9 +580,8 @@ def inside(name: str, names: list[Any], function: Callable[..., Any], *args: Any
 
 def _transformed(name: str, call: Callable[..., Any], chosen: list[Any]) -> Any:
     if name == "vmap":
-        return torch.vmap(lambda *each: _summed(call(*each)))(
-            *(each.unsqueeze(0).expand(2, *each.shape) for each in chosen)
-        )
+        batched = [each.unsqueeze(0).expand(2, *each.shape) for each in chosen]
+        return torch.vmap(lambda *each: _summed(call(*each)))(*batched)
     if name == "grad":
         return torch.func.grad(lambda *each: _summed(call(*each)))(*chosen)
     if name == "jvp":
@@ -626,7 +625,8 @@ def _use(result: Any, *, create_graph: bool = False) -> Any:
     graphs = [each for each in leaves if each.grad_fn is not None and each.dtype in (F32, F64, BF16, F16)]
     if graphs:
         torch.autograd.backward([each.sum() for each in graphs], create_graph=create_graph)
-    repr(result)
+    if not leaves:
+        repr(result)
     return result
 
 
