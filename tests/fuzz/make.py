@@ -296,9 +296,9 @@ class TinyDenoiser(torch.nn.Module):
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
-    ) -> Any:
+    ) -> torch.Tensor:
         context = self.to_k(encoder_hidden_states).mean(1)
-        return SimpleNamespace(sample=self.to_q(sample) + context[:, :, None, None])
+        return self.to_q(sample) + context[:, :, None, None]
 
 
 def bare() -> torch.nn.Module:
@@ -487,8 +487,7 @@ def bank(**settings: Any) -> cat_rs.TeacherBank:
 def bank_file(**settings: Any) -> str:
     place = path("bank.safetensors")
     latents, cond = tensor((3, 4, 4, 4)), tensor((3, 2, CROSS))
-    arguments = {"draws": 2, "seed": 0, **settings}
-    cat_rs.TeacherBank.build(place, model(), scheduler(), latents, cond, **arguments)
+    cat_rs.TeacherBank.build(model(), scheduler(), latents, cond, path=place, **{"draws": 2, **settings})
     return place
 
 
