@@ -131,6 +131,14 @@ def test_tchs_panicking_names_are_not_used() -> None:
         assert not re.search(panicking, code_of(file)), file
 
 
+def test_tensors_come_from_python_and_to_addresses_through_one_door() -> None:
+    for file in rust_files():
+        if file.name != "convert.rs":
+            assert "pyo3_tch" not in code_of(file), file
+        if file.name != "tensor.rs":
+            assert not re.search(r"\b(at_)?data_ptr\b|copy_data", code_of(file)), file
+
+
 def test_only_native_imports_the_extension() -> None:
     for file in python_files():
         if name_of(file) != "_native.py":

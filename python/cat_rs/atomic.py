@@ -45,20 +45,14 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: The file cannot be written; nothing is left behind, an old file is untouched.
     """
     path = Path(path)
-    try:
-        with _unfinished(path.parent) as place, open(place / path.name, "xb") as file:
-            yield file
-            file.flush()
-            with suppress(FileNotFoundError):
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-            os.fsync(file.fileno())
-            os.replace(place / path.name, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        # The file that was asked for is named, not a temporary one, and not none.
-        if error.errno is not None and (error.filename is None or TEMPORARY_PREFIX in str(error.filename)):
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-        raise
+    with _unfinished(path.parent) as place, open(place / path.name, "xb") as file:
+        yield file
+        file.flush()
+        with suppress(FileNotFoundError):
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        os.fsync(file.fileno())
+        os.replace(place / path.name, path)
+    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -91,6 +85,12 @@ def _unfinished(folder: Path) -> Iterator[Path]:
     place, lock = _own_place(folder)
     try:
         yield place
+    except OSError as error:
+        # What was asked for is named, not what stands for it.
+        if error.errno is not None and str(error.filename).startswith(str(place)):
+            name = str(error.filename).replace(str(place), str(folder), 1)
+            raise OSError(error.errno, error.strerror, name) from error
+        raise
     finally:
         shutil.rmtree(place, ignore_errors=True)
         os.close(lock)

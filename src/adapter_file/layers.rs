@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use super::names::{diffusers_key, parse_dotted, parse_kohya, peft_key, Key, KohyaNames, Part, Slot, COMPONENTS};
-use super::{Adapter, Family, Format, KnownModules, Layer, NamedTensors};
+use super::{check_named, Adapter, Family, Format, KnownModules, Layer, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::dtype_name;
 
@@ -25,6 +25,9 @@ type Parts = BTreeMap<Part, (String, Tensor)>;
 pub fn layers_of(tensors: NamedTensors, known: &KnownModules) -> Result<Adapter> {
     if tensors.is_empty() {
         return Err(CatError::adapter(READ, "expected tensors of a LoRA, got none"));
+    }
+    for (name, tensor) in &tensors {
+        check_named(READ, name, tensor)?;
     }
     let kohya = tensors.iter().any(|(name, _)| name.starts_with("lora_") && parse_kohya(name).is_some());
     let places = by_place(tensors, if kohya { parse_kohya } else { parse_dotted })?;
@@ -51,6 +54,11 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
     if layers.is_empty() {
         return Err(CatError::adapter(WRITE, "expected an adapter with layers, got none"));
     }
+    for layer in layers {
+        for (part, tensor) in parts_of(layer) {
+            check_named(WRITE, &peft_key(&layer.module, part), tensor)?;
+        }
+    }
     if format == Format::Kohya {
         let Some(family) = family else {
             let expected = "sd, sdxl or flux: this model's is not recognized";
@@ -64,14 +72,7 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
             let text = format!("the component must be one of {}, got {:?}", COMPONENTS.join(", "), layer.component);
             return Err(CatError::adapter(WRITE, text));
         }
-        let parts = [
-            (Part::A, Some(&layer.lora_a)),
-            (Part::B, Some(&layer.lora_b)),
-            (Part::Bias, layer.bias.as_ref()),
-            (Part::Magnitude, layer.magnitude.as_ref()),
-        ];
-        for (part, tensor) in parts {
-            let Some(tensor) = tensor else { continue };
+        for (part, tensor) in parts_of(layer) {
             let name = match format {
                 Format::Diffusers => diffusers_key(&layer.component, &layer.module, part),
                 _ => peft_key(&layer.module, part),
@@ -80,6 +81,17 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
         }
     }
     Ok(tensors)
+}
+
+fn parts_of(layer: &Layer) -> impl Iterator<Item = (Part, &Tensor)> {
+    [
+        (Part::A, Some(&layer.lora_a)),
+        (Part::B, Some(&layer.lora_b)),
+        (Part::Bias, layer.bias.as_ref()),
+        (Part::Magnitude, layer.magnitude.as_ref()),
+    ]
+    .into_iter()
+    .filter_map(|(part, tensor)| Some((part, tensor?)))
 }
 
 fn by_place(tensors: NamedTensors, parse: fn(&str) -> Option<Key>) -> Result<BTreeMap<Place, Parts>> {

@@ -1,9 +1,8 @@
 //! AdamW over flat buffers, for `cat_rs.ops.adamw`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{argument, optional};
+use super::convert::{argument, optional, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::adamw::AdamW;

@@ -8,9 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3_tch::PyTensor;
 
-use super::convert::{argument, optional, path, raise, wrap, wrap_optional, Expected};
+use super::convert::{argument, optional, path, raise, wrap, wrap_optional, Expected, PyTensor};
 use super::released;
 use crate::adapter_file::{self, Family, Format, KnownModules, Layer, Metadata, NamedTensors, Source};
 use crate::error::CatError;
@@ -28,8 +27,17 @@ impl Expected for Vec<(String, PySource)> {
     const EXPECTED: &'static str = "a sequence of (name, tensor or (dtype, shape, parts))";
 }
 
-fn named(tensors: Vec<(String, PyTensor)>) -> NamedTensors {
-    tensors.into_iter().map(|(name, tensor)| (name, tensor.0)).collect()
+impl Expected for Vec<(String, Bound<'_, PyAny>)> {
+    const EXPECTED: &'static str = "a sequence of (name, tensor)";
+}
+
+/// Tensors that have names, which errors tell.
+fn named(py: Python<'_>, tensors: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<NamedTensors> {
+    let tensor = |(name, tensor): (String, Bound<'_, PyAny>)| match tensor.extract::<PyTensor>() {
+        Ok(tensor) => Ok((name, tensor.0)),
+        Err(error) => Err(raise(py, &CatError::adapter("load_lora", format!("`{name}`: {}", error.value(py))))),
+    };
+    tensors.into_iter().map(tensor).collect()
 }
 
 fn wrap_named(py: Python<'_>, tensors: NamedTensors) -> PyResult<Vec<(String, PyObject)>> {
@@ -112,10 +120,10 @@ fn open_again(descriptor: RawFd) -> io::Result<File> {
 #[pyfunction]
 pub fn adapter_layers(
     py: Python<'_>,
-    #[pyo3(from_py_with = argument)] tensors: Vec<(String, PyTensor)>,
+    #[pyo3(from_py_with = argument)] tensors: Vec<(String, Bound<'_, PyAny>)>,
     #[pyo3(from_py_with = argument)] known: KnownModules,
 ) -> PyResult<(&'static str, Option<&'static str>, Vec<PyLayerOut>)> {
-    let tensors = named(tensors);
+    let tensors = named(py, tensors)?;
     let adapter = released(py, move || adapter_file::layers_of(tensors, &known))?;
     let layers = adapter.layers.into_iter().map(|layer| {
         let (lora_a, lora_b) = (wrap(py, layer.lora_a)?, wrap(py, layer.lora_b)?);

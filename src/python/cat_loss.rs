@@ -2,9 +2,8 @@
 
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
-use pyo3_tch::PyTensor;
 
-use super::convert::{argument, detached, optional, wrap, wrap_optional};
+use super::convert::{argument, detached, is_tensor, optional, wrap, wrap_optional, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::cat_loss::{CatLoss, Factor, LossValues, Pair, StudentLoss};
@@ -21,7 +20,10 @@ impl FromPyObject<'_> for PyFactor {
             return Ok(Self::Number(number.value()));
         }
         // A tensor could be made a number too, but the host would wait for that of a GPU.
-        object.extract().map(Self::Tensor).or_else(|_| argument(object).map(Self::Number))
+        if is_tensor(object) {
+            return object.extract().map(Self::Tensor);
+        }
+        argument(object).map(Self::Number)
     }
 }
 

@@ -2,18 +2,60 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::ops::Deref;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use pyo3::exceptions::{PyOSError, PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3::types::{PyBool, PyFloat, PyInt, PyString};
-use pyo3_tch::PyTensor;
+use pyo3::sync::GILOnceCell;
+use pyo3::types::{PyBool, PyFloat, PyInt, PyString, PyType};
 use tch::Tensor;
 
 use crate::adapter_file::{KnownModules, Metadata};
 use crate::error::{CatError, TorchContext};
+
+/// A tensor whose memory is its own: no DTensor, FakeTensor or other subclass that computes in its own way.
+pub struct PyTensor(pub Tensor);
+
+impl Deref for PyTensor {
+    type Target = Tensor;
+
+    fn deref(&self) -> &Tensor {
+        &self.0
+    }
+}
+
+impl FromPyObject<'_> for PyTensor {
+    fn extract_bound(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let tensor = pyo3_tch::PyTensor::extract_bound(object)?;
+        // A TypeError, because pyo3 adds the argument's name to no other.
+        let refused = |name| PyTypeError::new_err(format!("expected a plain torch.Tensor, got {name}"));
+        if !is_plain(object)? {
+            return Err(refused(object.get_type().fully_qualified_name()?));
+        }
+        Ok(Self(tensor.0))
+    }
+}
+
+/// Whether Python has a tensor there, plain or not.
+pub fn is_tensor(object: &Bound<'_, PyAny>) -> bool {
+    object.extract::<pyo3_tch::PyTensor>().is_ok()
+}
+
+/// As PyTorch tells: subclasses that compute in their own way override `__torch_dispatch__`.
+fn is_plain(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static TENSOR: GILOnceCell<Py<PyType>> = GILOnceCell::new();
+    static PARAMETER: GILOnceCell<Py<PyType>> = GILOnceCell::new();
+    let py = tensor.py();
+    let class = tensor.get_type();
+    let plain = TENSOR.import(py, "torch", "Tensor")?;
+    if class.is(plain) || class.is(PARAMETER.import(py, "torch.nn", "Parameter")?) {
+        return Ok(true);
+    }
+    Ok(class.getattr("__torch_dispatch__")?.is(&plain.getattr("__torch_dispatch__")?))
+}
 
 /// What a type is called in a refusal.
 pub trait Expected {
@@ -43,7 +85,6 @@ expected! {
     Option<PyBackedStr>: "a text without surrogates, or None",
     Metadata: "a mapping of texts to texts",
     KnownModules: "a mapping of texts to sequences of texts",
-    Vec<(String, PyTensor)>: "a sequence of (name, tensor)",
 }
 
 /// Converts an argument, and refuses it with what was expected and what came.

@@ -1,9 +1,8 @@
 //! The frozen convolution as a matrix product, for `cat_rs.ops.frozen_conv2d`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{argument, optional, wrap};
+use super::convert::{argument, optional, wrap, PyTensor};
 use super::released;
 use crate::ops::frozen_conv2d::Convolution;
 

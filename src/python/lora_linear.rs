@@ -1,9 +1,8 @@
 //! The linear layer with a LoRA branch, for `cat_rs.ops.lora_linear`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{argument, optional, wrap, wrap_optional};
+use super::convert::{argument, optional, wrap, wrap_optional, PyTensor};
 use super::released;
 use crate::ops::lora_linear::Layer;
 

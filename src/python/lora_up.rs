@@ -1,9 +1,8 @@
 //! The up projection of a LoRA branch, for `cat_rs.ops.lora_up`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{argument, wrap_optional};
+use super::convert::{argument, wrap_optional, PyTensor};
 use super::released;
 use crate::ops::lora_up::UpProjection;
 

@@ -2,9 +2,8 @@
 
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
-use pyo3_tch::PyTensor;
 
-use super::convert::{argument, raise, wrap};
+use super::convert::{argument, raise, wrap, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::noising::PredictionType;

@@ -61,13 +61,18 @@ def parse(
     tensors: Mapping[str, torch.Tensor], known: Mapping[str, list[str]], component: str | None
 ) -> tuple[str, str | None, list[Layer]]:
     """Format, family and layers of tensors by name; `component` is whose they are where the names do not tell."""
-    named = [(name, tensor.detach().to("cpu")) for name, tensor in tensors.items()]
+    named = [(name, _whole(tensor).detach().to("cpu")) for name, tensor in tensors.items()]
     format, family, found = _core.adapter_layers(named, known)
     layers = [Layer(*each) for each in found]
     if any(not layer.component for layer in layers):
         component = component or _component_of_names([layer.module for layer in layers])
         layers = [layer._replace(component=component) for layer in layers]
     return format, family, layers
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; where it is sharded (a DTensor), gathered, for which every rank must be here."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _component_of_names(modules: list[str]) -> str:

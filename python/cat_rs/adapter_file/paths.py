@@ -42,10 +42,13 @@ def adapter_files(path: str | os.PathLike[str]) -> dict[str, Path]:
     """Every file of an adapter, by a name that does not depend on where the adapter is.
 
     Raises:
-        FileNotFoundError: There is no adapter.
+        FileNotFoundError: There is no adapter, or a file of it is missing.
     """
     found = locate(path)
     if isinstance(found, Path):
         return {DIFFUSERS_FILE: found}
     names = (PEFT_FILE, PEFT_CONFIG_FILE)
-    return {f"{component}/{name}": folder / name for component, folder in found.items() for name in names}
+    files = {f"{component}/{name}": folder / name for component, folder in found.items() for name in names}
+    for file in files.values():
+        file.stat()
+    return files
