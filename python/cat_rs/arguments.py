@@ -33,6 +33,8 @@ def shown(value: object) -> str:
 
 def check(op: str, argument: str, value: Any, expected: str, holds: Callable[[Any], Any]) -> None:
     """Refuses a value of which ``holds`` is false, or cannot be told because it has another type."""
+    if isinstance(value, torch.Tensor):
+        check_memory(op, argument, value)
     try:
         if holds(value):
             return
@@ -69,6 +71,8 @@ def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
 
 def as_float(op: str, argument: str, value: Any) -> float:
     """The value as a float."""
+    if isinstance(value, torch.Tensor):
+        check_memory(op, argument, value)
     with refusing(op, argument, "a number", value):
         return float(value)
 

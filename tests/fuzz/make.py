@@ -296,9 +296,9 @@ class TinyDenoiser(torch.nn.Module):
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any
-    ) -> Any:
+    ) -> torch.Tensor:
         context = self.to_k(encoder_hidden_states).mean(1)
-        return SimpleNamespace(sample=self.to_q(sample) + context[:, :, None, None])
+        return self.to_q(sample) + context[:, :, None, None]
 
 
 def bare() -> torch.nn.Module:
@@ -487,8 +487,7 @@ def bank(**settings: Any) -> cat_rs.TeacherBank:
 def bank_file(**settings: Any) -> str:
     place = path("bank.safetensors")
     latents, cond = tensor((3, 4, 4, 4)), tensor((3, 2, CROSS))
-    arguments = {"draws": 2, "seed": 0, **settings}
-    cat_rs.TeacherBank.build(place, model(), scheduler(), latents, cond, **arguments)
+    cat_rs.TeacherBank.build(model(), scheduler(), latents, cond, path=place, **{"draws": 2, **settings})
     return place
 
 
@@ -580,9 +579,8 @@ def inside(name: str, names: list[Any], function: Callable[..., Any], *args: Any
 
 def _transformed(name: str, call: Callable[..., Any], chosen: list[Any]) -> Any:
     if name == "vmap":
-        return torch.vmap(lambda *each: _summed(call(*each)))(
-            *(each.unsqueeze(0).expand(2, *each.shape) for each in chosen)
-        )
+        batched = [each.unsqueeze(0).expand(2, *each.shape) for each in chosen]
+        return torch.vmap(lambda *each: _summed(call(*each)))(*batched)
     if name == "grad":
         return torch.func.grad(lambda *each: _summed(call(*each)))(*chosen)
     if name == "jvp":
@@ -626,7 +624,8 @@ def _use(result: Any, *, create_graph: bool = False) -> Any:
     graphs = [each for each in leaves if each.grad_fn is not None and each.dtype in (F32, F64, BF16, F16)]
     if graphs:
         torch.autograd.backward([each.sum() for each in graphs], create_graph=create_graph)
-    repr(result)
+    if not leaves:
+        repr(result)
     return result
 
 

@@ -19,6 +19,7 @@ another; and did not return."""
 # Python's own, of a call that does not fit the signature.
 _SIGNATURE = re.compile(
     r"missing \d+ required|missing a required|unexpected keyword argument|positional argument|multiple values for"
+    r"|takes no (keyword )?arguments"
 )
 # The dispatcher's own, of torch.ops: argument, expected type, type that came.
 _SCHEMA = re.compile(
@@ -27,9 +28,10 @@ _SCHEMA = re.compile(
 )
 # PyO3's own: argument, type that came, type expected.
 _CONVERSION = re.compile(
-    r"argument '.+': '.+' object (cannot be (converted to|interpreted as)|is not an instance of) "
+    r"argument '.+': ('.+' object (cannot be (converted to|interpreted as)|is not an instance of) "
+    r"|must be .+, not |expected .+, not )"
 )
-_EXPECTED = re.compile(r"\bmust\b|\bexpected\b", re.IGNORECASE)
+_EXPECTED = re.compile(r"\bmust\b|\bexpected\b|\bshould be\b", re.IGNORECASE)
 _GOT = re.compile(r"\bgot\b|\bbut\b")
 _MEMORY = re.compile(r"not enough memory|allocate \d+ bytes")
 
@@ -60,7 +62,8 @@ def outcome_of(target: Target, error: BaseException | None) -> Outcome:
     """What a call that returned, or raised, is counted as."""
     if error is None or isinstance(error, HostileError):
         return Outcome("ok")
-    text = str(error)
+    # What the package adds to an error of the caller's own code.
+    text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     kind = "clear" if is_clear(target, error, text) else "unclear"
     return Outcome(kind, type(error).__name__, text[:2000], _place(error))
 
@@ -84,10 +87,11 @@ def is_clear(target: Target, error: BaseException, text: str) -> bool:
 def _names_argument(target: Target, text: str) -> bool:
     names = {each.name for each in target.parameters} | _OF_OBJECTS
     # A reader of files names the file.
-    return any(re.search(rf"\b{re.escape(name)}\b", text) for name in names) or "/" in text
+    named = (re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) for name in names)
+    return any(named) or "/" in text
 
 
-_OF_OBJECTS = frozenset(("params", "model", "scheduler", "latents", "adapter"))
+_OF_OBJECTS = frozenset(("params", "model", "scheduler", "latents", "pictures", "encoder"))
 """What an object was made of, and its methods may complain of."""
 
 
