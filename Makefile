@@ -9,7 +9,7 @@ python := $(VENV)/bin/python
 with_torch := $(python) scripts/torch_env.py
 rust_sources := $(shell find src -type f) Cargo.toml Cargo.lock build.rs .cargo/config.toml
 
-.PHONY: help build test test-rust test-python lint format demo notebook bench wheel test-wheel clean distclean
+.PHONY: help build test test-rust test-python fuzz mutants lint format demo notebook bench wheel test-wheel clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,8 @@ help:
 	@echo "make demo         personalize the bundled model without and with CAT, compare; writes demo/"
 	@echo "make notebook     execute examples/quickstart.ipynb and save it with its outputs"
 	@echo "make test         build, then the Rust and the Python tests"
+	@echo "make fuzz         random calls of everything, in child processes: ARGS=\"--seconds 600\""
+	@echo "make mutants      plant random faults in the Python code, and list those that no test notices; takes hours"
 	@echo "make lint         formatting, clippy, ruff, mypy, and the stub file against the module"
 	@echo "make format       format Rust and Python sources"
 	@echo "make bench        the benchmarks of README, on an idle machine"
@@ -25,7 +27,7 @@ help:
 	@echo "make clean        remove what was built; make distclean: the environments too"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment, ARGS=... are passed to demo, notebook, bench,"
-	@echo "test-rust and test-python. \`make test-python ARGS='-k cat_loss'\` runs some of the tests."
+	@echo "fuzz, mutants, test-rust and test-python. \`make test-python ARGS='-k cat_loss'\` runs some of the tests."
 
 build: $(VENV)/.built
 
@@ -49,6 +51,12 @@ test-rust: build
 
 test-python: build
 	$(python) -m pytest $(ARGS)
+
+fuzz: build
+	$(python) -m tests.fuzz $(ARGS)
+
+mutants: build
+	$(python) scripts/mutants.py $(ARGS)
 
 # The first clippy run sees the tests, the second the Python module: with it, test programs do not link.
 lint: build

@@ -72,6 +72,22 @@ pub enum CatError {
         /// The value that came.
         got: String,
     },
+    /// There is not enough memory for what a kernel keeps.
+    #[error("{op}: not enough memory for the {bytes} bytes that `{argument}` takes")]
+    Memory {
+        /// The operation.
+        op: &'static str,
+        /// The argument whose size decides.
+        argument: &'static str,
+        /// How many bytes were wanted.
+        bytes: usize,
+    },
+    /// Somebody asked a long loop to stop.
+    #[error("{op}: interrupted")]
+    Interrupted {
+        /// The operation.
+        op: &'static str,
+    },
     /// libtorch reported a failure.
     #[error("{op}: libtorch: {message}")]
     Torch {
@@ -144,7 +160,13 @@ impl CatError {
 
     /// A libtorch message without its backtrace.
     pub fn torch_message(op: &'static str, message: &str) -> Self {
-        Self::Torch { op, message: message.lines().next().unwrap_or_default().to_owned() }
+        const ALLOCATION: &str = "you tried to allocate ";
+        let line = message.lines().find(|line| !line.trim().is_empty()).unwrap_or("an error without a text");
+        let bytes = line.split_once(ALLOCATION).and_then(|(_, rest)| rest.split(' ').next());
+        Self::Torch {
+            op,
+            message: bytes.map_or(line.to_owned(), |bytes| format!("not enough memory for {bytes} bytes")),
+        }
     }
 }
 

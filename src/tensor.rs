@@ -5,10 +5,16 @@ use std::ffi::CStr;
 use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 use torch_sys::c_generated::atg_is_neg;
-use torch_sys::{at_data_ptr, at_device, at_dim, at_shape, at_stride, get_and_reset_last_err};
+use torch_sys::{at_data_ptr, at_device, at_dim, at_shape, at_stride, get_and_reset_last_err, C_tensor};
 
 use crate::cpu::{Elements, ElementsMut};
 use crate::error::{CatError, Result, TorchContext};
+
+extern "C" {
+    // Of libtorch's C interface, which does not change.
+    fn aoti_torch_get_storage_size(tensor: *mut C_tensor, bytes: *mut i64) -> i32;
+    fn aoti_torch_get_storage_offset(tensor: *mut C_tensor, elements: *mut i64) -> i32;
+}
 
 /// The float dtypes that every operation handles.
 pub const FLOAT_DTYPES: &str = "float32, float64, bfloat16 or float16";
@@ -75,42 +81,67 @@ fn device_name(device: Option<Device>) -> String {
     }
 }
 
-/// Whether libtorch tells the tensor's sizes and strides: compressed sparse and nested tensors have none.
-fn has_strides(tensor: &Tensor) -> bool {
+/// The number of elements from a tensor's first to its last in memory; `None` where libtorch does not tell its sizes
+/// and strides: compressed sparse and nested tensors have none.
+fn extent(tensor: &Tensor) -> Option<i64> {
     let pointer = tensor.as_ptr().cast_mut();
     // SAFETY: the pointer is a live tensor, and the buffers hold one number a dimension.
     unsafe {
-        let mut numbers = vec![0i64; at_dim(pointer)];
-        if take_torch_error("").is_err() {
-            return false;
-        }
-        at_shape(pointer, numbers.as_mut_ptr());
-        let sized = take_torch_error("").is_ok();
-        at_stride(pointer, numbers.as_mut_ptr());
-        take_torch_error("").is_ok() && sized
+        let dim = at_dim(pointer);
+        take_torch_error("").ok()?;
+        let (mut sizes, mut strides) = (vec![0i64; dim], vec![0i64; dim]);
+        at_shape(pointer, sizes.as_mut_ptr());
+        take_torch_error("").ok()?;
+        at_stride(pointer, strides.as_mut_ptr());
+        take_torch_error("").ok()?;
+        let last = sizes
+            .iter()
+            .zip(strides)
+            .fold(0i64, |last, (size, stride)| last.saturating_add((size - 1).saturating_mul(stride)));
+        Some(if sizes.contains(&0) { 0 } else { last.saturating_add(1) })
     }
 }
 
-/// Checks that `tensor` is a dense tensor on the device `on`; nothing but its device may be asked of a tensor before.
+/// Checks that `tensor` is a dense tensor on the device `on` whose elements are in its memory. What takes an address
+/// asks this first, of every tensor that comes from outside; before, nothing but its device may be asked.
 pub fn check_dense(op: &'static str, argument: &'static str, tensor: &Tensor, on: Device) -> Result<()> {
     let found = device(op, tensor)?;
     if found != Some(on) {
         return Err(CatError::Device { op, argument, expected: device_name(Some(on)), got: device_name(found) });
     }
-    if tensor.is_sparse() || tensor.is_mkldnn() || !has_strides(tensor) {
-        return Err(CatError::Layout {
-            op,
-            argument,
-            expected: "a dense tensor",
-            got: "a sparse or opaque one".into(),
-        });
-    }
-    // SAFETY: as above.
-    let negated = unsafe { atg_is_neg(tensor.as_ptr().cast_mut()) };
+    let layout = |expected, got: String| Err(CatError::Layout { op, argument, expected, got });
+    let opaque = tensor.is_sparse() || tensor.is_mkldnn();
+    let Some(extent) = extent(tensor).filter(|_| !opaque) else {
+        return layout("a dense tensor", "a sparse or opaque one".into());
+    };
+    let pointer = tensor.as_ptr().cast_mut();
+    // SAFETY: the pointer is a live tensor.
+    let negated = unsafe { atg_is_neg(pointer) };
     take_torch_error(op)?;
     if negated != 0 {
-        let got = "a lazily negated view (call .resolve_neg())".into();
-        return Err(CatError::Layout { op, argument, expected: "a plain tensor", got });
+        return layout("a plain tensor", "a lazily negated view (call .resolve_neg())".into());
+    }
+    if extent == 0 {
+        return Ok(());
+    }
+    // SAFETY: as above; what the wrappers of function transforms have in place of memory is an error.
+    let data = unsafe { at_data_ptr(pointer) };
+    if take_torch_error(op).is_err() {
+        return layout("a tensor with memory of its own", "a wrapper around one (of torch.func?)".into());
+    }
+    let (mut bytes, mut offset) = (0, 0);
+    // SAFETY: as above; libtorch's handle of a tensor is a pointer to it.
+    let failed = unsafe {
+        aoti_torch_get_storage_size(pointer, &mut bytes) | aoti_torch_get_storage_offset(pointer, &mut offset)
+    };
+    let size = tensor.f_kind().during(op)?.elt_size_in_bytes();
+    let end = offset.saturating_add(extent).saturating_mul(size as i64);
+    if failed != 0 || data.is_null() || bytes < end {
+        let got = format!("one that ends at byte {end} of a storage of {}", if data.is_null() { 0 } else { bytes });
+        return layout("a tensor with memory for its elements", got);
+    }
+    if !(data as usize).is_multiple_of(size.max(1)) {
+        return Err(CatError::torch_message(op, "a tensor whose memory is not aligned to its dtype was passed"));
     }
     Ok(())
 }
@@ -175,13 +206,6 @@ fn data_pointer(op: &'static str, tensor: &Tensor) -> Result<*mut libc::c_void> 
     // SAFETY: the pointer is a live tensor owned by `tensor`.
     let data = unsafe { at_data_ptr(tensor.as_ptr().cast_mut()) };
     take_torch_error(op)?;
-    if data.is_null() && tensor.numel() > 0 {
-        return Err(CatError::torch_message(op, "a tensor without storage was passed"));
-    }
-    let size = tensor.f_kind().during(op)?.elt_size_in_bytes().max(1);
-    if !data.is_null() && !(data as usize).is_multiple_of(size) {
-        return Err(CatError::torch_message(op, "a tensor whose memory is not aligned to its dtype was passed"));
-    }
     Ok(data)
 }
 

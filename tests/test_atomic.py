@@ -338,3 +338,11 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
         write_folder(tmp_path / "file", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["half \ud800", "nul \0"])
+def test_a_text_that_names_no_file_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError, match="No name of a file"):
+        atomic.write_bytes(tmp_path / name, b"")
+    with pytest.raises(OSError, match="No name of a file"), atomic.new_folder(tmp_path / name):
+        pass

@@ -251,7 +251,8 @@ def test_killed_evaluation_goes_on_where_it_was(evaluate_arguments: list[str], t
     # The fifth write is of pictures; of those left after four, the seventh is of embeddings.
     for writes, pictures, embeddings in ((4, 4, 0), (6, 8, 2)):
         killed = subprocess.run(
-            [sys.executable, "-c", KILL_AT_A_WRITE, str(writes), *evaluate_arguments],
+            # Each write syncs the file, then its folder.
+            [sys.executable, "-c", KILL_AT_A_WRITE, str(2 * writes), *evaluate_arguments],
             env=environment,
             capture_output=True,
             check=False,

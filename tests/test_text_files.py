@@ -140,3 +140,10 @@ def test_half_a_surrogate_pair_is_no_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text('{"trigger_prompts": ["a sks \\ud83d"]}')
     with pytest.raises(CatRsError, match=r"prompts\.json, got half of a surrogate pair"):
         prompts(tmp_path / "prompts.json")
+
+
+@pytest.mark.parametrize("name", ["half \ud800.txt", "nul \0.txt"])
+@pytest.mark.parametrize("read", [read_text, prompts, read_config_file, preserved], ids=lambda read: read.__name__)
+def test_a_text_that_names_no_file_is_an_error_of_ours(tmp_path: Path, read: Callable[[Path], Any], name: str) -> None:
+    with pytest.raises(CatRsError, match="expected the name of a file, got"):
+        read(tmp_path / name)

@@ -44,21 +44,15 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: The file cannot be written; nothing is left behind, an old file is untouched.
     """
-    path = Path(path)
-    try:
-        with _unfinished(path.parent) as place, open(place / path.name, "xb") as file:
-            yield file
-            file.flush()
-            with suppress(FileNotFoundError):
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-            os.fsync(file.fileno())
-            os.replace(place / path.name, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        # The file that was asked for is named, not a temporary one, and not none.
-        if error.errno is not None and (error.filename is None or TEMPORARY_PREFIX in str(error.filename)):
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-        raise
+    path = _file_name(path)
+    with _unfinished(path.parent) as place, open(place / path.name, "xb") as file:
+        yield file
+        file.flush()
+        with suppress(FileNotFoundError):
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        os.fsync(file.fileno())
+        os.replace(place / path.name, path)
+    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -71,7 +65,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be written; nothing is left behind, an old folder is untouched.
     """
-    path = Path(path).resolve()
+    path = _file_name(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     _settle_replaced(path)
     with _unfinished(path.parent) as place:
@@ -84,6 +78,17 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     _settle_replaced(path)
 
 
+def _file_name(path: str | os.PathLike[str]) -> Path:
+    """The path, unless it is a text that no file can have as its name, such as half of a surrogate pair."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise OSError(errno.EINVAL, "No name of a file", ascii(os.fspath(path)))
+    return Path(path)
+
+
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder` that no other writer uses; it is removed at the end."""
@@ -91,6 +96,12 @@ def _unfinished(folder: Path) -> Iterator[Path]:
     place, lock = _own_place(folder)
     try:
         yield place
+    except OSError as error:
+        # What was asked for is named, not what stands for it.
+        if error.errno is not None and str(error.filename).startswith(str(place)):
+            name = str(error.filename).replace(str(place), str(folder), 1)
+            raise OSError(error.errno, error.strerror, name) from error
+        raise
     finally:
         shutil.rmtree(place, ignore_errors=True)
         os.close(lock)

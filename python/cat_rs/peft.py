@@ -13,6 +13,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from cat_rs.arguments import check_module
 from cat_rs.errors import AdapterError
 from cat_rs.frozen_layers import FrozenConv2d, FrozenLinear, patch_frozen, unpatch_frozen
 from cat_rs.ops.frozen_linear import frozen_linear
@@ -432,6 +433,7 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     Raises:
         AdapterError: The model has no adapter layers, or its adapter is disabled at the moment.
     """
+    check_module("patch_peft", "model", model)
     layers = dict(_adapter_modules(model))
     if not layers:
         raise AdapterError(
@@ -496,6 +498,7 @@ def use_copies_of(optimizer: FlatAdamW, model: torch.nn.Module) -> None:
 
 def unpatch_peft(model: torch.nn.Module) -> None:
     """Gives patched layers PEFT's own forward back, and frozen layers PyTorch's."""
+    check_module("unpatch_peft", "model", model)
     unpatch_frozen(model)
     modules: list[Any] = list(model.modules())
     for module in modules:
@@ -533,5 +536,6 @@ def adapter_disabled(model: torch.nn.Module) -> Iterator[None]:
     Args:
         model: A model with PEFT adapter layers; a model without any is its own base model, and nothing changes.
     """
+    check_module("adapter_disabled", "model", model)
     with _find_switch(model).turned(False):
         yield

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cat_rs.errors import CatRsError, InvalidValueError
+from cat_rs.arguments import check
+from cat_rs.errors import CatRsError
 from cat_rs.ops.similarity import Array, similarity
 from cat_rs.ops.statistics import (
     Interval,
@@ -78,7 +79,7 @@ def kps(
     groups, means, intervals = [], [], []
     for kind, base, adapted, numbers in parts:
         try:
-            values = vector(similarity(base, adapted))
+            values = vector("kps", f"base_{kind}", similarity(base, adapted))
             intervals.append(
                 bootstrap_interval(values, "harmonic_mean", clusters=numbers, resamples=resamples, seed=seed)
             )
@@ -129,6 +130,4 @@ def kps_difference(
 
 
 def _check_two(op: str, argument: str, groups: Sequence[Any]) -> None:
-    if len(groups) != 2:
-        expected = "two groups, without and with the trigger"
-        raise InvalidValueError(f"{op}: `{argument}` must be {expected}, got {len(groups)}")
+    check(op, argument, groups, "two groups, without and with the trigger", lambda groups: len(groups) == 2)

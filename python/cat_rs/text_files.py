@@ -19,7 +19,7 @@ _BOM = "\ufeff"
 
 
 class TextFileError(CatRsError, OSError):
-    """A file is not a text in UTF-8; the caller names it."""
+    """A file is not a text in UTF-8, or has no possible name; the caller names it."""
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -28,7 +28,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: The file cannot be read; `TextFileError`: it is in another encoding.
     """
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except ValueError as error:
+        # "\0", or half of a surrogate pair.
+        raise TextFileError(f"expected the name of a file, got {os.fspath(path)!a}") from error
     other = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
     if other is None and b"\0" in data:
         other = "UTF-16 or no text"
@@ -47,6 +51,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def printable(name: str) -> str:
+    """Return a file's name as text: bytes that are not UTF-8 become escapes."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[str]:

@@ -7,11 +7,11 @@ use std::path::Path;
 
 use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::{Metadata, NamedTensors};
+use super::{check_named, Metadata, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{bytes, check_dense, contiguous, dtype_name};
+use crate::tensor::{bytes, contiguous, dtype_name};
 
 const READ: &str = "load_lora";
 const WRITE: &str = "write_safetensors";
@@ -100,8 +100,8 @@ pub fn write(file: File, path: &Path, tensors: Vec<(String, Source)>, metadata: 
             Source::Parts { parts, .. } => parts,
         };
         for part in parts {
-            check_dense(WRITE, "tensors", &part, Device::Cpu)?;
-            let dtype = dtype_of(&name, part.f_kind().during(WRITE)?)?;
+            check_named(WRITE, &name, &part)?;
+            let dtype = dtype_of(WRITE, &name, &part)?;
             if dtype != info.dtype {
                 let text = format!("`{name}` must come in parts of dtype {:?}, got {dtype:?}", info.dtype);
                 return Err(CatError::adapter(WRITE, text));
@@ -123,13 +123,13 @@ pub fn write(file: File, path: &Path, tensors: Vec<(String, Source)>, metadata: 
 fn information(name: &str, source: &Source) -> Result<TensorInfo> {
     let (dtype, shape) = match source {
         Source::Whole(tensor) => {
-            check_dense(WRITE, "tensors", tensor, Device::Cpu)?;
+            check_named(WRITE, name, tensor)?;
             let shape = tensor.size().iter().map(|&length| usize::try_from(length).unwrap_or(0)).collect();
-            (dtype_of(name, tensor.f_kind().during(WRITE)?)?, shape)
+            (dtype_of(WRITE, name, tensor)?, shape)
         }
         Source::Parts { dtype, shape, .. } => {
             let known = DTYPES.iter().find(|(_, kind)| dtype_name(*kind) == *dtype);
-            (known.ok_or_else(|| unknown_dtype(name, dtype))?.0, shape.clone())
+            (known.ok_or_else(|| unknown_dtype(WRITE, name, dtype))?.0, shape.clone())
         }
     };
     let size = shape.iter().try_fold(dtype.bitsize() / 8, |size, &length: &usize| size.checked_mul(length));
@@ -137,13 +137,15 @@ fn information(name: &str, source: &Source) -> Result<TensorInfo> {
     Ok(TensorInfo { dtype, shape, data_offsets: (0, size) })
 }
 
-fn dtype_of(name: &str, kind: Kind) -> Result<Dtype> {
+/// The file's name of a tensor's dtype.
+pub fn dtype_of(op: &'static str, name: &str, tensor: &Tensor) -> Result<Dtype> {
+    let kind = tensor.f_kind().during(op)?;
     let known = DTYPES.iter().find(|(_, other)| *other == kind);
-    known.map(|(dtype, _)| *dtype).ok_or_else(|| unknown_dtype(name, &dtype_name(kind)))
+    known.map(|(dtype, _)| *dtype).ok_or_else(|| unknown_dtype(op, name, &dtype_name(kind)))
 }
 
-fn unknown_dtype(name: &str, dtype: &str) -> CatError {
-    CatError::adapter(WRITE, format!("`{name}` must have dtype {DTYPE_NAMES}, got {dtype}"))
+fn unknown_dtype(op: &'static str, name: &str, dtype: &str) -> CatError {
+    CatError::adapter(op, format!("`{name}` must have dtype {DTYPE_NAMES}, got {dtype}"))
 }
 
 /// The start of the file, its keys in order.
@@ -208,6 +210,8 @@ fn reason(error: &SafeTensorError) -> String {
 mod tests {
     use std::fs;
     use std::path::PathBuf;
+
+    use tch::Device;
 
     use super::*;
 

@@ -5,8 +5,11 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
-use super::names::{diffusers_key, parse_dotted, parse_kohya, peft_key, Key, KohyaNames, Part, Slot, COMPONENTS};
-use super::{Adapter, Family, Format, KnownModules, Layer, NamedTensors};
+use super::names::{
+    diffusers_key, is_kohya, is_tabled, parse_dotted, parse_kohya, peft_key, Key, KohyaNames, Part, Slot, Target,
+    ANY_DENOISER, COMPONENTS,
+};
+use super::{check_named, Adapter, Family, Format, KnownModules, Layer, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::dtype_name;
 
@@ -14,6 +17,10 @@ const READ: &str = "load_lora";
 const WRITE: &str = "save_lora";
 /// How many names an error lists.
 const LISTED: usize = 8;
+/// How to read what only diffusers has tables for.
+const ADVICE: &str =
+    "; what diffusers reads, pipe.load_lora_weights(file, adapter_name=\"other\") gives to a pipeline's \
+    models, and save_lora(path, pipe.transformer, adapter_name=\"other\") writes";
 
 /// Component and module, or nothing and kohya's name.
 type Place = (String, String);
@@ -26,30 +33,52 @@ pub fn layers_of(tensors: NamedTensors, known: &KnownModules) -> Result<Adapter>
     if tensors.is_empty() {
         return Err(CatError::adapter(READ, "expected tensors of a LoRA, got none"));
     }
-    let kohya = tensors.iter().any(|(name, _)| name.starts_with("lora_") && parse_kohya(name).is_some());
-    let places = by_place(tensors, if kohya { parse_kohya } else { parse_dotted })?;
-    if kohya {
-        return from_kohya(places, known);
+    for (name, tensor) in &tensors {
+        check_named(READ, name, tensor)?;
     }
-    let named = places.keys().any(|(component, _)| !component.is_empty());
-    let format = if named { Format::Diffusers } else { Format::Peft };
-    let unnamed: Vec<&str> = places
+    // A file may name its layers in several ways at once.
+    let (kohya, dotted): (NamedTensors, NamedTensors) = tensors.into_iter().partition(|(name, _)| is_kohya(name));
+    let (kohya, dotted) = places_of(kohya, dotted)?;
+    let named = !kohya.is_empty() || dotted.keys().any(|(component, _)| !component.is_empty());
+    let unnamed: Vec<&str> = dotted
         .keys()
         .filter(|(component, _)| named && component.is_empty())
         .map(|(_, module)| module.as_str())
         .collect();
     if !unnamed.is_empty() {
         let expected = format!("names that start with one of {}", COMPONENTS.join(", "));
-        return Err(CatError::adapter(READ, format!("expected {expected}, got {}", listed(&unnamed))));
+        return Err(CatError::adapter(READ, format!("expected {expected}, got {}{ADVICE}", listed(&unnamed))));
     }
-    let layers = places.into_iter().map(|(place, parts)| layer(place, parts)).collect::<Result<_>>()?;
-    Ok(Adapter { format, family: None, layers })
+    let mut format = if named { Format::Diffusers } else { Format::Peft };
+    let mut found = Found::default();
+    let (denoiser, dotted): (Vec<_>, Vec<_>) = dotted.into_iter().partition(|(place, _)| place.0 == ANY_DENOISER);
+    for (place, parts) in dotted {
+        found.add(layer(place, parts)?, 0)?;
+    }
+    let names = KohyaNames::new(known);
+    let tabled = denoiser.iter().any(|((_, module), _)| is_tabled(module));
+    for ((_, module), parts) in denoiser {
+        let targets = names.resolve_denoiser(&module, tabled);
+        found.add_target(module, targets, parts, 0)?;
+    }
+    for ((_, name), parts) in kohya {
+        format = Format::Kohya;
+        let rank = if name.starts_with("lora_unet_") { 2 } else { 1 };
+        let targets = names.resolve(&name);
+        found.add_target(name, targets, parts, rank)?;
+    }
+    found.adapter(format)
 }
 
 /// The tensors of a format; `family` is needed for kohya's alone.
 pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> Result<NamedTensors> {
     if layers.is_empty() {
         return Err(CatError::adapter(WRITE, "expected an adapter with layers, got none"));
+    }
+    for layer in layers {
+        for (part, tensor) in parts_of(layer) {
+            check_named(WRITE, &peft_key(&layer.module, part), tensor)?;
+        }
     }
     if format == Format::Kohya {
         let Some(family) = family else {
@@ -64,14 +93,7 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
             let text = format!("the component must be one of {}, got {:?}", COMPONENTS.join(", "), layer.component);
             return Err(CatError::adapter(WRITE, text));
         }
-        let parts = [
-            (Part::A, Some(&layer.lora_a)),
-            (Part::B, Some(&layer.lora_b)),
-            (Part::Bias, layer.bias.as_ref()),
-            (Part::Magnitude, layer.magnitude.as_ref()),
-        ];
-        for (part, tensor) in parts {
-            let Some(tensor) = tensor else { continue };
+        for (part, tensor) in parts_of(layer) {
             let name = match format {
                 Format::Diffusers => diffusers_key(&layer.component, &layer.module, part),
                 _ => peft_key(&layer.module, part),
@@ -82,9 +104,31 @@ pub fn tensors_of(layers: &[Layer], format: Format, family: Option<Family>) -> R
     Ok(tensors)
 }
 
-fn by_place(tensors: NamedTensors, parse: fn(&str) -> Option<Key>) -> Result<BTreeMap<Place, Parts>> {
-    let mut places: BTreeMap<Place, Parts> = BTreeMap::new();
+fn parts_of(layer: &Layer) -> impl Iterator<Item = (Part, &Tensor)> {
+    [
+        (Part::A, Some(&layer.lora_a)),
+        (Part::B, Some(&layer.lora_b)),
+        (Part::Bias, layer.bias.as_ref()),
+        (Part::Magnitude, layer.magnitude.as_ref()),
+    ]
+    .into_iter()
+    .filter_map(|(part, tensor)| Some((part, tensor?)))
+}
+
+/// The parts of the layers that kohya's names stand for, and of those that paths stand for.
+fn places_of(kohya: NamedTensors, dotted: NamedTensors) -> Result<(BTreeMap<Place, Parts>, BTreeMap<Place, Parts>)> {
     let mut unknown = Vec::new();
+    let places = (by_place(kohya, parse_kohya, &mut unknown)?, by_place(dotted, parse_dotted, &mut unknown)?);
+    refuse_unknown(&unknown)?;
+    Ok(places)
+}
+
+fn by_place(
+    tensors: NamedTensors,
+    parse: fn(&str) -> Option<Key>,
+    unknown: &mut Vec<String>,
+) -> Result<BTreeMap<Place, Parts>> {
+    let mut places: BTreeMap<Place, Parts> = BTreeMap::new();
     for (name, tensor) in tensors {
         let Some(key) = parse(&name) else {
             unknown.push(name);
@@ -96,7 +140,6 @@ fn by_place(tensors: NamedTensors, parse: fn(&str) -> Option<Key>) -> Result<BTr
         }
         parts.insert(key.part, (name, tensor));
     }
-    refuse_unknown(&unknown)?;
     Ok(places)
 }
 
@@ -110,7 +153,7 @@ fn refuse_unknown(names: &[String]) -> Result<()> {
     } else {
         ""
     };
-    let text = format!("expected tensors of LoRA layers, got unknown names: {}{dora}", listed(&names));
+    let text = format!("expected tensors of LoRA layers, got unknown names: {}{dora}{ADVICE}", listed(&names));
     Err(CatError::adapter(READ, text))
 }
 
@@ -163,41 +206,64 @@ fn scalar(name: &str, tensor: &Tensor) -> Result<f64> {
     Ok(value)
 }
 
-fn from_kohya(places: BTreeMap<Place, Parts>, known: &KnownModules) -> Result<Adapter> {
-    let names = KohyaNames::new(known);
-    let (mut unknown, mut ambiguous, mut families) = (Vec::new(), Vec::new(), Vec::new());
-    let mut layers: BTreeMap<Place, Layer> = BTreeMap::new();
-    for ((_, name), parts) in places {
-        let mut targets = names.resolve(&name);
+/// The layers found so far, and what stood for none.
+#[derive(Default)]
+struct Found {
+    /// By place, with the rank of the name that stood for it.
+    layers: BTreeMap<Place, (Layer, usize)>,
+    families: Vec<Family>,
+    unknown: Vec<String>,
+    ambiguous: Vec<String>,
+}
+
+impl Found {
+    /// Adds a layer. Of names of different kinds for one layer the first kind counts, as for diffusers.
+    fn add(&mut self, layer: Layer, rank: usize) -> Result<()> {
+        let place = (layer.component.clone(), layer.module.clone());
+        match self.layers.get(&place) {
+            Some((other, earlier)) if *earlier == rank => {
+                Err(CatError::adapter(READ, format!("several names stand for the layer `{}`", other.module)))
+            }
+            Some(_) => Ok(()),
+            None => {
+                self.layers.insert(place, (layer, rank));
+                Ok(())
+            }
+        }
+    }
+
+    /// Adds what a name of kohya or ComfyUI stands for.
+    fn add_target(&mut self, name: String, mut targets: Vec<Target>, parts: Parts, rank: usize) -> Result<()> {
         let Some(target) = targets.pop() else {
-            unknown.push(name);
-            continue;
+            self.unknown.push(name);
+            return Ok(());
         };
         if !targets.is_empty() {
-            ambiguous.push(name);
-            continue;
+            self.ambiguous.push(name);
+            return Ok(());
         }
-        families.extend(target.family);
+        self.families.extend(target.family);
         let mut whole = layer((target.component.to_owned(), name), parts)?;
         // Files of the first versions have no alpha: their scale is 1.
         whole.alpha = Some(whole.alpha.unwrap_or(whole.rank() as f64));
         for part in split(whole, &target.modules)? {
-            let place = (part.component.clone(), part.module.clone());
-            if let Some(other) = layers.insert(place, part) {
-                return Err(CatError::adapter(READ, format!("several names stand for the layer `{}`", other.module)));
-            }
+            self.add(part, rank)?;
         }
+        Ok(())
     }
-    refuse_unknown(&unknown)?;
-    if !ambiguous.is_empty() {
-        let names: Vec<&str> = ambiguous.iter().map(String::as_str).collect();
-        return Err(CatError::adapter(
-            READ,
-            format!("names that fit several layers of the model: {}", listed(&names)),
-        ));
+
+    fn adapter(self, format: Format) -> Result<Adapter> {
+        refuse_unknown(&self.unknown)?;
+        if !self.ambiguous.is_empty() {
+            let names: Vec<&str> = self.ambiguous.iter().map(String::as_str).collect();
+            return Err(CatError::adapter(
+                READ,
+                format!("names that fit several layers of the model: {}", listed(&names)),
+            ));
+        }
+        let family = self.families.iter().max_by_key(|family| **family == Family::Flux).copied();
+        Ok(Adapter { format, family, layers: self.layers.into_values().map(|(layer, _)| layer).collect() })
     }
-    let family = families.iter().max_by_key(|family| **family == Family::Flux).copied();
-    Ok(Adapter { format: Format::Kohya, family, layers: layers.into_values().collect() })
 }
 
 /// The layers of a joined one: rows of B each. Where every block has columns of B of its own, each gets its share
@@ -457,6 +523,123 @@ mod tests {
         assert!(joined.allclose(&product(&whole), 1e-6, 1e-6, false));
     }
 
+    fn pair(name: &str, inputs: i64, outputs: i64) -> NamedTensors {
+        vec![
+            (format!("{name}.lora_A.weight"), random(&[2, inputs])),
+            (format!("{name}.lora_B.weight"), random(&[outputs, 2])),
+        ]
+    }
+
+    fn places(adapter: &Adapter) -> Vec<String> {
+        adapter.layers.iter().map(|layer| format!("{}.{}", layer.component, layer.module)).collect()
+    }
+
+    #[test]
+    fn comfyui_names_are_read() {
+        let cases: [(&str, i64, &[&str], Option<Family>); 8] = [
+            ("diffusion_model.layers.0.attention.to_q", 4, &["transformer.layers.0.attention.to_q"], None),
+            ("diffusion_model.img_in", 4, &["transformer.img_in"], None),
+            (
+                "diffusion_model.transformer_blocks.0.attn.to_q",
+                4,
+                &["transformer.transformer_blocks.0.attn.to_q"],
+                None,
+            ),
+            (
+                "diffusion_model.double_blocks.3.img_attn.qkv",
+                12,
+                &[
+                    "transformer.transformer_blocks.3.attn.to_k",
+                    "transformer.transformer_blocks.3.attn.to_q",
+                    "transformer.transformer_blocks.3.attn.to_v",
+                ],
+                Some(Family::Flux),
+            ),
+            (
+                "diffusion_model.single_blocks.1.linear2",
+                4,
+                &["transformer.single_transformer_blocks.1.proj_out"],
+                Some(Family::Flux),
+            ),
+            (
+                "diffusion_model.input_blocks.3.0.op",
+                4,
+                &["unet.down_blocks.0.downsamplers.0.conv"],
+                Some(Family::Sdxl),
+            ),
+            ("diffusion_model.mid_block.resnets.0.conv1", 4, &["unet.mid_block.resnets.0.conv1"], None),
+            (
+                "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+                4,
+                &["text_encoder.text_model.encoder.layers.0.mlp.fc1"],
+                None,
+            ),
+        ];
+        for (name, outputs, expected, family) in cases {
+            let adapter = read(pair(name, 4, outputs));
+            assert_eq!(places(&adapter), expected, "{name}");
+            assert_eq!((adapter.format, adapter.family), (Format::Diffusers, family), "{name}");
+        }
+    }
+
+    #[test]
+    fn comfyui_names_follow_the_given_model() {
+        let names = |component: &str, modules: &[&str]| {
+            KnownModules::from([(component.to_owned(), modules.iter().map(|name| (*name).to_owned()).collect())])
+        };
+        let tensors = || pair("diffusion_model.blocks.0.self_attn.q", 4, 4);
+        let adapter = layers_of(tensors(), &names("transformer", &["blocks.0.self_attn.q"])).unwrap();
+        assert_eq!(places(&adapter), ["transformer.blocks.0.self_attn.q"]);
+        let adapter = layers_of(tensors(), &names("unet", &["blocks.0.self_attn.q"])).unwrap();
+        assert_eq!(places(&adapter), ["unet.blocks.0.self_attn.q"]);
+        let error = layers_of(tensors(), &names("transformer", &["blocks.0.attn1.to_q"])).unwrap_err().to_string();
+        assert!(error.contains("unknown names: `blocks.0.self_attn.q`; what diffusers reads"), "{error}");
+    }
+
+    #[test]
+    fn names_that_diffusers_changes_are_refused_with_advice() {
+        for name in [
+            "diffusion_model.blocks.0.self_attn.q",
+            "diffusion_model.layers.0.attention.qkv",
+            "diffusion_model.blocks.0.ffn.0",
+            "diffusion_model.double_blocks.0.img_mlp.fc1",
+            "lora_unet_blocks_0_self_attn_q",
+            "double_blocks.0.processor.qkv_lora1.down",
+        ] {
+            let mut tensors = pair(name, 4, 4);
+            tensors.extend(pair("diffusion_model.double_blocks.0.img_attn.proj", 4, 4));
+            let error = layers_of(tensors, &KnownModules::new()).unwrap_err().to_string();
+            assert!(error.contains("pipe.load_lora_weights(file"), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn kinds_of_names_may_be_mixed() {
+        let mut tensors = pair("transformer.transformer_blocks.0.attn.to_q", 4, 4);
+        let expected = tensors[0].1.shallow_clone();
+        tensors.extend(pair("lora_unet_double_blocks_0_img_attn_qkv", 4, 12));
+        tensors.extend(pair("lora_transformer_proj_out", 4, 4));
+        tensors.extend(pair("lora_te1_text_model_encoder_layers_0_mlp_fc1", 4, 4));
+        tensors.extend(pair("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", 4, 4));
+        tensors.extend(pair("transformer_2.blocks.0.attn1.to_q", 4, 4));
+        let adapter = read(tensors);
+        assert_eq!(
+            places(&adapter),
+            [
+                "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+                "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+                "transformer.proj_out",
+                "transformer.transformer_blocks.0.attn.to_k",
+                "transformer.transformer_blocks.0.attn.to_q",
+                "transformer.transformer_blocks.0.attn.to_v",
+                "transformer_2.blocks.0.attn1.to_q",
+            ]
+        );
+        assert_eq!((adapter.format, adapter.family), (Format::Kohya, Some(Family::Flux)));
+        // The path counts where two kinds of names stand for one layer.
+        assert!(adapter.layers[4].lora_a.equal(&expected));
+    }
+
     #[test]
     fn bad_adapters_are_refused_by_name() {
         let a = || random(&[2, 4]);
@@ -507,7 +690,7 @@ mod tests {
                     ("y.lora_A.weight".into(), a()),
                     ("y.lora_B.weight".into(), up()),
                 ],
-                "expected names that start with one of unet, transformer, text_encoder, text_encoder_2, got `y`",
+                "expected names that start with one of unet, transformer, transformer_2, text_encoder, text_encoder_2, text_encoder_3, got `y`",
             ),
         ];
         for (tensors, expected) in cases {

@@ -7,12 +7,26 @@ mod names;
 
 use std::collections::BTreeMap;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 pub use self::disk::{read, write, Source};
 pub use self::layers::{layers_of, tensors_of};
 
 use crate::error::{CatError, Result};
+use crate::tensor::check_dense;
+
+/// Checks a tensor that has a name: dense, on the CPU, with memory for its elements, of a dtype that files hold.
+fn check_named(op: &'static str, name: &str, tensor: &Tensor) -> Result<()> {
+    check_dense(op, "tensors", tensor, Device::Cpu).map_err(|error| {
+        let text = match error {
+            CatError::Layout { expected, got, .. } => format!("`{name}` must be {expected}, got {got}"),
+            CatError::Device { expected, got, .. } => format!("`{name}` must be on {expected}, got a tensor on {got}"),
+            other => format!("`{name}`: {other}"),
+        };
+        CatError::adapter(op, text)
+    })?;
+    disk::dtype_of(op, name, tensor).map(drop)
+}
 
 /// The tensors of a file by name, in its order.
 pub type NamedTensors = Vec<(String, Tensor)>;

@@ -8,7 +8,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Family, KnownModules};
 
 /// The components whose layers a file may hold.
-pub const COMPONENTS: [&str; 4] = ["unet", "transformer", "text_encoder", "text_encoder_2"];
+pub const COMPONENTS: [&str; 6] =
+    ["unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3"];
+/// What `parse_dotted` calls the component of ComfyUI's `diffusion_model.`, which is any denoiser.
+pub const ANY_DENOISER: &str = "diffusion_model";
+/// How ComfyUI's names start: its words for a component, and ours.
+const COMFY_PREFIXES: [(&str, &str); 3] = [
+    ("diffusion_model.", ANY_DENOISER),
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+];
 
 /// What a tensor is to its layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,10 +34,14 @@ pub enum Part {
     Alpha,
 }
 
-/// How diffusers, by its versions, and PEFT call the parts; the first of each part is written.
-const DOTTED_PARTS: [(&str, Part); 12] = [
+/// How diffusers, by its versions, PEFT and trainers with kohya's words call the parts.
+const DOTTED_PARTS: [(&str, Part); 16] = [
     (".lora_A.weight", Part::A),
     (".lora_B.weight", Part::B),
+    (".lora_A.default.weight", Part::A),
+    (".lora_B.default.weight", Part::B),
+    (".lora_down.weight", Part::A),
+    (".lora_up.weight", Part::B),
     (".lora_B.bias", Part::Bias),
     (".lora_magnitude_vector", Part::Magnitude),
     (".lora_magnitude_vector.weight", Part::Magnitude),
@@ -40,8 +53,26 @@ const DOTTED_PARTS: [(&str, Part); 12] = [
     (".lora.up.bias", Part::Bias),
     (".alpha", Part::Alpha),
 ];
-const KOHYA_PARTS: [(&str, Part); 3] =
-    [(".lora_down.weight", Part::A), (".lora_up.weight", Part::B), (".alpha", Part::Alpha)];
+const KOHYA_PARTS: [(&str, Part); 5] = [
+    (".lora_down.weight", Part::A),
+    (".lora_up.weight", Part::B),
+    (".lora_A.weight", Part::A),
+    (".lora_B.weight", Part::B),
+    (".alpha", Part::Alpha),
+];
+/// How the names of denoisers start that the tables below know.
+const TABLED_BLOCKS: [&str; 8] = [
+    "double_blocks.",
+    "single_blocks.",
+    "input_blocks.",
+    "middle_block.",
+    "output_blocks.",
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+];
+/// Parts of names that models have in their authors' code and not in diffusers: Wan, Lumina, Z-Image, Cosmos ...
+const AUTHORS_PARTS: [&str; 6] = ["qkv", "self_attn", "cross_attn", "attention.out", "ffn.0", "ffn.2"];
 /// The first layout of diffusers: attention processors with a LoRA of their own.
 const PROCESSOR_LAYERS: [(&str, &str, &str); 4] = [
     ("to_q_lora", "to_q", "q_proj"),
@@ -65,20 +96,37 @@ pub struct Key {
 /// Takes a name of diffusers or PEFT apart.
 pub fn parse_dotted(key: &str) -> Option<Key> {
     let rest = key.strip_prefix(PEFT_PREFIX).unwrap_or(key);
-    let (component, rest) = match rest.split_once('.') {
+    let comfy = COMFY_PREFIXES.iter().find_map(|(prefix, component)| Some((*component, rest.strip_prefix(prefix)?)));
+    let (component, rest) = comfy.unwrap_or_else(|| match rest.split_once('.') {
         Some((first, rest)) if COMPONENTS.contains(&first) => (first, rest),
         _ => ("", rest),
-    };
+    });
     let (module, part) = split_part(rest, &DOTTED_PARTS).or_else(|| split_processor_part(rest))?;
     let module = module.replace(".processor.", ".");
     let module = processor_layer(component, &module).unwrap_or(module);
     (!module.is_empty()).then(|| Key { component: component.into(), module, part })
 }
 
+/// Whether a name is one of kohya's, whatever it stands for.
+pub fn is_kohya(key: &str) -> bool {
+    key.starts_with("lora_")
+}
+
 /// Takes a name of kohya apart; the component stays empty.
 pub fn parse_kohya(key: &str) -> Option<Key> {
     let (name, part) = split_part(key, &KOHYA_PARTS)?;
-    name.starts_with("lora_").then(|| Key { component: String::new(), module: name.into(), part })
+    Some(Key { component: String::new(), module: name.into(), part })
+}
+
+/// Whether the tables know how the denoiser with this module calls its blocks.
+pub fn is_tabled(module: &str) -> bool {
+    TABLED_BLOCKS.iter().any(|block| module.starts_with(block))
+}
+
+/// Whether a module has a name that diffusers changes.
+pub fn is_authors_name(module: &str) -> bool {
+    let path = format!(".{module}.");
+    AUTHORS_PARTS.iter().any(|part| path.contains(&format!(".{part}.")))
 }
 
 fn split_part<'a>(key: &'a str, parts: &[(&str, Part)]) -> Option<(&'a str, Part)> {
@@ -204,11 +252,26 @@ impl KohyaNames {
             "unet" => &["lora_unet_"],
             "transformer" => &["lora_unet_", "lora_transformer_"],
             "text_encoder" => &["lora_te_", "lora_te1_"],
-            _ => &["lora_te2_", "lora_te3_"],
+            "text_encoder_2" => &["lora_te2_", "lora_te3_"],
+            _ => &[],
         };
         for prefix in prefixes {
             let flat = module.replace('.', "_");
             self.known.entry((prefix, flat)).or_default().insert((component, module.to_owned()));
+        }
+    }
+
+    /// What ComfyUI's name of a denoiser's module means; as `resolve`.
+    pub fn resolve_denoiser(&self, module: &str, tabled: bool) -> Vec<Target> {
+        let own = |component: &'static str| Target { component, modules: vec![module.to_owned()], family: None };
+        let given: Vec<&'static str> =
+            ["unet", "transformer"].into_iter().filter(|component| self.components.contains(component)).collect();
+        let exact = given.iter().find(|component| self.modules.contains(&(**component, module.to_owned())));
+        match exact {
+            Some(component) => vec![own(component)],
+            None if tabled || !given.is_empty() => self.resolve(&format!("lora_unet_{}", module.replace('.', "_"))),
+            None if is_authors_name(module) => Vec::new(),
+            None => vec![own("transformer")],
         }
     }
 
@@ -437,7 +500,8 @@ fn flux() -> Vec<Entry> {
 /// FLUX by the paths of diffusers' modules, as some trainers write it.
 fn flux_by_path() -> Vec<Entry> {
     let modules = flux().into_iter().flat_map(|entry| entry.modules);
-    modules.map(|module| by_path(module, Some(Family::Flux))).collect()
+    let last = ["norm_out.linear", "proj_out"].map(str::to_owned);
+    modules.chain(last).map(|module| by_path(module, Some(Family::Flux))).collect()
 }
 
 #[cfg(test)]
@@ -461,6 +525,13 @@ mod tests {
             (format!("base_model.model.{q}.lora_B.weight"), key("", q, Part::B)),
             (format!("{q}.lora_B.weight"), key("", q, Part::B)),
             (format!("text_encoder_2.{te}.lora_linear_layer.down.weight"), key("text_encoder_2", te, Part::A)),
+            (format!("transformer.{q}.lora_down.weight"), key("transformer", q, Part::A)),
+            (format!("transformer_2.{q}.lora_up.weight"), key("transformer_2", q, Part::B)),
+            (format!("text_encoder_3.{te}.lora_A.default.weight"), key("text_encoder_3", te, Part::A)),
+            (format!("diffusion_model.{q}.lora_B.weight"), key(ANY_DENOISER, q, Part::B)),
+            (format!("base_model.model.diffusion_model.{q}.alpha"), key(ANY_DENOISER, q, Part::Alpha)),
+            (format!("text_encoders.clip_l.transformer.{te}.lora_up.weight"), key("text_encoder", te, Part::B)),
+            (format!("text_encoders.clip_g.transformer.{te}.lora_up.weight"), key("text_encoder_2", te, Part::B)),
             (
                 "unet.mid_block.attn1.processor.to_out_lora.up.weight".into(),
                 key("unet", "mid_block.attn1.to_out.0", Part::B),

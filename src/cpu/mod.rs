@@ -1,12 +1,15 @@
 //! What the CPU kernels share: elements of four float dtypes, threads, and SIMD chosen at run time.
 
 mod element;
+pub mod interrupt;
 #[cfg(target_arch = "x86_64")]
 pub mod matmul;
 mod threads;
 
 pub use element::{DisjointMut, ElementKind, Elements, ElementsMut, Real};
 pub use threads::{for_each_task, parallel_available};
+
+use crate::error::{CatError, Result};
 
 /// Evaluates an expression compiled for the widest SIMD of this processor.
 ///
@@ -26,6 +29,15 @@ pub(crate) use vectorized;
 #[inline(always)]
 pub(crate) fn dispatch<R>(work: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(work)
+}
+
+/// `len` times `value`, or an error where no memory holds it: `vec!` would end the process. `argument` decides `len`.
+pub fn filled<T: Clone>(op: &'static str, argument: &'static str, len: usize, value: T) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    let bytes = len.saturating_mul(size_of::<T>());
+    values.try_reserve_exact(len).map_err(|_| CatError::Memory { op, argument, bytes })?;
+    values.resize(len, value);
+    Ok(values)
 }
 
 /// The SIMD level that `vectorized` uses on this processor.

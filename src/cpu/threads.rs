@@ -7,9 +7,10 @@ use std::any::Any;
 use std::ffi::{c_uint, c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use super::interrupt::is_interrupted;
 use crate::error::{CatError, Result};
 
 /// Runs `body(data)` once on each of `threads` threads of the runtime (libgomp's ABI, which LLVM's and Intel's
@@ -46,6 +47,7 @@ struct Loop<'a> {
     count: usize,
     task: &'a (dyn Fn(usize) + Sync),
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+    interrupted: AtomicBool,
 }
 
 impl Loop<'_> {
@@ -57,7 +59,16 @@ impl Loop<'_> {
                 return;
             }
             (self.task)(index);
+            if is_interrupted() {
+                self.interrupted.store(true, Ordering::Relaxed);
+                return self.end();
+            }
         }
+    }
+
+    /// Leaves no task to take.
+    fn end(&self) {
+        self.next.store(self.count, Ordering::Relaxed);
     }
 }
 
@@ -66,7 +77,7 @@ extern "C" fn work(data: *mut c_void) {
     let tasks = unsafe { &*data.cast::<Loop>() };
     // A panic must not unwind through the runtime's C frames.
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| tasks.work())) {
-        tasks.next.store(tasks.count, Ordering::Relaxed);
+        tasks.end();
         *tasks.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
     }
 }
@@ -74,20 +85,31 @@ extern "C" fn work(data: *mut c_void) {
 /// Runs `task(0) .. task(count - 1)`, each once, on up to `threads` threads, the caller's among them.
 ///
 /// Which thread runs which task is not fixed, so a task writes only what is its own. After a fork the runtime's
-/// workers do not exist: a forked child runs its tasks on its own thread.
+/// workers do not exist: a forked child runs its tasks on its own thread. Within [`super::interrupt::interruptible`] the
+/// loop may end early, with an error.
 pub fn for_each_task(op: &'static str, threads: usize, count: usize, task: impl Fn(usize) + Sync) -> Result<()> {
     let runtime = runtime();
     let threads = threads.min(count);
     let parallel = runtime.parallel.filter(|_| threads > 1 && runtime.process == process::id());
     let Some(parallel) = parallel else {
-        (0..count).for_each(task);
-        return Ok(());
+        let interrupted = (0..count).any(|index| {
+            task(index);
+            is_interrupted()
+        });
+        return if interrupted { Err(CatError::Interrupted { op }) } else { Ok(()) };
     };
-    let tasks = Loop { next: AtomicUsize::new(0), count, task: &task, panic: Mutex::new(None) };
+    let tasks = Loop {
+        next: AtomicUsize::new(0),
+        count,
+        task: &task,
+        panic: Mutex::new(None),
+        interrupted: AtomicBool::new(false),
+    };
     let threads = c_uint::try_from(threads).unwrap_or(c_uint::MAX);
     // SAFETY: the region ends before `tasks` goes, and `work` shares it only through atomics and locks.
     unsafe { parallel(work, (&raw const tasks).cast_mut().cast(), threads, 0) };
     match tasks.panic.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        None if tasks.interrupted.into_inner() => Err(CatError::Interrupted { op }),
         None => Ok(()),
         Some(panic) => {
             let message = panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a task panicked".into());

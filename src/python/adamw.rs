@@ -1,9 +1,8 @@
 //! AdamW over flat buffers, for `cat_rs.ops.adamw`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::optional;
+use super::convert::{argument, optional, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::adamw::AdamW;
@@ -11,7 +10,13 @@ use crate::ops::adamw::AdamW;
 /// See `cat_rs.ops.adamw.sum_of_squares`.
 #[pyfunction]
 #[pyo3(signature = (grad, sums, index, stream = 0))]
-pub fn sum_of_squares(py: Python<'_>, grad: PyTensor, mut sums: PyTensor, index: i64, stream: u64) -> PyResult<()> {
+pub fn sum_of_squares(
+    py: Python<'_>,
+    grad: PyTensor,
+    mut sums: PyTensor,
+    #[pyo3(from_py_with = argument)] index: i64,
+    #[pyo3(from_py_with = argument)] stream: u64,
+) -> PyResult<()> {
     released(py, move || ops::adamw::sum_of_squares(&grad, &mut sums.0, index, stream))
 }
 
@@ -32,7 +37,7 @@ pub fn adamw_step(
     sums: PyTensor,
     mut step: PyTensor,
     skipped: Option<PyTensor>,
-    stream: u64,
+    #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<()> {
     let (mut low_precision, mut skipped) = (optional(low_precision), optional(skipped));
     released(py, move || {

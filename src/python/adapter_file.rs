@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
+use pyo3::pybacked::PyBackedStr;
 
-use super::convert::{optional, raise, wrap, wrap_optional};
+use super::convert::{argument, optional, path, raise, wrap, wrap_optional, Expected, PyTensor};
 use super::released;
 use crate::adapter_file::{self, Family, Format, KnownModules, Layer, Metadata, NamedTensors, Source};
 use crate::error::CatError;
@@ -18,8 +18,26 @@ use crate::error::CatError;
 type PyLayer = (String, String, PyTensor, PyTensor, Option<PyTensor>, Option<PyTensor>, Option<f64>);
 type PyLayerOut = (String, String, PyObject, PyObject, Option<PyObject>, Option<PyObject>, Option<f64>);
 
-fn named(tensors: Vec<(String, PyTensor)>) -> NamedTensors {
-    tensors.into_iter().map(|(name, tensor)| (name, tensor.0)).collect()
+impl Expected for Vec<PyLayer> {
+    const EXPECTED: &'static str =
+        "a sequence of layers, tuples of component, module, A, B, bias, magnitude and alpha";
+}
+
+impl Expected for Vec<(String, PySource)> {
+    const EXPECTED: &'static str = "a sequence of (name, tensor or (dtype, shape, parts))";
+}
+
+impl Expected for Vec<(String, Bound<'_, PyAny>)> {
+    const EXPECTED: &'static str = "a sequence of (name, tensor)";
+}
+
+/// Tensors that have names, which errors tell.
+fn named(py: Python<'_>, tensors: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<NamedTensors> {
+    let tensor = |(name, tensor): (String, Bound<'_, PyAny>)| match tensor.extract::<PyTensor>() {
+        Ok(tensor) => Ok((name, tensor.0)),
+        Err(error) => Err(raise(py, &CatError::adapter("load_lora", format!("`{name}`: {}", error.value(py))))),
+    };
+    tensors.into_iter().map(tensor).collect()
 }
 
 fn wrap_named(py: Python<'_>, tensors: NamedTensors) -> PyResult<Vec<(String, PyObject)>> {
@@ -28,7 +46,10 @@ fn wrap_named(py: Python<'_>, tensors: NamedTensors) -> PyResult<Vec<(String, Py
 
 /// The tensors and the metadata of a safetensors file.
 #[pyfunction]
-pub fn read_safetensors(py: Python<'_>, path: PathBuf) -> PyResult<(Vec<(String, PyObject)>, Metadata)> {
+pub fn read_safetensors(
+    py: Python<'_>,
+    #[pyo3(from_py_with = path)] path: PathBuf,
+) -> PyResult<(Vec<(String, PyObject)>, Metadata)> {
     let (tensors, metadata) = released(py, move || adapter_file::read(&path))?;
     Ok((wrap_named(py, tensors)?, metadata))
 }
@@ -66,10 +87,10 @@ impl Iterator for PyParts {
 #[pyfunction]
 pub fn write_safetensors(
     py: Python<'_>,
-    descriptor: RawFd,
-    path: PathBuf,
-    tensors: Vec<(String, PySource)>,
-    metadata: Metadata,
+    #[pyo3(from_py_with = argument)] descriptor: RawFd,
+    #[pyo3(from_py_with = path)] path: PathBuf,
+    #[pyo3(from_py_with = argument)] tensors: Vec<(String, PySource)>,
+    #[pyo3(from_py_with = argument)] metadata: Metadata,
 ) -> PyResult<()> {
     let file =
         open_again(descriptor).map_err(|source| raise(py, &CatError::io("write_safetensors", &path, source)))?;
@@ -99,10 +120,10 @@ fn open_again(descriptor: RawFd) -> io::Result<File> {
 #[pyfunction]
 pub fn adapter_layers(
     py: Python<'_>,
-    tensors: Vec<(String, PyTensor)>,
-    known: KnownModules,
+    #[pyo3(from_py_with = argument)] tensors: Vec<(String, Bound<'_, PyAny>)>,
+    #[pyo3(from_py_with = argument)] known: KnownModules,
 ) -> PyResult<(&'static str, Option<&'static str>, Vec<PyLayerOut>)> {
-    let tensors = named(tensors);
+    let tensors = named(py, tensors)?;
     let adapter = released(py, move || adapter_file::layers_of(tensors, &known))?;
     let layers = adapter.layers.into_iter().map(|layer| {
         let (lora_a, lora_b) = (wrap(py, layer.lora_a)?, wrap(py, layer.lora_b)?);
@@ -116,12 +137,12 @@ pub fn adapter_layers(
 #[pyfunction]
 pub fn adapter_tensors(
     py: Python<'_>,
-    layers: Vec<PyLayer>,
-    format: &str,
-    family: Option<&str>,
+    #[pyo3(from_py_with = argument)] layers: Vec<PyLayer>,
+    #[pyo3(from_py_with = argument)] format: PyBackedStr,
+    #[pyo3(from_py_with = argument)] family: Option<PyBackedStr>,
 ) -> PyResult<Vec<(String, PyObject)>> {
-    let format = Format::parse(format).map_err(|error| raise(py, &error))?;
-    let family = family.map(Family::parse).transpose().map_err(|error| raise(py, &error))?;
+    let format = Format::parse(&format).map_err(|error| raise(py, &error))?;
+    let family = family.map(|family| Family::parse(&family)).transpose().map_err(|error| raise(py, &error))?;
     let layers: Vec<Layer> = layers
         .into_iter()
         .map(|(component, module, lora_a, lora_b, bias, magnitude, alpha)| Layer {

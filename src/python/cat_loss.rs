@@ -2,9 +2,8 @@
 
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
-use pyo3_tch::PyTensor;
 
-use super::convert::{detached, optional, wrap, wrap_optional};
+use super::convert::{argument, detached, is_tensor, optional, wrap, wrap_optional, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::cat_loss::{CatLoss, Factor, LossValues, Pair, StudentLoss};
@@ -21,7 +20,10 @@ impl FromPyObject<'_> for PyFactor {
             return Ok(Self::Number(number.value()));
         }
         // A tensor could be made a number too, but the host would wait for that of a GPU.
-        object.extract().map(Self::Tensor).or_else(|_| object.extract().map(Self::Number))
+        if is_tensor(object) {
+            return object.extract().map(Self::Tensor);
+        }
+        argument(object).map(Self::Number)
     }
 }
 
@@ -49,11 +51,11 @@ pub fn cat_loss(
     base_pred: PyTensor,
     sample_weight: Option<PyTensor>,
     mask: Option<PyTensor>,
-    cat_factor: f64,
+    #[pyo3(from_py_with = argument)] cat_factor: f64,
     mask_normalize: bool,
     scale: PyFactor,
-    wanted: (bool, bool),
-    stream: u64,
+    #[pyo3(from_py_with = argument)] wanted: (bool, bool),
+    #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<(PyObject, PyObject, Option<PyObject>, Option<PyObject>)> {
     let tensors = [model_pred.0, target.0, model_pred_no_trigger.0, base_pred.0];
     let (sample_weight, mask) = (optional(sample_weight), optional(mask));
@@ -87,7 +89,7 @@ pub fn scale_gradients(
     first: Option<PyTensor>,
     second: Option<PyTensor>,
     factor: PyTensor,
-    stream: u64,
+    #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<()> {
     let grads = [optional(first), optional(second)];
     released(py, move || ops::cat_loss::scale_gradients(grads, &factor, stream))
@@ -106,7 +108,7 @@ pub fn student_loss(
     mask: Option<PyTensor>,
     cat_factor: PyFactor,
     scale: PyFactor,
-    stream: u64,
+    #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<(PyObject, PyObject, PyObject)> {
     let loss = StudentLoss {
         student: detached(py, student)?,

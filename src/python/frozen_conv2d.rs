@@ -1,9 +1,8 @@
 //! The frozen convolution as a matrix product, for `cat_rs.ops.frozen_conv2d`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{optional, wrap};
+use super::convert::{argument, optional, wrap, PyTensor};
 use super::released;
 use crate::ops::frozen_conv2d::Convolution;
 
@@ -15,9 +14,9 @@ pub fn frozen_conv2d_forward(
     x: PyTensor,
     weight: PyTensor,
     bias: Option<PyTensor>,
-    stride: [i64; 2],
-    padding: [i64; 2],
-    dilation: [i64; 2],
+    #[pyo3(from_py_with = argument)] stride: [i64; 2],
+    #[pyo3(from_py_with = argument)] padding: [i64; 2],
+    #[pyo3(from_py_with = argument)] dilation: [i64; 2],
 ) -> PyResult<PyObject> {
     let layer = Convolution { weight: weight.0, bias: optional(bias), stride, padding, dilation };
     let y = released(py, move || layer.forward(&x))?;
@@ -31,10 +30,10 @@ pub fn frozen_conv2d_backward(
     py: Python<'_>,
     grad: PyTensor,
     weight: PyTensor,
-    size: [i64; 2],
-    stride: [i64; 2],
-    padding: [i64; 2],
-    dilation: [i64; 2],
+    #[pyo3(from_py_with = argument)] size: [i64; 2],
+    #[pyo3(from_py_with = argument)] stride: [i64; 2],
+    #[pyo3(from_py_with = argument)] padding: [i64; 2],
+    #[pyo3(from_py_with = argument)] dilation: [i64; 2],
 ) -> PyResult<PyObject> {
     let layer = Convolution { weight: weight.0, bias: None, stride, padding, dilation };
     let dx = released(py, move || layer.backward(&grad, size))?;

@@ -1,9 +1,8 @@
 //! The frozen linear layer, for `cat_rs.ops.frozen_linear`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{optional, wrap};
+use super::convert::{optional, wrap, PyTensor};
 use super::released;
 use crate::ops::frozen_linear::Linear;
 

@@ -1,10 +1,11 @@
 //! What the extension was built with and what CUDA it finds, for `cat-rs info`.
 
 use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
 use pyo3::types::PyDict;
 use tch::Kind;
 
-use super::convert::raise;
+use super::convert::{argument, raise};
 use super::released;
 use crate::cpu::{matmul_beats_library, parallel_available, simd_level};
 use crate::cuda;
@@ -42,9 +43,13 @@ pub fn cuda_versions(
 /// Compiles every CUDA kernel for tensors of one dtype and devices of one compute capability, 90 for 9.0, which need not
 /// be there; returns the programs' names and the compiler's warnings.
 #[pyfunction]
-pub fn compile_kernels(py: Python<'_>, architecture: u32, dtype: &str) -> PyResult<Vec<(String, String)>> {
+pub fn compile_kernels(
+    py: Python<'_>,
+    #[pyo3(from_py_with = argument)] architecture: u32,
+    #[pyo3(from_py_with = argument)] dtype: PyBackedStr,
+) -> PyResult<Vec<(String, String)>> {
     const OP: &str = "compile_kernels";
-    let kind = match dtype {
+    let kind = match &*dtype {
         "float32" => Kind::Float,
         "float64" => Kind::Double,
         "bfloat16" => Kind::BFloat16,

@@ -1,9 +1,8 @@
 //! The linear layer with a LoRA branch, for `cat_rs.ops.lora_linear`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::{optional, wrap, wrap_optional};
+use super::convert::{argument, optional, wrap, wrap_optional, PyTensor};
 use super::released;
 use crate::ops::lora_linear::Layer;
 
@@ -16,7 +15,7 @@ pub fn lora_linear_forward(
     bias: Option<PyTensor>,
     lora_a: PyTensor,
     lora_b: PyTensor,
-    scaling: f64,
+    #[pyo3(from_py_with = argument)] scaling: f64,
 ) -> PyResult<(PyObject, PyObject)> {
     let layer = Layer { weight: weight.0, bias: optional(bias), lora_a: lora_a.0, lora_b: lora_b.0, scaling };
     let (y, hidden) = released(py, move || layer.forward(&x))?;
@@ -34,8 +33,8 @@ pub fn lora_linear_backward(
     lora_a: PyTensor,
     lora_b: PyTensor,
     hidden: PyTensor,
-    scaling: f64,
-    wanted: (bool, bool, bool),
+    #[pyo3(from_py_with = argument)] scaling: f64,
+    #[pyo3(from_py_with = argument)] wanted: (bool, bool, bool),
 ) -> PyResult<(Option<PyObject>, Option<PyObject>, Option<PyObject>)> {
     let layer = Layer { weight: weight.0, bias: None, lora_a: lora_a.0, lora_b: lora_b.0, scaling };
     let gradients = released(py, move || layer.backward(&grad, &x, &hidden, [wanted.0, wanted.1, wanted.2]))?;

@@ -1,9 +1,8 @@
 //! The up projection of a LoRA branch, for `cat_rs.ops.lora_up`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
 
-use super::convert::wrap_optional;
+use super::convert::{argument, wrap_optional, PyTensor};
 use super::released;
 use crate::ops::lora_up::UpProjection;
 
@@ -14,7 +13,7 @@ pub fn lora_up_forward(
     y: PyTensor,
     hidden: PyTensor,
     lora_b: PyTensor,
-    scaling: f64,
+    #[pyo3(from_py_with = argument)] scaling: f64,
     channels_second: bool,
 ) -> PyResult<()> {
     let projection = UpProjection { lora_b: lora_b.0, scaling, channels_second };
@@ -29,9 +28,9 @@ pub fn lora_up_backward(
     grad: PyTensor,
     hidden: PyTensor,
     lora_b: PyTensor,
-    scaling: f64,
+    #[pyo3(from_py_with = argument)] scaling: f64,
     channels_second: bool,
-    wanted: (bool, bool),
+    #[pyo3(from_py_with = argument)] wanted: (bool, bool),
 ) -> PyResult<(Option<PyObject>, Option<PyObject>)> {
     let projection = UpProjection { lora_b: lora_b.0, scaling, channels_second };
     let [dh, db] = released(py, move || projection.backward(&grad, &hidden, [wanted.0, wanted.1]))?;

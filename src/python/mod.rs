@@ -15,18 +15,36 @@ mod noising;
 mod similarity;
 mod statistics;
 
+use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use pyo3::prelude::*;
 
 use self::convert::raise;
+use crate::cpu::interrupt;
 use crate::error::{CatError, Result};
 
-/// Runs `work` without the GIL and raises its error; a panic, which would be a bug, becomes an error too.
+/// Runs `work` without the GIL and outside of autograd, and raises its error; a panic, which would be a bug, becomes an
+/// error too.
 fn released<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
-    let outcome = py.allow_threads(|| catch_unwind(AssertUnwindSafe(work)));
+    let outcome = py.allow_threads(|| {
+        let _no_grad = tch::no_grad_guard();
+        catch_unwind(AssertUnwindSafe(work))
+    });
     let panicked = |_| Err(CatError::Kernel { op: "cat_rs", message: "a bug: the kernel panicked".into() });
     outcome.unwrap_or_else(panicked).map_err(|error| raise(py, &error))
+}
+
+/// As [`released`], for work that may take long: its loops end where a signal's handler raises, as that of Ctrl-C does.
+fn interruptible<T: Send>(py: Python<'_>, work: impl FnOnce() -> Result<T> + Send) -> PyResult<T> {
+    thread_local! {
+        static RAISED: Cell<Option<PyErr>> = const { Cell::new(None) };
+    }
+    fn stop() -> bool {
+        Python::with_gil(|py| py.check_signals()).map_err(|error| RAISED.set(Some(error))).is_err()
+    }
+    let outcome = released(py, || interrupt::interruptible(stop, work));
+    RAISED.take().map_or(outcome, Err)
 }
 
 #[pymodule]

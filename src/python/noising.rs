@@ -1,9 +1,9 @@
 //! Noising, for `cat_rs.ops.noising`.
 
 use pyo3::prelude::*;
-use pyo3_tch::PyTensor;
+use pyo3::pybacked::PyBackedStr;
 
-use super::convert::{raise, wrap};
+use super::convert::{argument, raise, wrap, PyTensor};
 use super::released;
 use crate::ops;
 use crate::ops::noising::PredictionType;
@@ -18,11 +18,11 @@ pub fn noising(
     noise: PyTensor,
     signal_rate: PyTensor,
     noise_rate: PyTensor,
-    prediction_type: &str,
-    copies: usize,
-    stream: u64,
+    #[pyo3(from_py_with = argument)] prediction_type: PyBackedStr,
+    #[pyo3(from_py_with = argument)] copies: usize,
+    #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<(PyObject, PyObject)> {
-    let prediction_type = PredictionType::parse(prediction_type).map_err(|error| raise(py, &error))?;
+    let prediction_type = PredictionType::parse(&prediction_type).map_err(|error| raise(py, &error))?;
     let (noisy, target) = released(py, move || {
         ops::noising::noising(&latents, &noise, &signal_rate, &noise_rate, prediction_type, copies, stream)
     })?;

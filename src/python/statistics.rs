@@ -3,7 +3,8 @@
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 
-use super::released;
+use super::convert::argument;
+use super::{interruptible, released};
 use crate::ops;
 use crate::ops::statistics::{Bootstrap, Group, Numbers, Statistic};
 
@@ -29,7 +30,7 @@ fn statistic(harmonic: bool) -> Statistic {
 /// See `cat_rs.harmonic_mean`.
 #[pyfunction]
 pub fn harmonic_mean(py: Python<'_>, values: PyReadonlyArray1<'_, f64>) -> PyResult<f64> {
-    let values = values.as_slice()?;
+    let values = numbers("values", &values)?.values;
     released(py, || ops::statistics::harmonic_mean(values))
 }
 
@@ -40,9 +41,9 @@ pub fn bootstrap_interval(
     py: Python<'_>,
     groups: Vec<(Values<'_>, Clusters<'_>)>,
     harmonic: bool,
-    confidence: f64,
-    resamples: i64,
-    seed: u64,
+    #[pyo3(from_py_with = argument)] confidence: f64,
+    #[pyo3(from_py_with = argument)] resamples: i64,
+    #[pyo3(from_py_with = argument)] seed: u64,
 ) -> PyResult<(f64, f64)> {
     let groups = groups
         .iter()
@@ -52,7 +53,7 @@ pub fn bootstrap_interval(
         })
         .collect::<PyResult<Vec<_>>>()?;
     let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
-    released(py, || ops::statistics::bootstrap_interval(&groups, settings))
+    interruptible(py, || ops::statistics::bootstrap_interval(&groups, settings))
 }
 
 /// See `cat_rs.bootstrap_difference`.
@@ -65,14 +66,14 @@ pub fn bootstrap_difference(
     b: Values<'_>,
     clusters: Clusters<'_>,
     harmonic: bool,
-    confidence: f64,
-    resamples: i64,
-    seed: u64,
+    #[pyo3(from_py_with = argument)] confidence: f64,
+    #[pyo3(from_py_with = argument)] resamples: i64,
+    #[pyo3(from_py_with = argument)] seed: u64,
 ) -> PyResult<(f64, f64)> {
     let samples = [numbers("a", &a)?, numbers("b", &b)?];
     let group = Group { samples, clusters: cluster_numbers("clusters", &clusters)? };
     let settings = Bootstrap { statistic: statistic(harmonic), confidence, resamples, seed };
-    released(py, || ops::statistics::bootstrap_difference("bootstrap_difference", &[group], settings))
+    interruptible(py, || ops::statistics::bootstrap_difference("bootstrap_difference", &[group], settings))
 }
 
 /// See `cat_rs.kps_difference`.
@@ -83,9 +84,9 @@ pub fn kps_difference(
     a: [Values<'_>; 2],
     b: [Values<'_>; 2],
     clusters: [Clusters<'_>; 2],
-    confidence: f64,
-    resamples: i64,
-    seed: u64,
+    #[pyo3(from_py_with = argument)] confidence: f64,
+    #[pyo3(from_py_with = argument)] resamples: i64,
+    #[pyo3(from_py_with = argument)] seed: u64,
 ) -> PyResult<(f64, f64)> {
     let groups = [
         Group {
@@ -98,5 +99,5 @@ pub fn kps_difference(
         },
     ];
     let settings = Bootstrap { statistic: Statistic::HarmonicMean, confidence, resamples, seed };
-    released(py, || ops::statistics::bootstrap_difference("kps_difference", &groups, settings))
+    interruptible(py, || ops::statistics::bootstrap_difference("kps_difference", &groups, settings))
 }

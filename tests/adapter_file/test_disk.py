@@ -120,3 +120,19 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="got none"):
         cat_rs.save_lora(tmp_path / "a", {})
     assert not os.listdir(tmp_path)
+
+
+def test_half_of_a_surrogate_pair_is_no_path(tmp_path: Path) -> None:
+    from cat_rs._native import _core
+
+    path = tmp_path / "half \ud800.safetensors"
+    with pytest.raises(InvalidValueError, match=r"save_lora: `path` must be a path, got '.*\\ud800"):
+        cat_rs.save_lora(path, kohya_state(), format="kohya", family="sd")
+    with pytest.raises(FileNotFoundError):
+        cat_rs.load_lora(path)
+    with pytest.raises(UnicodeEncodeError):
+        _core.read_safetensors(path)
+    with open(tmp_path / "a", "wb") as file, pytest.raises(UnicodeEncodeError):
+        _core.write_safetensors(file.fileno(), path, [], {})
+    with pytest.raises(TypeError):
+        _core.read_safetensors(3)  # type: ignore[arg-type]

@@ -171,7 +171,10 @@ def test_the_stream_goes_to_every_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in ("sum_of_squares", "adamw_step"):
         monkeypatch.setattr(_core, name, functools.partial(kernel, getattr(_core, name)))
     monkeypatch.setattr("cat_rs.ops.adamw.stream_of", lambda tensor: 77)
-    FlatAdamW(params_of()).step()
+    params = params_of()
+    optimizer = FlatAdamW(params)
+    params[0].grad.add_(1.0)
+    optimizer.step()
     assert streams == [77, 77]
 
 

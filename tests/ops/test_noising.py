@@ -180,7 +180,9 @@ def test_snr_weights_at_the_ends_of_a_schedule(prediction_type: str) -> None:
         pytest.param(
             {"prediction_type": "flow"}, InvalidValueError, "'epsilon' or 'v_prediction', got 'flow'", id="flow"
         ),
-        pytest.param({"timesteps": torch.tensor(3)}, ShapeError, r"`timesteps` must have shape \[B\]", id="scalar"),
+        pytest.param(
+            {"timesteps": torch.tensor(3)}, ShapeError, r"`timesteps` must be dense of shape \[B\]", id="scalar"
+        ),
     ],
 )
 def test_bad_snr_weights_are_named(arguments: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -337,7 +337,7 @@ def test_kps_of_clusters() -> None:
     )
     with pytest.raises(InvalidValueError, match=r"^kps of base_trigger .*: `clusters` must be as many .* 9, got 12"):
         cat_rs.kps(*groups, clusters=(clusters[0], clusters[0]))
-    with pytest.raises(InvalidValueError, match=r"^kps: `clusters` must be two groups, .* got 1"):
+    with pytest.raises(InvalidValueError, match=r"^kps: `clusters` must be two groups, .* got a tuple of length 1"):
         cat_rs.kps(*groups, clusters=(clusters[0],))  # type: ignore[arg-type]
 
 

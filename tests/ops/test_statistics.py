@@ -253,7 +253,7 @@ def test_values_that_are_not_paired_are_an_error() -> None:
         cat_rs.bootstrap_difference(three, two)
     with pytest.raises(InvalidValueError, match=r"^kps_difference: `b\[1\]` must be as many .* as `a\[1\]`, 2, got 3"):
         cat_rs.kps_difference((three, two), (three, three))
-    with pytest.raises(InvalidValueError, match=r"^kps_difference: `a` must be two groups, .* got 3"):
+    with pytest.raises(InvalidValueError, match=r"^kps_difference: `a` must be two groups, .* of length 3"):
         cat_rs.kps_difference((three, three, three), (three, three))  # type: ignore[arg-type]
 
 

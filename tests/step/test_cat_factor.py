@@ -95,7 +95,7 @@ def test_a_resumed_step_goes_on_bit_for_bit(make: Callable[[], Any]) -> None:
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "negative": (lambda: make_step(-1.0), r"CatStep: `cat_factor` must be a finite number >= 0, got -1.0"),
     "function": (lambda: make_step(lambda done: math.nan)(**batch(0)), "CatStep: `cat_factor` .* got nan"),
-    "ramp-start": (lambda: CatFactorRamp(-1.0, 1.0, 3), "`cat_factor` must be a finite number >= 0, got -1.0"),
+    "ramp-start": (lambda: CatFactorRamp(-1.0, 1.0, 3), "`start` must be a finite number >= 0, got -1.0"),
     "ramp-steps": (lambda: CatFactorRamp(0.0, 1.0, 0), "CatFactorRamp: `steps` must be at least 1, got 0"),
     "ramp-shape": (lambda: CatFactorRamp(0.0, 1.0, 2, "flat"), "`shape` must be 'linear' or 'cosine', got 'flat'"),  # type: ignore[arg-type]
     "ratio": (lambda: CatFactorRatio(0.0), "CatFactorRatio: `ratio` must be a finite number > 0, got 0.0"),

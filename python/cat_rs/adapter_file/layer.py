@@ -61,13 +61,25 @@ def parse(
     tensors: Mapping[str, torch.Tensor], known: Mapping[str, list[str]], component: str | None
 ) -> tuple[str, str | None, list[Layer]]:
     """Format, family and layers of tensors by name; `component` is whose they are where the names do not tell."""
-    named = [(name, tensor.detach().to("cpu")) for name, tensor in tensors.items()]
+    named = [(name, _whole(tensor).detach().to("cpu")) for name, tensor in tensors.items()]
     format, family, found = _core.adapter_layers(named, known)
     layers = [Layer(*each) for each in found]
     if any(not layer.component for layer in layers):
-        component = component or _component_of_names([layer.module for layer in layers])
+        modules = [layer.module for layer in layers]
+        component = component or _component_of_models(modules, known) or _component_of_names(modules)
         layers = [layer._replace(component=component) for layer in layers]
     return format, family, layers
+
+
+def _component_of_models(modules: list[str], known: Mapping[str, list[str]]) -> str | None:
+    """The one model that is at hand and has these modules."""
+    fitting = [component for component, names in known.items() if {*modules} <= {*names}]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; where it is sharded (a DTensor), gathered, for which every rank must be here."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _component_of_names(modules: list[str]) -> str:
@@ -80,8 +92,9 @@ def _component_of_names(modules: list[str]) -> str:
     fitting = [name for name, start in starts.items() if any(module.startswith(start) for module in modules)]
     if len(fitting) != 1:
         raise AdapterError(
-            f"expected layers of a known denoiser or text encoder, got {listed(modules)}: put the PEFT files into a "
-            f"folder named {', '.join(COMPONENTS[:-1])} or {COMPONENTS[-1]}"
+            f"expected layers of a known denoiser or text encoder, got {listed(modules)}: give load_lora the model, "
+            "or put adapter_model.safetensors and adapter_config.json into a folder named "
+            f"{', '.join(COMPONENTS[:-1])} or {COMPONENTS[-1]}"
         )
     return fitting[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG_FILE = "adapter_config.json"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def locate(path: str | os.PathLike[str]) -> Path | dict[str, Path]:
@@ -42,10 +42,13 @@ def adapter_files(path: str | os.PathLike[str]) -> dict[str, Path]:
     """Every file of an adapter, by a name that does not depend on where the adapter is.
 
     Raises:
-        FileNotFoundError: There is no adapter.
+        FileNotFoundError: There is no adapter, or a file of it is missing.
     """
     found = locate(path)
     if isinstance(found, Path):
         return {DIFFUSERS_FILE: found}
     names = (PEFT_FILE, PEFT_CONFIG_FILE)
-    return {f"{component}/{name}": folder / name for component, folder in found.items() for name in names}
+    files = {f"{component}/{name}": folder / name for component, folder in found.items() for name in names}
+    for folder in found.values():
+        (folder / PEFT_FILE).stat()
+    return {name: file for name, file in files.items() if file.exists()}

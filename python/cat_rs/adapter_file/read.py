@@ -18,6 +18,7 @@ from cat_rs.adapter_file.lora_file import LoraFile, check_fit
 from cat_rs.adapter_file.model import component_of_model, module_names
 from cat_rs.adapter_file.paths import PEFT_CONFIG_FILE, PEFT_FILE, locate
 from cat_rs.errors import AdapterError
+from cat_rs.text_files import read_text
 from cat_rs.unwrap import unwrap_model
 
 
@@ -33,6 +34,8 @@ def load_lora(
 
     kohya's names are paths with ``_`` for ``.``, which are resolved against the layers of Stable Diffusion, SDXL and
     FLUX, and against the module names of the models given here. A name that fits none, or several, is an error.
+    ComfyUI's ``diffusion_model.`` stands for the denoiser; of names that diffusers changes, only FLUX's and SDXL's
+    are known. A file may name its layers in several ways at once.
 
     Args:
         path: A safetensors file; or a folder with ``pytorch_lora_weights.safetensors``, with PEFT's
@@ -66,18 +69,26 @@ def read_lora(path: str | os.PathLike[str], models: Mapping[str, torch.nn.Module
     """
     known = {component: module_names(model) for component, model in models.items()}
     found = locate(path)
-    return _read_file(found, known) if isinstance(found, Path) else _read_peft(found)
+    if isinstance(found, Path):
+        return _read_file(found, known)
+    bare = [(name, folder) for name, folder in found.items() if not (folder / PEFT_CONFIG_FILE).exists()]
+    if len(found) == len(bare) == 1:
+        # Some name their file as PEFT does, whatever is in it.
+        name, folder = bare[0]
+        return _read_file(folder / PEFT_FILE, known, name or None)
+    return _read_peft(found)
 
 
-def _read_file(file: Path, known: Mapping[str, list[str]]) -> LoraFile:
+def _read_file(file: Path, known: Mapping[str, list[str]], component: str | None = None) -> LoraFile:
     tensors, metadata = _core.read_safetensors(file)
     training = text.training_metadata(metadata, file)
     stored = text.from_json(metadata.get(text.CONFIG_KEY, "{}"), file, text.CONFIG_KEY)
     with _named(file):
-        format, family, layers = parse(dict(tensors), known, None)
-        if format == "peft" and "lora_alpha" not in stored:
+        format, family, layers = parse(dict(tensors), known, component)
+        if format == "peft" and "lora_alpha" not in stored and any(layer.alpha is None for layer in layers):
             raise AdapterError(
-                f"load_lora: expected {PEFT_CONFIG_FILE} beside tensors of PEFT, which do not tell their scale"
+                f"load_lora: expected {PEFT_CONFIG_FILE} beside {PEFT_FILE}, whose tensors do not tell their scale: "
+                'PEFT\'s LoraConfig as JSON, with "peft_type": "LORA" and "lora_alpha"'
             )
         # diffusers' model.save_lora_adapter writes one model's names, and its LoraConfig, without a prefix.
         whole = {layers[0].component: stored}
@@ -93,7 +104,7 @@ def _read_peft(folders: Mapping[str, Path]) -> LoraFile:
     training: dict[str, Any] = {}
     for name, folder in folders.items():
         config_file = folder / PEFT_CONFIG_FILE
-        config = text.from_json(config_file.read_text(encoding="utf-8"), config_file, "the file")
+        config = text.from_json(read_text(config_file), config_file, "the file")
         if config.get("peft_type") != "LORA":
             raise AdapterError(f"{config_file}: expected peft_type LORA, got {config.get('peft_type')!r}")
         tensors, stored = _core.read_safetensors(folder / PEFT_FILE)

@@ -46,6 +46,8 @@ def save_lora(
 ) -> Path:
     """Write an adapter. An older file stays until the new one is whole.
 
+    Sharded parameters (FSDP2's DTensors) are gathered, for which every rank must call this.
+
     kohya's format has one number for each layer's scale and no more: rsLoRA is folded into it, DoRA and biases are
     refused. In FLUX files query, key and value are one layer there, written block-diagonal with the sum of the ranks,
     as kohya's own converter does; `load_lora` takes it apart again. Web UIs and `load_lora` read what is written;
@@ -141,6 +143,10 @@ def _save_peft(
 
 
 def _check_arguments(path: str | os.PathLike[str], format: str, family: str | None, dtype: torch.dtype | None) -> None:
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"save_lora: `path` must be a path, got {os.fspath(path)!a}") from error
     for name, value, choices in (("format", format, FORMATS), ("family", family, (*FAMILIES, None))):
         if value not in choices:
             known = ", ".join(filter(None, choices))

@@ -11,6 +11,7 @@ from cat_rs.commands.sampling import SamplingSettings
 from cat_rs.options import ConfigError, option
 from cat_rs.processes import Processes, leave
 from cat_rs.run_folder import CONTACT_SHEET_FILE, PICTURES_FOLDER, RESULTS_FILE
+from cat_rs.text_files import printable
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import EvaluationResult
@@ -64,8 +65,8 @@ def _name_and_path(adapter: str) -> tuple[str, str]:
     """Split NAME=PATH; a path may have a "=" of its own, such as runs/lr=1e-4."""
     name, _, path = adapter.partition("=")
     if not path or os.sep in name or os.path.exists(adapter):
-        return Path(adapter).stem, adapter
-    return name, path
+        return printable(Path(adapter).stem), adapter
+    return printable(name), path
 
 
 def run(settings: Settings) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from PIL import Image
 
-from cat_rs.atomic import write_bytes
+from cat_rs.adapter_file.disk import write_safetensors
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError
 from cat_rs.evaluation.fingerprint import (
@@ -87,15 +87,10 @@ class Store(Generic[T]):
 
     def write(self, key: str, item: T) -> None:
         """Write the item, whole or not at all."""
-        from safetensors.torch import save
-
         path, tensors = self.path(key), self._pack(item)
         tensors[_HASH] = _bytes(_item_hash(key, tensors).encode())
-        # Another evaluation may be writing the same item.
-        own = path.with_name(f"{os.getpid()}-{path.name}")
         try:
-            write_bytes(own, save(tensors, metadata={"key": key}))
-            os.replace(own, path)
+            write_safetensors(path, tensors, {"key": key})
         except OSError as error:
             raise EvaluationFileError(f"cache: cannot write {path}: {error}") from error
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from cat_rs.arguments import shown
 from cat_rs.evaluation.encoder import EncoderSource, check_embeddings, embed_in_batches, make_encoder
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.pictures import Pictures, PictureSource, check_same_sizes, load_pictures
@@ -41,8 +43,8 @@ class KpsEvaluator:
     def __init__(
         self, encoder: EncoderSource, *, batch_size: int = 32, device: torch.device | str | None = None
     ) -> None:
-        if batch_size < 1:
-            raise EvaluationInputError(f"batch_size: expected at least 1, got {batch_size}")
+        if not (isinstance(batch_size, int | np.integer) and batch_size >= 1):
+            raise EvaluationInputError(f"batch_size: expected at least 1, got {shown(batch_size)}")
         self.batch_size = batch_size
         self._encoder = make_encoder(encoder, device=device)
 
@@ -82,6 +84,8 @@ class KpsEvaluator:
 
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Embed texts in the space of the pictures; [N, D], float32 on the CPU."""
+        if not (isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)):
+            raise EvaluationInputError(f"texts: expected a sequence of texts, got {shown(texts)}")
         if not texts:
             raise EvaluationInputError("texts: expected at least one, got none")
         embeddings = embed_in_batches(self._encoder.encode_texts, list(texts), self.batch_size)

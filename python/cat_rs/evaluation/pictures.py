@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cat_rs.arguments import check_memory, refusing, shown
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.image_files import IMAGE_SUFFIXES, ImageFileError, image_files, read_image, to_rgb
 
@@ -89,6 +90,9 @@ def _from_path(path: Path) -> Pictures:
 
 
 def _from_list(images: Sequence[Image.Image]) -> Pictures:
+    if not isinstance(images, Sequence):
+        expected = "a folder, a list of PIL images or a tensor"
+        raise EvaluationInputError(f"pictures: expected {expected}, got {shown(images)}")
     if not images:
         raise EvaluationInputError("pictures: expected at least one picture, got an empty list")
     for index, image in enumerate(images):
@@ -102,7 +106,9 @@ def _from_tensor(images: torch.Tensor) -> Pictures:
         raise EvaluationInputError(f"pictures: expected a tensor [N, 3, H, W], got shape {list(images.shape)}")
     if not images.is_floating_point():
         raise EvaluationInputError(f"pictures: expected a float tensor with values in [0, 1], got {images.dtype}")
-    values = images.detach().to("cpu", torch.float32)
+    check_memory("pictures", "images", images)
+    with refusing("pictures", "images", "a dense tensor", images):
+        values = images.detach().to("cpu", torch.float32)
     for index, picture in enumerate(values):
         low, high = picture.min().item(), picture.max().item()
         # Written so that NaN fails too.

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat_rs._native import _core
-from cat_rs.ops.operator import check_tensor, empty_for_none, fake_gradients, none_for_empty, stream_of
+from cat_rs.arguments import as_float, check_tensor
+from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, reraise, stream_of
 
 __all__ = ["CatLossParts", "cat_loss", "student_loss"]
 
@@ -145,18 +146,14 @@ def cat_loss(
             model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask, cat_factor, mask_normalize
         )
         return CatLossParts(total, *values.unbind()) if return_parts else total
+    factor = cat_factor if type(cat_factor) is float else as_float("cat_loss", "cat_factor", cat_factor)
+    tensors = (model_pred, model_pred_no_trigger, target, base_pred, sample_weight, mask)
     parts: list[Any] = []
-    total = CatLossFunction.apply(
-        model_pred,
-        model_pred_no_trigger,
-        target,
-        base_pred,
-        sample_weight,
-        mask,
-        float(cat_factor),
-        mask_normalize,
-        parts,
-    )
+    try:
+        total = CatLossFunction.apply(*tensors, factor, mask_normalize, parts)
+    except RuntimeError as error:
+        names = ("model_pred", "model_pred_no_trigger", "target", "base_pred", "sample_weight", "mask")
+        reraise("cat_loss", error, **dict(zip(names, tensors, strict=True)))
     if not return_parts:
         return total
     return CatLossParts(total, *_as_tensor(parts[0], total).unbind())

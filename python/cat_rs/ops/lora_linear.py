@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from cat_rs._native import _core
+from cat_rs.arguments import as_float, check_tensor
 from cat_rs.errors import InvalidValueError
-from cat_rs.ops.operator import check_tensor, empty_for_none, fake_gradients, none_for_empty, rounded
+from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, reraise, rounded
 
 __all__ = ["LoraLinearFunction", "WeightCopyFunction", "lora_linear"]
 
@@ -109,7 +110,11 @@ def lora_linear(
     if torch.compiler.is_compiling():
         lora_A, lora_B = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
         return lora_linear_operator(x, weight, bias, lora_A, lora_B, scaling)[0]
-    return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, float(scaling), None)
+    factor = scaling if type(scaling) is float else as_float("lora_linear", "scaling", scaling)
+    try:
+        return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, factor, None)
+    except RuntimeError as error:
+        reraise("lora_linear", error, x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
 
 
 @torch.library.custom_op("cat_rs::lora_linear", mutates_args=())

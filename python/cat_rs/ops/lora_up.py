@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cat_rs._native import _core
-from cat_rs.ops.operator import check_tensor, empty_for_none, fake_gradients, none_for_empty, rounded
+from cat_rs.arguments import as_float, check_tensor
+from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, rounded
 
 __all__ = ["LoraUpFunction", "lora_up_"]
 
@@ -74,7 +75,7 @@ def lora_up_(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, *, chann
     check_tensor("lora_up", "lora_B", lora_B)
     if torch.compiler.is_compiling():
         return lora_up_operator(y, hidden, rounded(lora_B, y.dtype), scaling, channels_second)
-    return LoraUpFunction.apply(y, hidden, lora_B, float(scaling), channels_second, None)
+    return LoraUpFunction.apply(y, hidden, lora_B, as_float("lora_up", "scaling", scaling), channels_second, None)
 
 
 @torch.library.custom_op("cat_rs::lora_up", mutates_args=())

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cat_rs._native import _core
-from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.arguments import check, check_memory, check_tensor, shown
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.operator import stream_of
 
 __all__ = ["noising", "snr_weights"]
@@ -43,6 +44,7 @@ def noising(
     Raises:
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
+    check_tensor("noising", "latents", latents)
     if torch.compiler.is_compiling():
         return noising_operator(latents, noise, signal_rate, noise_rate, prediction_type, copies)
     return _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream_of(latents))
@@ -69,25 +71,42 @@ def snr_weights(
         [B], in the table's dtype.
 
     Raises:
-        ShapeError, InvalidValueError: Naming the argument, what was expected and what came.
+        ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
-    if not gamma > 0:
-        raise InvalidValueError(f"snr_weights: `gamma` must be > 0, got {gamma}")
-    if timesteps.dim() != 1 or alphas_cumprod.dim() != 1:
-        raise ShapeError(
-            "snr_weights: `timesteps` must have shape [B] and `alphas_cumprod` [T], "
-            f"got {list(timesteps.shape)} and {list(alphas_cumprod.shape)}"
-        )
-    alphas = alphas_cumprod[timesteps]
+    _check_tables(timesteps, alphas_cumprod)
+    check("snr_weights", "gamma", gamma, "> 0", lambda gamma: gamma > 0)
+    try:
+        alphas = alphas_cumprod[timesteps]
+    except IndexError as error:
+        got = f"{int(timesteps.min())}..{int(timesteps.max())}"
+        expected = f"in 0..{len(alphas_cumprod) - 1}"
+        raise InvalidValueError(f"snr_weights: `timesteps` must be {expected}, got {got}") from error
     inverse_snr = (1 - alphas) / alphas
     if prediction_type == "epsilon":
         return (gamma * inverse_snr).clamp(max=1)
     if prediction_type == "v_prediction":
         snr = alphas / (1 - alphas)
         return torch.where(snr < gamma, alphas, gamma * (1 - alphas))
-    raise InvalidValueError(
-        f"snr_weights: `prediction_type` must be 'epsilon' or 'v_prediction', got {prediction_type!r}"
-    )
+    expected = "'epsilon' or 'v_prediction'"
+    raise InvalidValueError(f"snr_weights: `prediction_type` must be {expected}, got {shown(prediction_type)}")
+
+
+def _check_tables(timesteps: Tensor, alphas_cumprod: Tensor) -> None:
+    for name, tensor, letter in (("timesteps", timesteps, "B"), ("alphas_cumprod", alphas_cumprod, "T")):
+        check_tensor("snr_weights", name, tensor)
+        if tensor.layout != torch.strided or tensor.dim() != 1:
+            got = list(tensor.shape) if tensor.layout == torch.strided else tensor.layout
+            raise ShapeError(f"snr_weights: `{name}` must be dense of shape [{letter}], got {got}")
+        if not torch.compiler.is_compiling():
+            check_memory("snr_weights", name, tensor)
+    if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise DtypeError(f"snr_weights: `timesteps` must be integers, got {timesteps.dtype}")
+    if alphas_cumprod.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise DtypeError(f"snr_weights: `alphas_cumprod` must have a float dtype, got {alphas_cumprod.dtype}")
+    if timesteps.device != alphas_cumprod.device and timesteps.device.type != "cpu":
+        raise DeviceError(
+            f"snr_weights: `timesteps` must be on {alphas_cumprod.device} or the CPU, got {timesteps.device}"
+        )
 
 
 @torch.library.custom_op("cat_rs::noising", mutates_args=())

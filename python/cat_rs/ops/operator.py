@@ -9,20 +9,21 @@ eager function works on in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from cat_rs._native import _core
-from cat_rs.errors import DtypeError
+from cat_rs.errors import CatRsError, InvalidValueError
 
 __all__ = [
     "LOW_PRECISION",
     "OWN_MATMUL_IS_FASTER",
-    "check_tensor",
     "empty_for_none",
     "fake_gradients",
     "none_for_empty",
+    "reraise",
     "rounded",
     "stream_of",
 ]
@@ -34,10 +35,22 @@ OWN_MATMUL_IS_FASTER = _core.build_info()["matmul"] == "cat-rs"
 """Whether this package's float32 products run faster than those of PyTorch's library on this processor."""
 
 
-def check_tensor(op: str, argument: str, value: object) -> None:
-    """Refuses what is no tensor, for arguments whose dtype or device an operation looks at before its kernel does."""
-    if not isinstance(value, Tensor):
-        raise DtypeError(f"{op}: `{argument}` must be a torch.Tensor, got {type(value).__name__}")
+def reraise(op: str, error: RuntimeError, **tensors: Any) -> NoReturn:
+    """Raises an error of PyTorch's autograd again: as one that names the tensor at fault, where there is one.
+
+    To look at the tensors beforehand would cost every call.
+    """
+    if not isinstance(error, CatRsError):
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                continue
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                got = "one of torch.func (vmap, grad, jvp ...): call it outside"
+                raise InvalidValueError(f"{op}: `{name}` must be a plain tensor, got {got}") from error
+            if tensor.is_inference():
+                got = "an inference tensor: clone it"
+                raise InvalidValueError(f"{op}: `{name}` must be usable for a gradient, got {got}") from error
+    raise error
 
 
 def stream_of(tensor: Tensor) -> int:

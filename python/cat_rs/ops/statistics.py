@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from cat_rs._native import _core
-from cat_rs.errors import DtypeError, InvalidValueError
+from cat_rs.arguments import check, check_memory, refusing
+from cat_rs.errors import DtypeError
 
 __all__ = [
     "Interval",
@@ -24,11 +25,13 @@ __all__ = [
 Interval = tuple[float, float]
 
 
-def vector(values: Any) -> np.ndarray:
+def vector(op: str, argument: str, values: Any) -> np.ndarray:
     """Numbers as the kernels take them: float64, [N], on the CPU."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().to("cpu", torch.float64).numpy()
-    return np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
+    with refusing(op, argument, "numbers", values):
+        if isinstance(values, torch.Tensor):
+            check_memory(op, argument, values)
+            values = values.detach().to("cpu", torch.float64).numpy()
+        return np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
 
 
 def harmonic_mean(values: Any) -> float:
@@ -40,7 +43,7 @@ def harmonic_mean(values: Any) -> float:
     Raises:
         InvalidValueError: No values, or one that is negative or not finite; the message names it.
     """
-    return _core.harmonic_mean(vector(values))
+    return _core.harmonic_mean(vector("harmonic_mean", "values", values))
 
 
 def bootstrap_interval(
@@ -77,7 +80,7 @@ def bootstrap_interval(
     op = "bootstrap_interval"
     _check(op, statistic, seed)
     return _core.bootstrap_interval(
-        [(vector(values), _clusters(op, "clusters", clusters))],
+        [(vector(op, "values", values), _clusters(op, "clusters", clusters))],
         harmonic=statistic == "harmonic_mean",
         confidence=confidence,
         resamples=resamples,
@@ -118,8 +121,8 @@ def bootstrap_difference(
     op = "bootstrap_difference"
     _check(op, statistic, seed)
     return _core.bootstrap_difference(
-        vector(a),
-        vector(b),
+        vector(op, "a", a),
+        vector(op, "b", b),
         _clusters(op, "clusters", clusters),
         harmonic=statistic == "harmonic_mean",
         confidence=confidence,
@@ -130,8 +133,9 @@ def bootstrap_difference(
 
 def bootstrap_joined(groups: Sequence[tuple[Any, Any]], *, resamples: int, seed: int) -> Interval:
     """The 95 % interval of the harmonic mean of the harmonic means of groups (values, clusters), resampled apart."""
+    op = "bootstrap_interval"
     return _core.bootstrap_interval(
-        [(vector(values), _clusters("bootstrap_interval", "clusters", clusters)) for values, clusters in groups],
+        [(vector(op, "values", values), _clusters(op, "clusters", clusters)) for values, clusters in groups],
         harmonic=True,
         confidence=0.95,
         resamples=resamples,
@@ -145,21 +149,23 @@ def bootstrap_joined_difference(
     """As :func:`bootstrap_difference`, of the harmonic mean of two groups' harmonic means; ``op`` is for errors."""
     _check(op, "harmonic_mean", seed)
     numbers = [_clusters(op, f"clusters[{index}]", group) for index, group in enumerate(clusters)]
-    first, second = ([vector(values) for values in groups] for groups in (a, b))
+    first, second = (
+        [vector(op, f"{name}[{index}]", values) for index, values in enumerate(groups)]
+        for name, groups in (("a", a), ("b", b))
+    )
     return _core.kps_difference(first, second, numbers, seed=seed, **settings)
 
 
 def _clusters(op: str, argument: str, clusters: Any) -> np.ndarray | None:
     if clusters is None:
         return None
-    numbers = np.asarray(clusters)
+    with refusing(op, argument, "integers", clusters):
+        numbers = np.asarray(clusters)
     if numbers.dtype.kind not in "iu":
         raise DtypeError(f"{op}: `{argument}` must be integers, got {numbers.dtype}")
     return np.ascontiguousarray(numbers, dtype=np.int64).reshape(-1)
 
 
 def _check(op: str, statistic: str, seed: int) -> None:
-    if statistic not in ("mean", "harmonic_mean"):
-        raise InvalidValueError(f"{op}: `statistic` must be 'mean' or 'harmonic_mean', got {statistic!r}")
-    if not 0 <= seed < 2**64:
-        raise InvalidValueError(f"{op}: `seed` must be in 0..2**64 - 1, got {seed}")
+    check(op, "statistic", statistic, "'mean' or 'harmonic_mean'", lambda name: name in ("mean", "harmonic_mean"))
+    check(op, "seed", seed, "in 0..2**64 - 1", lambda seed: 0 <= seed < 2**64)

@@ -29,7 +29,7 @@ from cat_rs.run_folder import (
     RESULTS_FILE,
     step_name,
 )
-from cat_rs.text_files import read_text
+from cat_rs.text_files import printable, read_text
 
 # What a page holds without growing out of a mail's size.
 MAX_PROMPTS = 24
@@ -141,7 +141,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
 def read_training(folder: Path, name: str | None = None) -> Training:
     """Read the folder of a training; its name is `name`, or that of the folder."""
     settings = read_config_file(folder / CONFIG_FILE)
-    return Training(name or folder.resolve().name, folder, settings, read_log(folder))
+    return Training(name or printable(folder.resolve().name), folder, settings, read_log(folder))
 
 
 def read_front(folder: Path, training: str) -> Evaluation:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cat_rs.arguments import check, check_module
 from cat_rs.errors import AdapterError, InvalidValueError
 from cat_rs.step import collectives
 from cat_rs.step.optimizer import FlatAdamW
@@ -28,6 +29,10 @@ class Adapters:
     """
 
     def __init__(self, model: torch.nn.Module, text_encoders: Sequence[torch.nn.Module]) -> None:
+        check_module("CatStep", "model", model)
+        check("CatStep", "text_encoders", text_encoders, "a sequence of modules", lambda modules: len(modules) >= 0)
+        for index, encoder in enumerate(text_encoders):
+            check_module("CatStep", f"text_encoders[{index}]", encoder)
         self.model = unwrap_model(model, ddp_only=True)
         self.text_encoders = tuple(unwrap_model(encoder, ddp_only=True) for encoder in text_encoders)
         self._modules = (self.model, *self.text_encoders)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cat_rs.arguments import check
 from cat_rs.errors import InvalidValueError
 from cat_rs.step import device_values
 from cat_rs.step.cuda_graphs import CapturedFunctions
@@ -33,8 +34,7 @@ class CapturedStep:
     ) -> None:
         if not device_values.is_gpu(device):
             raise InvalidValueError(f"CatStep: `capture` must be False for a model on {device}, got True")
-        if max_captures < 1:
-            raise InvalidValueError(f"CatStep: `max_captures` must be at least 1, got {max_captures}")
+        check("CatStep", "max_captures", max_captures, "at least 1", lambda captures: captures >= 1)
         if text_encoders:
             raise InvalidValueError(
                 "CatStep: `capture` must be False with text_encoders, got True: a graph would replay the prompts that "

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from cat_rs.errors import InvalidValueError
+from cat_rs.arguments import as_float, check, check_memory, refusing
+from cat_rs.errors import ShapeError
 
 __all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor", "factor_after"]
 
@@ -17,15 +18,14 @@ CatFactor = float | Callable[[int], float]
 """A number, or a function of the number of finished optimizer steps."""
 
 
-def check_cat_factor(value: float) -> float:
+def check_cat_factor(value: float, op: str = "CatStep", argument: str = "cat_factor") -> float:
     """The value as a float.
 
     Raises:
         InvalidValueError: It is negative or not finite.
     """
-    if not 0 <= value < math.inf:
-        raise InvalidValueError(f"CatStep: `cat_factor` must be a finite number >= 0, got {value}")
-    return float(value)
+    check(op, argument, value, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+    return as_float(op, argument, value)
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,15 @@ class CatFactorRamp:
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
-        check_cat_factor(self.start)
-        check_cat_factor(self.end)
-        if self.steps < 1:
-            raise InvalidValueError(f"CatFactorRamp: `steps` must be at least 1, got {self.steps}")
-        if self.shape not in ("linear", "cosine"):
-            raise InvalidValueError(f"CatFactorRamp: `shape` must be 'linear' or 'cosine', got {self.shape!r}")
+        op = "CatFactorRamp"
+        check_cat_factor(self.start, op, "start")
+        check_cat_factor(self.end, op, "end")
+        check(op, "steps", self.steps, "at least 1", lambda steps: steps >= 1)
+        check(op, "shape", self.shape, "'linear' or 'cosine'", lambda shape: shape in ("linear", "cosine"))
 
     def __call__(self, step: int) -> float:
         """The factor after ``step`` finished optimizer steps."""
-        done = min(step / self.steps, 1.0)
+        done = min(as_float("CatFactorRamp", "step", step) / self.steps, 1.0)
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * done
@@ -77,10 +76,8 @@ class CatFactorRatio:
 
     def __init__(self, ratio: float, *, maximum: float = 1000.0, decay: float = 0.9) -> None:
         for name, value in (("ratio", ratio), ("maximum", maximum)):
-            if not 0 < value < math.inf:
-                raise InvalidValueError(f"CatFactorRatio: `{name}` must be a finite number > 0, got {value}")
-        if not 0 <= decay < 1:
-            raise InvalidValueError(f"CatFactorRatio: `decay` must be in [0, 1), got {decay}")
+            check("CatFactorRatio", name, value, "a finite number > 0", lambda value: 0 < value < math.inf)
+        check("CatFactorRatio", "decay", decay, "in [0, 1)", lambda decay: 0 <= decay < 1)
         self.ratio = ratio
         self.maximum = maximum
         self.decay = decay
@@ -100,7 +97,7 @@ class CatFactorRatio:
 
     def update(self, diffusion: float | torch.Tensor, cat: float | torch.Tensor) -> None:
         """Updates the means with a step's terms; terms that are not finite are left out."""
-        terms = torch.stack([torch.as_tensor(term, dtype=torch.float64) for term in (diffusion, cat)])
+        terms = torch.stack([_term("diffusion", diffusion), _term("cat", cat)])
         means = self._means.to(terms.device)
         self._means = torch.where(terms.isfinite().all(), self.decay * means + (1 - self.decay) * terms, means)
 
@@ -111,8 +108,19 @@ class CatFactorRatio:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where :meth:`state_dict` was called."""
-        means = [state_dict["diffusion"], state_dict["cat"]]
+        with refusing("CatFactorRatio", "state_dict", "what state_dict() returned", state_dict):
+            means = [float(state_dict["diffusion"]), float(state_dict["cat"])]
         self._means = torch.tensor(means, dtype=torch.float64, device=self._means.device)
+
+
+def _term(argument: str, term: float | torch.Tensor) -> torch.Tensor:
+    if isinstance(term, torch.Tensor):
+        check_memory("CatFactorRatio", argument, term)
+    with refusing("CatFactorRatio", argument, "a number or a 0-dim tensor", term):
+        tensor = torch.as_tensor(term, dtype=torch.float64)
+    if tensor.dim() != 0:
+        raise ShapeError(f"CatFactorRatio: `{argument}` must be a number or a 0-dim tensor, got {list(tensor.shape)}")
+    return tensor
 
 
 def factor_after(cat_factor: CatFactor, steps_done: int) -> float | torch.Tensor:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from cat_rs.arguments import check, refusing
+from cat_rs.errors import AdapterError
 from cat_rs.ops.cat_loss import student_loss
 from cat_rs.ops.noising import noising
 from cat_rs.step import collectives, inputs
@@ -18,7 +20,7 @@ from cat_rs.step.adapters import Adapters
 from cat_rs.step.captured_step import CapturedStep
 from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor, factor_after
 from cat_rs.step.conditions import Cond, evaluate_conditions, join_conditions
-from cat_rs.step.denoiser import Predict, convention_of, denoiser_predict
+from cat_rs.step.denoiser import Predict, convention_of, denoiser_predict, predicted
 from cat_rs.step.device_values import DeviceValues
 from cat_rs.step.inputs import StepInputs
 from cat_rs.step.noise_schedule import NoiseSchedule
@@ -146,6 +148,9 @@ class CatStep:
         capture: bool = False,
         max_captures: int = 4,
     ) -> None:
+        check("CatStep", "predict", predict, "a function or None", lambda it: it is None or callable(it))
+        check("CatStep", "unbatched", unbatched, "a sequence of keys", lambda keys: frozenset(keys) is not None)
+        check("CatStep", "capture", capture, "True or False", lambda it: it in (True, False))
         self._adapters = Adapters(model, text_encoders)
         self.model, self.text_encoders = self._adapters.model, self._adapters.text_encoders
         self.trainable = self._adapters.parameters
@@ -263,6 +268,9 @@ class CatStep:
             cond = self._join_conditions(cond, cond_no_trigger, batch)
             timesteps = torch.cat([timesteps, timesteps])
         student = self._prediction(noisy, timesteps, cond)
+        if not student.requires_grad:
+            got = "a prediction without a gradient: call the step outside of torch.no_grad()"
+            raise AdapterError(f"CatStep: `model` must compute what its adapter changes, got {got}")
         cat_factor, grad_factor = self._factors.tensor.unbind()
         loss, parts, grad = student_loss(student, target, base_pred, weight, given.mask, cat_factor, grad_factor)
         del base_pred  # not kept during the backward pass
@@ -274,7 +282,7 @@ class CatStep:
         return loss, parts
 
     def _prediction(self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]) -> torch.Tensor:
-        prediction = self._predict(self.model, latents, timesteps, cond)
+        prediction = predicted("CatStep", self._predict, self.model, latents, timesteps, cond)
         # Under autocast the loss is taken in the latents' dtype, and the scaled gradient is rounded once.
         return prediction.to(latents.dtype) if torch.is_autocast_enabled(latents.device.type) else prediction
 
@@ -333,6 +341,10 @@ class CatStep:
         Raises:
             AdapterError: The state is of an adapter with other parameters.
         """
+        with refusing("CatStep", "state_dict", "what state_dict() returned", state_dict):
+            self._load_state_dict(state_dict)
+
+    def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._adapters.load(state_dict["parameters"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.optimizer.zero_grad()

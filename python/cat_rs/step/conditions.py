@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cat_rs.arguments import check_memory, refusing, shown
 from cat_rs.errors import InvalidValueError, ShapeError
 from cat_rs.step import device_values, pytree
 from cat_rs.step.adapters import Adapters
@@ -63,8 +64,12 @@ def _evaluate(name: str, cond: Cond | Callable[[], Cond], trains_text: bool) -> 
             f"lambda: text_encoder(input_ids)[0], for text_encoders to train, got {type(cond).__name__}"
         )
     kwargs = as_kwargs(name, cond)
+    with refusing("CatStep", name, "a nested mapping of the model's keyword arguments", kwargs):
+        tensors = list(pytree.tensors(kwargs))
+    for tensor in tensors:
+        check_memory("CatStep", name, tensor)
     if torch.is_grad_enabled():
-        has_grad = any(tensor.requires_grad for tensor in pytree.tensors(kwargs))
+        has_grad = any(tensor.requires_grad for tensor in tensors)
         if trains_text and not has_grad:
             raise InvalidValueError(
                 f"CatStep: `{name}` must return what the text encoders compute with gradients, for text_encoders to "
@@ -114,16 +119,17 @@ def join_conditions(
     Raises:
         InvalidValueError, ShapeError: The conditions do not match; the message names the entry.
     """
-    _check_keys("", first, second)
     joined = {}
-    for key in first:
-        name, pair = f"[{key!r}]", (first[key], second[key])
-        if key in unbatched or (key in convention.unbatched and getattr(pair[0], "ndim", 0) == 2):
-            joined[key] = _shared(name, *pair, batch)
-        elif key in convention.per_sample:
-            joined[key] = _samples(name, *pair, batch)
-        else:
-            joined[key] = _join(name, *pair, batch)
+    with refusing("CatStep", "cond_no_trigger", "what can be joined with cond", second):
+        _check_keys("", first, second)
+        for key in first:
+            name, pair = f"[{key!r}]", (first[key], second[key])
+            if key in unbatched or (key in convention.unbatched and getattr(pair[0], "ndim", 0) == 2):
+                joined[key] = _shared(name, *pair, batch)
+            elif key in convention.per_sample:
+                joined[key] = _samples(name, *pair, batch)
+            else:
+                joined[key] = _join(name, *pair, batch)
     return joined
 
 
@@ -164,7 +170,8 @@ def _shared(name: str, first: Any, second: Any, batch: int) -> Any:
                 f"got another tensor of shape {list(second.shape)}"
             )
     elif any(are_tensors) or first != second:
-        raise InvalidValueError(f"CatStep: `cond_no_trigger{name}` must equal cond's {first!r}, got {second!r}")
+        must = f"`cond_no_trigger{name}` must equal cond's {shown(first)}"
+        raise InvalidValueError(f"CatStep: {must}, got {shown(second)}")
     return first
 
 

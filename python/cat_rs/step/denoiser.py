@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cat_rs.errors import InvalidValueError
+from cat_rs.arguments import check
+from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.step import pytree
 from cat_rs.unwrap import unwrap_model
 
-__all__ = ["Convention", "Predict", "convention_of", "denoiser_predict"]
+__all__ = ["Convention", "Predict", "convention_of", "denoiser_predict", "predicted"]
 
 Predict = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, Mapping[str, Any]], torch.Tensor]
 
@@ -73,6 +75,36 @@ def convention_of(model: torch.nn.Module) -> Convention:
     """The convention of the model's class or of its nearest known base class; the plain one for others."""
     names = (cls.__name__ for cls in type(unwrap_model(model, peft=True)).__mro__)
     return next((_CONVENTIONS[name] for name in names if name in _CONVENTIONS), Convention())
+
+
+def predicted(
+    op: str,
+    predict: Predict,
+    model: torch.nn.Module,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    cond: Mapping[str, Any],
+) -> torch.Tensor:
+    """``predict``'s answer, which has the latents' shape; an error of the model tells what it was called with.
+
+    Raises:
+        InvalidValueError, ShapeError: It answers something else.
+    """
+    try:
+        prediction = predict(model, latents, timesteps, cond)
+    except Exception as error:
+        # Python 3.10 has no notes.
+        if hasattr(error, "add_note"):
+            given = [("latents", latents), ("timesteps", timesteps), *pytree.named_tensors(cond, "cond")]
+            shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in given)
+            error.add_note(f"`latents` and `cond` must be what `model` takes, got {shapes}")
+        raise
+    expected = "a function that returns a tensor"
+    check(op, "predict", prediction, expected, lambda it: isinstance(it, torch.Tensor))
+    if prediction.shape != latents.shape:
+        shapes = f"{list(latents.shape)}, got {list(prediction.shape)}"
+        raise ShapeError(f"{op}: `model` must predict the latents' shape {shapes}")
+    return prediction
 
 
 def denoiser_predict(model: torch.nn.Module) -> Predict:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from cat_rs.arguments import check, check_memory, check_tensor
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.step.conditions import Conditions
 from cat_rs.step.noise_schedule import NoiseSchedule
@@ -15,7 +16,15 @@ from cat_rs.step.noise_schedule import NoiseSchedule
 if TYPE_CHECKING:
     from cat_rs.step.teacher_bank import TeacherBank
 
-__all__ = ["StepInputs", "check_options", "draw", "draw_noise", "draw_stored"]
+__all__ = [
+    "StepInputs",
+    "check_generator",
+    "check_options",
+    "check_tensors",
+    "draw",
+    "draw_noise",
+    "draw_stored",
+]
 
 
 class StepInputs(NamedTuple):
@@ -50,13 +59,11 @@ def check_options(
     text_encoders: Sequence[torch.nn.Module],
 ) -> None:
     """Checks the options of CatStep that concern its inputs."""
-    if accumulate < 1:
-        raise InvalidValueError(f"CatStep: `accumulate` must be at least 1, got {accumulate}")
-    if not math.isfinite(noise_offset):
-        raise InvalidValueError(f"CatStep: `noise_offset` must be a finite number, got {noise_offset}")
-    if generator is not None and generator.device.type != device.type:
-        raise DeviceError(f"CatStep: `generator` must be on {device}, got one on {generator.device}")
+    check("CatStep", "accumulate", accumulate, "an integer of at least 1", lambda calls: int(calls) == calls >= 1)
+    check("CatStep", "noise_offset", noise_offset, "a finite number", math.isfinite)
+    check_generator("CatStep", generator, device)
     if teacher_bank is not None:
+        check("CatStep", "teacher_bank", teacher_bank, "a TeacherBank or None", lambda it: callable(it.check_model))
         if device.type != "cpu":
             raise DeviceError(f"CatStep: `teacher_bank` must be None for a model on {device}: banks are on the CPU")
         if text_encoders or noise_offset:
@@ -64,6 +71,22 @@ def check_options(
                 "CatStep: `text_encoders` and `noise_offset` must not be given with a teacher bank, whose base "
                 "predictions and noise are fixed"
             )
+
+
+def check_generator(op: str, generator: torch.Generator | None, device: torch.device) -> None:
+    """Refuses what does not draw on that device."""
+    expected = "a torch.Generator or None"
+    check(op, "generator", generator, expected, lambda it: it is None or isinstance(it, torch.Generator))
+    if generator is not None and generator.device.type != device.type:
+        raise DeviceError(f"{op}: `generator` must be on {device}, got one on {generator.device}")
+
+
+def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuses what is no tensor, or one whose memory was freed; None is nothing to check."""
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_tensor(op, name, tensor)
+            check_memory(op, name, tensor)
 
 
 def draw(
@@ -75,6 +98,8 @@ def draw(
     generator: torch.Generator | None,
 ) -> Draws:
     """Checks the latents, and draws noise and timesteps where they are not given."""
+    check_tensor("CatStep", "latents", latents)
+    check_tensors("CatStep", latents=latents, noise=noise, timesteps=timesteps)
     if latents.dtype == torch.int64:
         raise DtypeError(
             "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got int64; picture indices "

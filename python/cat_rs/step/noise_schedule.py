@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from cat_rs.arguments import check, check_memory, check_tensor, refusing, shown
 from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
 from cat_rs.ops.noising import snr_weights
 from cat_rs.step import device_values
@@ -27,10 +28,12 @@ class NoiseSchedule:
     """
 
     def __init__(self, scheduler: Any, prediction_type: str | None = None, device: torch.device | str = "cpu") -> None:
+        check("CatStep", "prediction_type", prediction_type, "a str or None", lambda it: it is None or type(it) is str)
         self.device = torch.device(device)
         config = getattr(scheduler, "config", {})
         self.alphas_cumprod: torch.Tensor | None = getattr(scheduler, "alphas_cumprod", None)
         if self.alphas_cumprod is not None:
+            check_tensor("CatStep", "scheduler.alphas_cumprod", self.alphas_cumprod)
             self.alphas_cumprod = self.alphas_cumprod.to(self.device, torch.float32)
             self.signal_rates = self.alphas_cumprod.sqrt()
             self.noise_rates = (1 - self.alphas_cumprod).sqrt()
@@ -66,6 +69,7 @@ class NoiseSchedule:
 
         On a GPU the timesteps' range is not checked, which would have to wait for their values.
         """
+        check_tensor("CatStep", "timesteps", timesteps)
         if timesteps.shape != (batch,):
             raise ShapeError(f"CatStep: `timesteps` must have shape [{batch}], got {list(timesteps.shape)}")
         if timesteps.device != self.device:
@@ -74,7 +78,7 @@ class NoiseSchedule:
             noise_rate = timesteps.to(torch.float32) / self.num_train_timesteps
             self._check_range(timesteps, self.num_train_timesteps)
             return 1 - noise_rate, noise_rate
-        if timesteps.is_floating_point():
+        if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise InvalidValueError(f"CatStep: `timesteps` must be integers, got {timesteps.dtype}")
         self._check_range(timesteps, len(self.alphas_cumprod) - 1)
         return self.signal_rates[timesteps], self.noise_rates[timesteps]
@@ -83,7 +87,8 @@ class NoiseSchedule:
     def _check_range(timesteps: torch.Tensor, last: int) -> None:
         if device_values.is_gpu(timesteps.device):
             return
-        low, high = timesteps.min().item(), timesteps.max().item()
+        with refusing("CatStep", "timesteps", "numbers", timesteps):
+            low, high = timesteps.min().item(), timesteps.max().item()
         if not 0 <= low <= high <= last:
             raise InvalidValueError(f"CatStep: `timesteps` must be in 0..{last}, got {low}..{high}")
 
@@ -91,10 +96,10 @@ class NoiseSchedule:
         """Raises InvalidValueError where the schedule has no min-SNR weights of this gamma."""
         if snr_gamma is None:
             return
-        if not snr_gamma > 0:
-            raise InvalidValueError(f"CatStep: `snr_gamma` must be > 0 or None, got {snr_gamma}")
+        check("CatStep", "snr_gamma", snr_gamma, "> 0 or None", lambda gamma: gamma > 0)
         if self.alphas_cumprod is None:
-            raise InvalidValueError("CatStep: `snr_gamma` must be None for a flow-matching scheduler")
+            got = shown(snr_gamma)
+            raise InvalidValueError(f"CatStep: `snr_gamma` must be None for a flow-matching scheduler, got {got}")
 
     def weights(
         self, timesteps: torch.Tensor, snr_gamma: float | None, sample_weight: torch.Tensor | None
@@ -103,13 +108,17 @@ class NoiseSchedule:
         self.check_snr_gamma(snr_gamma)
         if snr_gamma is None or self.alphas_cumprod is None:
             return sample_weight
+        if sample_weight is not None:
+            check_tensor("CatStep", "sample_weight", sample_weight)
+            check_memory("CatStep", "sample_weight", sample_weight)
         weights = snr_weights(timesteps, self.alphas_cumprod, snr_gamma, self.prediction_type)
         if sample_weight is None:
             return weights
         if sample_weight.shape != weights.shape:
             expected, got = list(weights.shape), list(sample_weight.shape)
             raise ShapeError(f"CatStep: `sample_weight` must have shape {expected}, got {got}")
-        return weights * sample_weight
+        with refusing("CatStep", "sample_weight", "a dense tensor of floats", sample_weight):
+            return weights * sample_weight
 
     def table(self) -> torch.Tensor:
         """The numbers that decide z_t at each timestep, 1-dim."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.arguments import check, check_memory, check_tensor, refusing
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
 from cat_rs.ops.operator import LOW_PRECISION
 from cat_rs.step import collectives, device_values
@@ -303,6 +304,8 @@ def _check_state(param: torch.nn.Parameter, state: dict[str, Any]) -> None:
         if key in state and state[key].shape != param.shape:
             expected, got = list(param.shape), list(state[key].shape)
             raise ShapeError(f"FlatAdamW: `state_dict` must have {key} of shape {expected}, got {got}")
+        if key in state:
+            check_memory("FlatAdamW", "state_dict", state[key])
 
 
 def _check_param(param: torch.nn.Parameter) -> None:
@@ -313,6 +316,25 @@ def _check_param(param: torch.nn.Parameter) -> None:
         raise InvalidValueError(f"FlatAdamW: `params` must be whole on every rank, got {sharding}")
     if param.device.type not in ("cpu", "cuda"):
         raise DeviceError(f"FlatAdamW: `params` must be on the CPU or on CUDA, got a parameter on {param.device}")
+    if param.layout != torch.strided or param.is_nested:
+        got = "a nested one" if param.is_nested else f"one of layout {param.layout}"
+        raise LayoutError(f"FlatAdamW: `params` must be dense, got {got}")
+    check_memory("FlatAdamW", "params", param)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Checks numbers of the host; a tensor on a device is not waited for."""
+    for name in ("lr", "eps", "weight_decay"):
+        value = settings[name]
+        # Every step asks: what is usual first.
+        if not ((type(value) is float and 0 <= value < math.inf) or isinstance(value, torch.Tensor)):
+            check("FlatAdamW", name, value, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+    betas = settings["betas"]
+    check("FlatAdamW", "betas", betas, "two numbers in [0, 1)", lambda betas: _are_betas(*betas))
+
+
+def _are_betas(first: float, second: float) -> bool:
+    return 0 <= first < 1 and 0 <= second < 1
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -373,23 +395,18 @@ class FlatAdamW(torch.optim.Optimizer):
         process_group: Any = None,
         low_precision: torch.dtype | None = None,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not 0 <= value < math.inf:
-                raise InvalidValueError(f"FlatAdamW: `{name}` must be a finite number >= 0, got {value}")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise InvalidValueError(f"FlatAdamW: `betas` must be two numbers in [0, 1), got {betas}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise InvalidValueError(f"FlatAdamW: `max_grad_norm` must be > 0 or None, got {max_grad_norm}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        _check_settings(defaults)
+        check("FlatAdamW", "max_grad_norm", max_grad_norm, "> 0 or None", lambda limit: limit is None or limit > 0)
         if process_group is not None:
             collectives.check_group("FlatAdamW", process_group)
-        if low_precision not in (None, *LOW_PRECISION):
-            expected = "torch.bfloat16, torch.float16 or None"
-            raise InvalidValueError(f"FlatAdamW: `low_precision` must be {expected}, got {low_precision}")
+        expected = "torch.bfloat16, torch.float16 or None"
+        check("FlatAdamW", "low_precision", low_precision, expected, lambda dtype: dtype in (None, *LOW_PRECISION))
         self.max_grad_norm = max_grad_norm
         self.process_group = process_group
         self._low_precision = low_precision
         self._reset()
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, defaults)
 
     def _reset(self) -> None:
         """Begins without parameters."""
@@ -415,9 +432,11 @@ class FlatAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group and moves its parameters into flat buffers."""
-        super().add_param_group(param_group)
+        with refusing("FlatAdamW", "param_group", "a parameter group", param_group):
+            super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            _check_settings(group)
             for param in group["params"]:
                 _check_param(param)
             devices = list(dict.fromkeys(param.device for each in self.param_groups for param in each["params"]))
@@ -439,7 +458,8 @@ class FlatAdamW(torch.optim.Optimizer):
         by_dtype: dict[torch.dtype, Params] = {}
         for param in group["params"]:
             by_dtype.setdefault(param.dtype, []).append(param)
-        made = [_FlatBuffers(group, params, self._low_precision) for params in by_dtype.values()]
+        with refusing("FlatAdamW", "params", "plain dense parameters", group["params"]):
+            made = [_FlatBuffers(group, params, self._low_precision) for params in by_dtype.values()]
         for flat in made:
             if flat.copied:
                 self._copied.update({param: (flat, index) for index, param in enumerate(flat.params)})
@@ -451,10 +471,7 @@ class FlatAdamW(torch.optim.Optimizer):
         return made
 
     def _settings_of(self, group: dict[str, Any]) -> list[Any]:
-        for name in ("lr", "eps", "weight_decay"):
-            # A tensor on the device is not waited for.
-            if isinstance(group[name], float | int) and not 0 <= group[name] < math.inf:
-                raise InvalidValueError(f"FlatAdamW: `{name}` must be a finite number >= 0, got {group[name]}")
+        _check_settings(group)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         return [group["lr"], *group["betas"], group["eps"], group["weight_decay"], limit]
 
@@ -467,6 +484,7 @@ class FlatAdamW(torch.optim.Optimizer):
         Args:
             param: One of the optimizer's parameters, or any tensor.
         """
+        check_tensor("FlatAdamW", "param", param)
         flat, index = self._copied.get(param, (None, 0))
         if flat is None or flat.copied_versions[index] != param._version or flat.addresses[index] != param.data_ptr():
             return None
@@ -497,6 +515,7 @@ class FlatAdamW(torch.optim.Optimizer):
         """
         loss = None
         if closure is not None:
+            check("FlatAdamW", "closure", closure, "a function or None", callable)
             with torch.enable_grad():
                 loss = closure()
         self.before_launch(gradients_follow=False)
@@ -588,6 +607,10 @@ class FlatAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of FlatAdamW or torch.optim.AdamW into the flat buffers, without rounding the moments."""
+        with refusing("FlatAdamW", "state_dict", "a state dict of FlatAdamW or torch.optim.AdamW", state_dict):
+            self._load_state_dict(state_dict)
+
+    def _load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # torch's own method would round the float32 moments of parameters in lower precision.
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from cat_rs.adapter_file.disk import TensorParts, write_safetensors
-from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.arguments import check, check_memory, check_module, check_tensor, refusing, shown
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from cat_rs.ops.noising import noising
 from cat_rs.step.conditions import Cond, as_kwargs
-from cat_rs.step.denoiser import Predict, denoiser_predict
+from cat_rs.step.denoiser import Predict, denoiser_predict, predicted
+from cat_rs.step.inputs import check_generator, check_tensors
 from cat_rs.step.noise_schedule import NoiseSchedule
 from cat_rs.step.pytree import map_tensors, named_tensors
 
@@ -120,13 +122,16 @@ class TeacherBank:
             InvalidValueError, ShapeError, DtypeError, DeviceError: Naming what was expected and what came.
             OSError: The file cannot be written; nothing is left behind.
         """
+        op = "TeacherBank.build"
+        check_module(op, "model", model)
         for name, value in (("draws", draws), ("batch_size", batch_size)):
-            if value < 1:
-                raise InvalidValueError(f"TeacherBank.build: `{name}` must be at least 1, got {value}")
+            check(op, name, value, "an integer of at least 1", lambda value: int(value) == value >= 1)
         _check_latents(latents, latents_std)
-        if dtype not in STORAGE_DTYPES:
-            got = str(dtype).removeprefix("torch.")
-            raise DtypeError(f"TeacherBank.build: `dtype` must be bfloat16, float16 or float32, got {got}")
+        if not isinstance(dtype, torch.dtype) or dtype not in STORAGE_DTYPES:
+            got = shown(dtype).removeprefix("torch.")
+            raise DtypeError(f"{op}: `dtype` must be bfloat16, float16 or float32, got {got}")
+        check_generator(op, generator, torch.device("cpu"))
+        check(op, "predict", predict, "a function or None", lambda it: it is None or callable(it))
         schedule = NoiseSchedule(scheduler, prediction_type)
         cond = as_kwargs("cond_no_trigger", cond_no_trigger)
         pictures = len(latents)
@@ -159,8 +164,8 @@ class TeacherBank:
             write_safetensors(path, {**tensors, "base": parts}, metadata)
             return cls.load(path, latents=None)
         base = torch.empty_like(tensors["base"], device="cpu")
-        for rows, predicted in zip(base.flatten(0, 1).split(batch_size), predictions, strict=True):
-            rows.copy_(predicted)
+        for rows, part in zip(base.flatten(0, 1).split(batch_size), predictions, strict=True):
+            rows.copy_(part)
         return cls({**tensors, "base": base}, metadata)
 
     @classmethod
@@ -184,7 +189,9 @@ class TeacherBank:
                 "built with another PyTorch; build it anew"
             )
         if latents is not None:
-            bank._check_same_latents(latents)
+            check_tensors("TeacherBank.load", latents=latents)
+            with refusing("TeacherBank.load", "latents", "a dense tensor on the CPU", latents):
+                bank._check_same_latents(latents)
         return bank
 
     def read(self, pictures: torch.Tensor, draws: torch.Tensor) -> TeacherDraws:
@@ -318,12 +325,8 @@ class TeacherBank:
             rates = schedule.rates(timesteps, len(chunk))
             noisy, _ = noising(latents, noise, *rates, schedule.prediction_type)
             with torch.no_grad(), adapter_disabled(model):
-                base = predict(model, noisy, timesteps, map_tensors(itemgetter(pictures), cond))
-            if base.shape != latents.shape:
-                raise ShapeError(
-                    f"TeacherBank.build: `model` must predict the latents' shape {list(latents.shape)}, got "
-                    f"{list(base.shape)}"
-                )
+                own = map_tensors(itemgetter(pictures), cond)
+                base = predicted("TeacherBank.build", predict, model, noisy, timesteps, own)
             stored = base.to(self.dtype)
             if not stored.isfinite().all():
                 raise InvalidValueError(
@@ -354,6 +357,10 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[s
 
 
 def _check_latents(latents: torch.Tensor, latents_std: torch.Tensor | None) -> None:
+    check_tensor("TeacherBank.build", "latents", latents)
+    check_tensors("TeacherBank.build", latents=latents, latents_std=latents_std)
+    if latents.layout != torch.strided or latents.is_nested:
+        raise LayoutError(f"TeacherBank.build: `latents` must be dense, got a tensor of layout {latents.layout}")
     if latents.dim() < 2 or latents.numel() == 0:
         raise ShapeError(
             f"TeacherBank.build: `latents` must have shape [P, ...] with P >= 1, got {list(latents.shape)}"
@@ -370,11 +377,16 @@ def _check_latents(latents: torch.Tensor, latents_std: torch.Tensor | None) -> N
 
 
 def _check_index(what: str, index: torch.Tensor, count: int) -> None:
+    op, _, argument = what.partition(": ")
+    argument = argument.split("`")[1]
+    check_tensor(op, argument, index)
+    check_memory(op, argument, index)
     if index.dtype != torch.int64:
         raise DtypeError(f"{what} must be int64 indices, got {index.dtype}")
-    if index.dim() != 1 or index.numel() == 0:
-        raise ShapeError(f"{what} must have shape [B] with B >= 1, got {list(index.shape)}")
-    low, high = int(index.min()), int(index.max())
+    with refusing(op, argument, "a dense tensor on the CPU", index):
+        if index.dim() != 1 or index.numel() == 0:
+            raise ShapeError(f"{what} must have shape [B] with B >= 1, got {list(index.shape)}")
+        low, high = int(index.min()), int(index.max())
     if not 0 <= low <= high < count:
         raise InvalidValueError(f"{what} must be indices in 0..{count - 1}, got {low}..{high}")
 

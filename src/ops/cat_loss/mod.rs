@@ -101,7 +101,9 @@ impl LossValues {
     pub fn total(&self) -> Result<Tensor> {
         match self {
             Self::Cpu(CpuValues { total, kind, .. }) => {
-                Tensor::f_full(&[] as &[i64], *total, (*kind, Device::Cpu)).during(OP)
+                // Rounded here: libtorch refuses a number beyond float32, which is infinite there.
+                let total = if *kind == Kind::Float { f64::from(*total as f32) } else { *total };
+                Tensor::f_full(&[] as &[i64], total, (*kind, Device::Cpu)).during(OP)
             }
             Self::Gpu(values) => Ok(values.total.shallow_clone()),
         }
@@ -208,13 +210,13 @@ pub fn cat_loss(loss: &CatLoss, wanted: [bool; 2]) -> Result<(LossValues, [Optio
 /// Multiplies gradients of one shape by a factor on their device, in place; on a GPU a factor of 1 costs nothing.
 pub fn scale_gradients(mut grads: [Option<Tensor>; 2], factor: &Tensor, stream: u64) -> Result<()> {
     let on = device_of(OP, "factor", factor)?;
-    let check = |grad: &Tensor| {
-        check_float(OP, "grad", grad, on).and_then(|kind| {
-            check_contiguous(OP, "grad", grad)?;
-            Ok(kind)
-        })
+    let check = |argument, grad: Option<&Tensor>| {
+        let Some(grad) = grad else { return Ok(None) };
+        let kind = check_float(OP, argument, grad, on)?;
+        check_contiguous(OP, argument, grad)?;
+        Ok(Some(kind))
     };
-    let kinds = [grads[0].as_ref().map(check).transpose()?, grads[1].as_ref().map(check).transpose()?];
+    let kinds = [check("first", grads[0].as_ref())?, check("second", grads[1].as_ref())?];
     let Device::Cuda(gpu) = on else {
         let factor = Factor::Tensor(factor).number("factor")?;
         return grads.iter_mut().flatten().try_for_each(|grad| grad.f_mul_scalar_(factor).during(OP).map(drop));

@@ -31,9 +31,11 @@ impl Convolution {
     /// Checks weight and geometry; [out, in, kh, kw].
     fn weight_shape(&self) -> Result<[i64; 4]> {
         let shape = self.weight.size();
-        let &[out, inner, height, width] = shape.as_slice() else {
-            return Err(CatError::shape(OP, "weight", "[out, in, kh, kw]", &shape));
-        };
+        let expected = || CatError::shape(OP, "weight", "[out, in, kh, kw] with no empty dimension", &shape);
+        let &[out, inner, height, width] = shape.as_slice() else { return Err(expected()) };
+        if shape.contains(&0) {
+            return Err(expected());
+        }
         for (name, values, least) in
             [("stride", self.stride, 1), ("padding", self.padding, 0), ("dilation", self.dilation, 1)]
         {
@@ -45,12 +47,17 @@ impl Convolution {
     }
 
     /// The output's height and width for an input of that size.
-    fn output_size(&self, size: [i64; 2], kernel: [i64; 2]) -> [i64; 2] {
+    fn output_size(&self, size: [i64; 2], kernel: [i64; 2]) -> Result<[i64; 2]> {
         let along = |axis: usize| {
-            let reach = self.dilation[axis] * (kernel[axis] - 1) + 1;
-            (size[axis] + 2 * self.padding[axis] - reach).div_euclid(self.stride[axis]) + 1
+            let reach = self.dilation[axis].checked_mul(kernel[axis].checked_sub(1)?)?.checked_add(1)?;
+            let padded = size[axis].checked_add(self.padding[axis].checked_mul(2)?)?;
+            padded.checked_sub(reach)?.div_euclid(self.stride[axis]).checked_add(1)
         };
-        [along(0), along(1)]
+        let too_large = || {
+            let got = format!("{:?} beside a dilation of {:?}", self.padding, self.dilation);
+            CatError::value(OP, "padding", "small enough for sizes below 2^63", got)
+        };
+        Ok([along(0).ok_or_else(too_large)?, along(1).ok_or_else(too_large)?])
     }
 
     fn check_dtype(&self, argument: &'static str, tensor: &Tensor) -> Result<()> {
@@ -82,7 +89,7 @@ impl Convolution {
         let size = x.size();
         let expected = || CatError::shape(OP, "x", format!("[B, {inner}, H, W] with room for the kernel"), &size);
         let &[batch, channels, height, width] = size.as_slice() else { return Err(expected()) };
-        let [rows, columns] = self.output_size([height, width], kernel);
+        let [rows, columns] = self.output_size([height, width], kernel)?;
         if channels != inner || batch < 1 || rows < 1 || columns < 1 {
             return Err(expected());
         }
@@ -99,7 +106,10 @@ impl Convolution {
         self.check_dtype("grad", grad)?;
         let [out, _, kernel_height, kernel_width] = self.weight_shape()?;
         let kernel = [kernel_height, kernel_width];
-        let [rows, columns] = self.output_size(size, kernel);
+        if size.iter().any(|&length| length < 1) {
+            return Err(CatError::value(OP, "size", "two integers >= 1", format!("{size:?}")));
+        }
+        let [rows, columns] = self.output_size(size, kernel)?;
         let batch = grad.size().first().copied().unwrap_or(0);
         check_shape(OP, "grad", grad, &[batch, out, rows, columns])?;
         let grad = grad.f_reshape([batch, out, -1]).during(OP)?.f_transpose(1, 2).during(OP)?;

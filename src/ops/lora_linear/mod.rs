@@ -3,7 +3,7 @@
 //! The branch is summed into the layer's own products, scaling is applied to [M, r] tensors only, and dx is skipped
 //! where unused.
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{CatError, Result, TorchContext};
 use crate::ops::product::{plain, sum_of_products, transposed};
@@ -49,11 +49,7 @@ impl Layer {
         ];
         for (argument, tensor) in weights {
             let Some(tensor) = tensor else { continue };
-            let got = check_float(OP, argument, tensor, on)?;
-            if got != kind {
-                let got = format!("{} beside x of {}", dtype_name(got), dtype_name(kind));
-                return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `x`", got });
-            }
+            check_same(argument, tensor, on, kind)?;
         }
         let weight = self.weight.size();
         let &[out, inner] = weight.as_slice() else {
@@ -89,8 +85,24 @@ impl Layer {
         Ok((y.f_internal_unsafe_view(shape.as_slice()).during(OP)?, hidden))
     }
 
+    /// Checks what the backward pass has beside the layer and x.
+    fn check_backward(&self, grad: &Tensor, x: &Tensor, hidden: &Tensor) -> Result<()> {
+        self.check(x)?;
+        let (on, kind) = (device_of(OP, "x", x)?, x.f_kind().during(OP)?);
+        let (mut y, weight, rank) = (x.size(), self.weight.size(), self.lora_a.size()[0]);
+        y.pop();
+        let rows = y.iter().product();
+        y.push(weight[0]);
+        for (argument, tensor, shape) in [("grad", grad, y), ("hidden", hidden, vec![rows, rank])] {
+            check_same(argument, tensor, on, kind)?;
+            check_shape(OP, argument, tensor, &shape)?;
+        }
+        Ok(())
+    }
+
     /// The gradients that `wanted` names (x, A, B), from dL/dy, x and the forward's h.
     pub fn backward(&self, grad: &Tensor, x: &Tensor, hidden: &Tensor, wanted: [bool; 3]) -> Result<Gradients> {
+        self.check_backward(grad, x, hidden)?;
         let [x_wanted, a_wanted, b_wanted] = wanted;
         let grad_rows = flatten(grad)?;
         let product = |a, b| sum_of_products(OP, &[(a, b)], 1.0, None);
@@ -109,6 +121,16 @@ impl Layer {
         }
         Ok(gradients)
     }
+}
+
+/// Checks that `tensor` is on x's device and of its dtype.
+fn check_same(argument: &'static str, tensor: &Tensor, on: Device, kind: Kind) -> Result<()> {
+    let got = check_float(OP, argument, tensor, on)?;
+    if got != kind {
+        let got = format!("{} beside x of {}", dtype_name(got), dtype_name(kind));
+        return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `x`", got });
+    }
+    Ok(())
 }
 
 /// [..., d] as [M, d]: a view where the strides allow it.

@@ -26,7 +26,7 @@ pub struct UpProjection {
 impl UpProjection {
     /// Adds scaling B h onto y.
     pub fn add_to(&self, y: &mut Tensor, hidden: &Tensor) -> Result<()> {
-        self.check(y, hidden)?;
+        self.check("y", y, hidden)?;
         if let Some(mut rows) = self.rows(y)? {
             return add_product(OP, &mut rows, plain(&self.as_rows(hidden)?), transposed(&self.lora_b), self.scaling);
         }
@@ -46,7 +46,7 @@ impl UpProjection {
 
     /// dL/dh and dL/dB, each where wanted, from dL/dy and h.
     pub fn backward(&self, grad: &Tensor, hidden: &Tensor, wanted: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
-        self.check(grad, hidden)?;
+        self.check("grad", grad, hidden)?;
         if !self.channels_second || is_channels_last(grad) {
             let rows = self.as_rows(grad)?;
             let dh = wanted[0].then(|| self.rows_gradient(&rows, hidden)).transpose()?;
@@ -104,21 +104,23 @@ impl UpProjection {
         Ok(tensor)
     }
 
-    fn check(&self, y: &Tensor, hidden: &Tensor) -> Result<()> {
-        let on = device_of(OP, "y", y)?;
-        let kind = check_float(OP, "y", y, on)?;
+    /// Checks the layer's output or its gradient, which have one shape, and the rest beside it.
+    fn check(&self, name: &'static str, y: &Tensor, hidden: &Tensor) -> Result<()> {
+        let on = device_of(OP, name, y)?;
+        let kind = check_float(OP, name, y, on)?;
         for (argument, tensor) in [("hidden", hidden), ("lora_B", &self.lora_b)] {
             let got = check_float(OP, argument, tensor, on)?;
             if got != kind {
-                let got = format!("{} beside y of {}", dtype_name(got), dtype_name(kind));
-                return Err(CatError::Dtype { op: OP, argument, expected: "the dtype of `y`", got });
+                let got = format!("{} beside {name} of {}", dtype_name(got), dtype_name(kind));
+                let expected = if name == "y" { "the dtype of `y`" } else { "the dtype of `grad`" };
+                return Err(CatError::Dtype { op: OP, argument, expected, got });
             }
         }
         let shape = y.size();
         let least = if self.channels_second { 2 } else { 1 };
         if shape.len() < least {
             let expected = if self.channels_second { "[B, out, ...]" } else { "[..., out]" };
-            return Err(CatError::shape(OP, "y", expected, &shape));
+            return Err(CatError::shape(OP, name, expected, &shape));
         }
         let channel = if self.channels_second { 1 } else { shape.len() - 1 };
         let lora_b = self.lora_b.size();
@@ -147,8 +149,9 @@ impl UpProjection {
             return Err(layout_error());
         }
         let moved = if self.channels_second { y.f_movedim_int(1, -1).during(OP)? } else { y.shallow_clone() };
-        let out = self.lora_b.size()[0];
-        moved.f_view([-1, out]).during(OP).map(Some)
+        let shape = moved.size();
+        let (rows, out) = (shape[..shape.len() - 1].iter().product::<i64>(), self.lora_b.size()[0]);
+        moved.f_view([rows, out]).during(OP).map(Some)
     }
 
     /// [..., c] or [B, c, ...] as [M, c]: a view where the strides allow it.

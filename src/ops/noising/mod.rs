@@ -82,7 +82,10 @@ pub fn noising(
 
     let (latents, noise) = (contiguous(OP, latents)?, contiguous(OP, noise)?);
     let mut doubled = shape.clone();
-    doubled[0] *= copies as i64;
+    doubled[0] = i64::try_from(copies)
+        .ok()
+        .and_then(|copies| batch.checked_mul(copies))
+        .ok_or_else(|| CatError::value(OP, "copies", "few enough for a batch below 2^63", copies))?;
     let mut noisy = Tensor::f_empty(&doubled, (kinds[0], on)).during(OP)?;
     let mut target = match prediction_type {
         PredictionType::Epsilon => None,

@@ -1,7 +1,8 @@
 //! CPU kernels of the Knowledge Preservation Score: similarities in one pass.
 
-use crate::cpu::{for_each_task, vectorized, DisjointMut, ElementKind, Elements, Real};
-use crate::error::Result;
+use crate::cpu::interrupt::is_interrupted;
+use crate::cpu::{filled, for_each_task, vectorized, DisjointMut, ElementKind, Elements, Real};
+use crate::error::{CatError, Result};
 
 /// Elements a task reads of `a`.
 const TASK: usize = 64 * 1024;
@@ -15,6 +16,8 @@ const MIN_PARALLEL: usize = 64 * 1024;
 /// A matrix, wherever its elements lie: embeddings can be larger than the memory that a copy would need.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
+    /// The argument that they are.
+    pub argument: &'static str,
     /// The memory from the first to the last element.
     pub elements: Elements<'a>,
     /// Rows.
@@ -45,7 +48,7 @@ fn map_rows(op: &'static str, threads: usize, rows: Rows, row: impl Fn(usize) ->
     let count = rows.count;
     let per_task = (TASK / rows.dim).max(1);
     let threads = if rows.count * rows.dim < MIN_PARALLEL { 1 } else { threads };
-    let mut values = vec![0.0f64; count];
+    let mut values = filled(op, rows.argument, count, 0.0f64)?;
     let slots = DisjointMut::new(&mut values);
     for_each_task(op, threads, count.div_ceil(per_task), |task| {
         let start = task * per_task;
@@ -78,9 +81,12 @@ pub fn paired<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -> Re
 /// The mean over j of s(a_i, b_j): by linearity, against the mean of b's normalized rows.
 pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -> Result<Vec<f64>> {
     let norms = norms::<T>(op, threads, b)?;
-    let mut mean = vec![0.0f64; b.dim];
-    let mut scratch = vec![T::ZERO; b.dim];
+    let mut mean = filled(op, b.argument, b.dim, 0.0f64)?;
+    let mut scratch = filled(op, b.argument, b.dim, T::ZERO)?;
     for (row, norm) in norms.iter().enumerate() {
+        if is_interrupted() {
+            return Err(CatError::Interrupted { op });
+        }
         let values = b.load(row, 0, b.dim, &mut scratch);
         let weight = 1.0 / (norm * b.count as f64);
         for (mean, value) in mean.iter_mut().zip(values) {
@@ -111,7 +117,7 @@ pub fn cross_mean<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -
 pub fn cross_max<T: Real>(op: &'static str, threads: usize, a: Rows, b: Rows) -> Result<Vec<f64>> {
     let norms = norms::<T>(op, threads, b)?;
     let own = self::norms::<T>(op, threads, a)?;
-    let best = vec![f64::NEG_INFINITY; a.count];
+    let best = filled(op, a.argument, a.count, f64::NEG_INFINITY)?;
     let tiles = b.count.div_ceil(TILE_ROWS);
     (0..tiles).try_fold(best, |best, tile| {
         let rows = tile * TILE_ROWS..b.count.min((tile + 1) * TILE_ROWS);

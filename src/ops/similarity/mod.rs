@@ -82,10 +82,11 @@ fn check_rows(argument: &'static str, tensor: &Tensor, on: Device) -> Result<Vec
     Ok(shape)
 }
 
-fn rows(tensor: &Tensor) -> Result<Rows<'_>> {
+fn rows<'t>(argument: &'static str, tensor: &'t Tensor) -> Result<Rows<'t>> {
     let (count, dim) = tensor.size2().during(OP)?;
     let (row_stride, stride) = tensor.stride2().during(OP)?;
     Ok(Rows {
+        argument,
         elements: strided_elements(OP, tensor)?,
         count: count as usize,
         dim: dim as usize,
@@ -95,11 +96,11 @@ fn rows(tensor: &Tensor) -> Result<Rows<'_>> {
 
 fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result<Vec<f64>>) -> Result<Tensor> {
     let kind = compute_kind(&[a.f_kind().during(OP)?, b.f_kind().during(OP)?]);
-    let (a_rows, b_rows) = (rows(a)?, rows(b)?);
+    let (a_rows, b_rows) = (rows("a", a)?, rows("b", b)?);
     let mut values = kernel(kind, a_rows, b_rows)?;
     if values.iter().any(|value| value.is_nan()) {
-        for (argument, rows) in [("a", a_rows), ("b", b_rows)] {
-            check_directions(argument, &cpu::norms::<f64>(OP, threads(), rows)?)?;
+        for rows in [a_rows, b_rows] {
+            check_directions(rows.argument, &cpu::norms::<f64>(OP, threads(), rows)?)?;
         }
         // Sound rows whose squares leave the range of f32.
         values = kernel(Kind::Double, a_rows, b_rows)?;

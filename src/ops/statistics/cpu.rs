@@ -1,7 +1,11 @@
 //! CPU kernel of the bootstrap.
 
-use crate::cpu::{for_each_task, DisjointMut};
+use crate::cpu::{filled, for_each_task, DisjointMut};
 use crate::error::Result;
+
+/// Draws of a task.
+const TASK: usize = 4096;
+const RESAMPLES: &str = "resamples";
 
 /// How a group of values becomes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,22 +103,34 @@ pub fn bootstrap<const S: usize>(
     combine: impl Fn([f64; S]) -> f64,
 ) -> Result<Vec<f64>> {
     let join = groups.len() > 1;
-    let mut random: Vec<SplitMix64> = (0..resamples).map(|resample| SplitMix64::new(seed, resample as u64)).collect();
-    let mut sums = vec![[0.0f64; S]; resamples];
+    let mut random = filled(op, RESAMPLES, resamples, SplitMix64(0))?;
+    for (resample, generator) in random.iter_mut().enumerate() {
+        *generator = SplitMix64::new(seed, resample as u64);
+    }
+    let mut sums = filled(op, RESAMPLES, resamples, [0.0f64; S])?;
     for group in groups {
         // One at a time: an urn can be as large as the values.
         let urn = Urn::new(statistic, group);
         let (random, sums) = (DisjointMut::new(&mut random), DisjointMut::new(&mut sums));
-        for_each_task(op, threads, resamples, |resample| {
-            // SAFETY: every task uses the generator and the sums of its own resample.
-            let (random, sums) = unsafe { (random.range(resample, 1), sums.range(resample, 1)) };
-            let statistics = urn.draw(&mut random[0]).map(|mean| statistic.finish(mean));
-            sums[0] = added(sums[0], if join { statistics.map(f64::recip) } else { statistics });
+        let per_task = (TASK / urn.terms.len()).max(1);
+        for_each_task(op, threads, resamples.div_ceil(per_task), |task| {
+            let start = task * per_task;
+            let len = per_task.min(resamples - start);
+            // SAFETY: every task uses the generators and the sums of its own resamples.
+            let (random, sums) = unsafe { (random.range(start, len), sums.range(start, len)) };
+            for (random, sums) in random.iter_mut().zip(sums) {
+                let statistics = urn.draw(random).map(|mean| statistic.finish(mean));
+                *sums = added(*sums, if join { statistics.map(f64::recip) } else { statistics });
+            }
         })?;
     }
     let finish = |sum: f64| if join { groups.len() as f64 / sum } else { sum };
-    let mut values: Vec<f64> = sums.into_iter().map(|sums| combine(sums.map(finish))).collect();
-    values.sort_by(f64::total_cmp);
+    let mut values = filled(op, RESAMPLES, resamples, 0.0)?;
+    for (value, sums) in values.iter_mut().zip(sums) {
+        *value = combine(sums.map(finish));
+    }
+    // In place: a stable sort would allocate.
+    values.sort_unstable_by(f64::total_cmp);
     Ok(values)
 }
 
@@ -126,6 +142,7 @@ pub fn quantile(sorted: &[f64], fraction: f64) -> f64 {
 }
 
 /// Steele, Lea & Flood's generator (OOPSLA 2014): one multiplication chain a draw, any seed is good.
+#[derive(Clone)]
 struct SplitMix64(u64);
 
 impl SplitMix64 {

@@ -1,0 +1,89 @@
+"""Checks of arguments: a refusal names the operation, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from cat_rs.errors import CatRsError, DtypeError, InvalidValueError, LayoutError
+
+__all__ = ["as_float", "check", "check_memory", "check_module", "check_tensor", "refusing", "shown"]
+
+# What Python and PyTorch raise about a value that is none of what they can use.
+_ABOUT_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+_LONGEST = 60
+
+
+def shown(value: object) -> str:
+    """A short text for a value; only the type of what may be of any size, or whose own text may fail."""
+    if type(value) in (tuple, list, dict, set):
+        return f"a {type(value).__name__} of length {len(value)}"  # type: ignore[arg-type]
+    if not (value is None or isinstance(value, numbers.Number | str | torch.dtype | torch.device)):
+        return f"a {type(value).__name__}"
+    try:
+        text = repr(value) if isinstance(value, str) else str(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def check(op: str, argument: str, value: Any, expected: str, holds: Callable[[Any], Any]) -> None:
+    """Refuses a value of which ``holds`` is false, or cannot be told because it has another type."""
+    if isinstance(value, torch.Tensor):
+        check_memory(op, argument, value)
+    try:
+        if holds(value):
+            return
+    except _ABOUT_VALUES:
+        pass
+    raise InvalidValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)}")
+
+
+def check_module(op: str, argument: str, value: object) -> None:
+    """Refuses what is no module."""
+    check(op, argument, value, "a torch.nn.Module", lambda value: isinstance(value, torch.nn.Module))
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    """Refuses what is no tensor, for arguments whose dtype or device an operation looks at before its kernel does."""
+    if not isinstance(value, torch.Tensor):
+        raise DtypeError(f"{op}: `{argument}` must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor whose storage was freed, as FSDP frees that of parameters: PyTorch does not survive reading it.
+
+    For operations that are PyTorch's own; this package's kernels check what they read.
+    """
+    try:
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (tensor.storage_offset() + extent) * tensor.element_size() if tensor.numel() else 0
+        memory = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # sparse, nested and wrapped tensors have no storage of their own
+        return
+    if memory < needed:
+        raise LayoutError(f"{op}: `{argument}` must have {needed} bytes of memory, got a tensor with {memory}")
+
+
+def as_float(op: str, argument: str, value: Any) -> float:
+    """The value as a float."""
+    if isinstance(value, torch.Tensor):
+        check_memory(op, argument, value)
+    with refusing(op, argument, "a number", value):
+        return float(value)
+
+
+@contextmanager
+def refusing(op: str, argument: str, expected: str, value: object) -> Iterator[None]:
+    """Turns what goes wrong with a value of another type, shape or content within the context into a refusal of it."""
+    try:
+        yield
+    except CatRsError:
+        raise
+    except _ABOUT_VALUES as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise InvalidValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)} ({reason})") from error
