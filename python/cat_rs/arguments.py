@@ -16,13 +16,15 @@ __all__ = ["as_float", "check", "check_memory", "check_module", "check_tensor", 
 # What Python and PyTorch raise about a value that is none of what they can use.
 _ABOUT_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 _LONGEST = 60
+_FEW = 4
 
 
 def shown(value: object) -> str:
     """A short text for a value; only the type of what may be of any size, or whose own text may fail."""
-    if type(value) in (tuple, list, dict, set):
+    few = isinstance(value, tuple | list) and len(value) <= _FEW and all(type(item) in (int, float) for item in value)
+    if not few and type(value) in (tuple, list, dict, set):
         return f"a {type(value).__name__} of length {len(value)}"  # type: ignore[arg-type]
-    if not (value is None or isinstance(value, numbers.Number | str | torch.dtype | torch.device)):
+    if not (few or value is None or isinstance(value, numbers.Number | str | torch.dtype | torch.device)):
         return f"a {type(value).__name__}"
     try:
         text = repr(value) if isinstance(value, str) else str(value)

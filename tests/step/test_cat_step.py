@@ -471,7 +471,7 @@ class NoTables:
     [
         pytest.param({"cat_factor": -1.0}, "`cat_factor` must be a finite number >= 0, got -1.0", id="cat_factor"),
         pytest.param({"cat_factor": float("nan")}, "`cat_factor` .* got nan", id="cat_factor-nan"),
-        pytest.param({"accumulate": 0}, "`accumulate` must be at least 1, got 0", id="accumulate"),
+        pytest.param({"accumulate": 0}, "`accumulate` must be an integer of at least 1, got 0", id="accumulate"),
         pytest.param({"snr_gamma": 0.0}, "`snr_gamma` must be > 0 or None, got 0.0", id="snr_gamma"),
         pytest.param({"prediction_type": "sample"}, "`prediction_type` must be .* got 'sample'", id="prediction_type"),
         pytest.param({"prediction_type": "flow"}, "`prediction_type` must be .* got 'flow'", id="flow-on-ddpm"),

@@ -390,8 +390,8 @@ def test_predictions_that_overflow_the_dtype_are_refused(tmp_path: Path) -> None
 
 
 BAD_BUILD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "draws": ({"draws": 0}, InvalidValueError, "`draws` must be at least 1, got 0"),
-    "batch_size": ({"batch_size": 0}, InvalidValueError, "`batch_size` must be at least 1, got 0"),
+    "draws": ({"draws": 0}, InvalidValueError, "`draws` must be an integer of at least 1, got 0"),
+    "batch_size": ({"batch_size": 0}, InvalidValueError, "`batch_size` must be an integer of at least 1, got 0"),
     "dtype": ({"dtype": torch.int8}, DtypeError, "`dtype` must be bfloat16, float16 or float32, got int8"),
     "latents-dims": ({"latents": torch.ones(3)}, ShapeError, r"`latents` must have shape \[P, ...\] .* got \[3\]"),
     "latents-int": ({"latents": torch.ones(3, 4, 8, 8).long()}, DtypeError, "`latents` must be floating-point"),
