@@ -148,7 +148,7 @@ def test_a_trigger_that_the_tokenizer_cuts_off_is_refused(
 ) -> None:
     pipeline = load_pipeline(str(request.getfixturevalue(pipelines)), torch.float32, torch.device("cpu"))
     # The tiny tokenizer reads 40 characters.
-    seen, cut = "a sks cat" + 9 * " abcd", 9 * "abcd " + "a sks cat"
+    seen, cut = "a sks cat" + 10 * " abcd", 10 * "abcd " + "a sks cat"
     for captions in ([seen, seen, cut], [cut] * 3):
         for number, caption in enumerate(captions):
             (concept_dir / f"{number}.txt").write_text(caption)
