@@ -168,7 +168,7 @@ def test_missing_result_is_named(tmp_path: Path) -> None:
     [
         ({}, EvaluationInputError, "adapters: expected at least one"),
         ({"base": None}, EvaluationInputError, "expected a name other than 'base'"),
-        ({"mine": "absent.safetensors"}, EvaluationFileError, r"got absent\.safetensors"),
+        ({"mine": "absent.safetensors"}, EvaluationFileError, r"absent\.safetensors cannot be loaded"),
     ],
 )
 def test_unusable_adapters_are_refused_before_generating(
