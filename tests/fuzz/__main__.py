@@ -46,7 +46,7 @@ def main() -> int:
     print(report.table())
     print()
     print(report.failures(options.failures))
-    return int(report.failed())
+    return int(report.failed(allow_unclear=options.allow_unclear))
 
 
 def _options() -> argparse.Namespace:
@@ -57,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first batch of calls (default: %(default)s)")
     parser.add_argument("--only", default="", help="a part of the names of the functions to call")
     parser.add_argument("--failures", type=int, default=40, help="kinds of failures to print (default: %(default)s)")
+    parser.add_argument("--allow-unclear", action="store_true", help="fail on crashes and hangs alone")
     parser.add_argument("--as-found", action="store_true", help="print failing calls without making them simpler")
     parser.add_argument("--call", help="evaluate a call, as failures are printed, here")
     return parser.parse_args()

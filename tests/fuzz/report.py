@@ -45,10 +45,10 @@ class Report:
         """Outcomes of everything."""
         return sum(self.counts.values(), Counter())
 
-    def failed(self) -> bool:
-        """Whether anything crashed or hung, or too many errors were unclear."""
+    def failed(self, *, allow_unclear: bool) -> bool:
+        """Whether anything crashed or hung, or, unless that is allowed, too many errors were unclear."""
         total = self.total()
-        return bool(total["crash"] or total["hang"]) or _share(total) >= MAX_UNCLEAR
+        return bool(total["crash"] or total["hang"]) or (not allow_unclear and _share(total) >= MAX_UNCLEAR)
 
     def table(self) -> str:
         """Functions and outcomes."""
