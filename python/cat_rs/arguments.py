@@ -84,7 +84,7 @@ def refusing(op: str, argument: str, expected: str, value: object) -> Iterator[N
     """Turns what goes wrong with a value of another type, shape or content within the context into a refusal of it."""
     try:
         yield
-    except CatRsError:
+    except (CatRsError, torch.OutOfMemoryError):
         raise
     except _ABOUT_VALUES as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"

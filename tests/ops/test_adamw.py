@@ -781,3 +781,26 @@ def test_bad_arguments_of_a_step_are_named(change: dict[str, Any], error: type[E
     with pytest.raises(error, match=f"^adamw: {text}"):
         adamw_step(**{**arguments, **numbers, "skipped": torch.tensor(0), **change})
     assert all(torch.equal(tensor, torch.ones(5)) for tensor in arguments.values())
+
+
+def test_gradients_that_a_recording_would_add_to_are_zeroed_when_asked() -> None:
+    (param,) = params = [torch.nn.Parameter(torch.ones(3))]
+    optimizer = FlatAdamW(params, 0.1)
+    param.grad.fill_(1.0)
+    optimizer.before_launch()
+    optimizer.zero_grad()
+    assert param.grad.count_nonzero() == 0
+
+
+def test_errors_of_hooks_are_their_own() -> None:
+    params = make_params()
+    optimizer = FlatAdamW(params)
+
+    def hook(*_: Any) -> None:
+        raise RuntimeError("mine")
+
+    for register in (optimizer.register_load_state_dict_pre_hook, optimizer.register_load_state_dict_post_hook):
+        handle = register(hook)
+        with pytest.raises(RuntimeError, match=r"^mine$"):
+            optimizer.load_state_dict(optimizer.state_dict())
+        handle.remove()
