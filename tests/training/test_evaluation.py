@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationPrompts, EvaluationResult, evaluate
+from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationPrompts, EvaluationResult, Interval, evaluate
 from cat_rs.options import ConfigError
 from cat_rs.training import CheckpointError, TrainConfig, TrainingInterrupted, train
 from cat_rs.training.evaluation import CheckpointEvaluations, choose_best, on_front
@@ -65,6 +66,12 @@ def configure(
         return TrainConfig(**defaults | settings)
 
     return make
+
+
+@pytest.fixture
+def every_step_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's pictures are noise: any identity counts as beyond the base model's."""
+    monkeypatch.setattr("cat_rs.training.evaluation._base_identity", lambda _result: Interval(-1.0, -1.0, -1.0))
 
 
 def quiet(config: TrainConfig) -> list[str]:
@@ -139,6 +146,7 @@ def test_the_scores_are_those_of_evaluate(configure: Callable[..., TrainConfig],
     assert f"UPS {mine.adapters['step 4'].ups.value:.3f}" in news[1]
 
 
+@pytest.mark.usefixtures("every_step_learns")
 def test_front_and_best(configure: Callable[..., TrainConfig]) -> None:
     config = configure(steps=6, evaluate_keep=0.5)
     quiet(config)
@@ -149,7 +157,8 @@ def test_front_and_best(configure: Callable[..., TrainConfig]) -> None:
     assert [row["step"] for row in rows] == [2, 4, 6]
     points = [(row["scores"]["identity"]["value"], row["scores"]["ups"]["value"]) for row in rows]
     assert [row["on_front"] for row in rows] == on_front(points)
-    best = choose_best(points, front["base"]["identity"]["value"], 0.5)
+    best = choose_best(points, Interval(-1.0, -1.0, -1.0), 0.5)
+    assert best is not None
     assert [row["best"] for row in rows] == [index == best for index in range(3)]
     assert "50%" in front["rule"]
     for row in rows:
@@ -159,6 +168,20 @@ def test_front_and_best(configure: Callable[..., TrainConfig]) -> None:
             assert output / row["adapter"] == folder / "pytorch_lora_weights.safetensors"
     best_folder = output / "evaluations" / f"step-{rows[best]['step']:06d}"
     assert same(adapter(output / "best"), adapter(best_folder))
+
+
+def test_no_best_while_no_identity_is_beyond_the_base_models(
+    configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Interval(0.5, 0.4, 1.0)
+    monkeypatch.setattr("cat_rs.training.evaluation._base_identity", lambda _result: base)
+    config = configure()
+    news = [line for line in quiet(config) if line.startswith("step")]
+    assert all(line.endswith("; base: identity 0.500 [0.400, 1.000]; no step is beyond the base yet") for line in news)
+    assert not Path(config.output_dir, "best").exists()
+    front = front_of(Path(config.output_dir))
+    assert "beyond the base model's interval" in front["rule"]
+    assert [row["best"] for row in front["checkpoints"]] == [False, False]
 
 
 def test_the_last_step_is_evaluated_too(configure: Callable[..., TrainConfig]) -> None:
@@ -192,12 +215,24 @@ def test_what_is_on_the_front(points: list[tuple[float, float]], expected: list[
         # 0.68 is 93 % of the way from 0.4 to 0.7, though 97 % of 0.7.
         ([(0.5, 0.99), (0.68, 0.95), (0.7, 0.9)], 0.4, 0.95, 2),
         ([(0.5, 0.99), (0.68, 0.95), (0.7, 0.9)], -0.4, 0.95, 1),
-        # All of them below the base model: none has come anywhere, the nearest to the concept remains.
-        ([(0.3, 0.9), (0.2, 0.95)], 0.4, 0.95, 0),
+        # None has come beyond the base model.
+        ([(0.3, 0.9), (0.2, 0.95)], 0.4, 0.95, None),
+        ([(0.4, 0.9)], 0.4, 0.0, None),
     ],
 )
-def test_the_rule_of_the_best(points: list[tuple[float, float]], base: float, keep: float, expected: int) -> None:
-    assert choose_best(points, base, keep) == expected
+def test_the_rule_of_the_best(
+    points: list[tuple[float, float]], base: float, keep: float, expected: int | None
+) -> None:
+    assert choose_best(points, Interval(base, base, base), keep) == expected
+    assert choose_best(points, Interval(base, math.nan, math.nan), keep) == expected
+
+
+@pytest.mark.parametrize(
+    ("high", "expected"),
+    [(0.45, 0), (0.5, 1), (0.6999, 1), (0.7, None)],
+)
+def test_the_best_is_beyond_the_base_models_interval(high: float, expected: int | None) -> None:
+    assert choose_best([(0.5, 0.99), (0.7, 0.9)], Interval(0.4, 0.3, high), 0.0) == expected
 
 
 def test_the_best_is_measured_from_the_base_models_identity(
@@ -205,9 +240,9 @@ def test_the_best_is_measured_from_the_base_models_identity(
 ) -> None:
     seen: list[tuple[list[tuple[float, float]], float, float]] = []
 
-    def noting(points: list[tuple[float, float]], base_identity: float, keep: float) -> int:
-        seen.append((points, base_identity, keep))
-        return choose_best(points, base_identity, keep)
+    def noting(points: list[tuple[float, float]], base: Interval, keep: float) -> int | None:
+        seen.append((points, base.value, keep))
+        return choose_best(points, base, keep)
 
     monkeypatch.setattr("cat_rs.training.evaluation.choose_best", noting)
     config = configure(evaluate_keep=0.5)
@@ -218,6 +253,7 @@ def test_the_best_is_measured_from_the_base_models_identity(
     assert seen[-1] == (points, front["base"]["identity"]["value"], 0.5)
 
 
+@pytest.mark.usefixtures("every_step_learns")
 def test_a_run_killed_at_any_moment_ends_with_the_same_files(
     configure: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +262,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_files(
 
     quiet(configure(output_dir=str(tmp_path / "whole"), steps=6))
     expected = files_of(tmp_path / "whole")
+    assert "best/pytorch_lora_weights.safetensors" in expected
     original = CheckpointEvaluations._write_front
     for number, (step, before) in enumerate([(2, True), (2, False), (4, True), (6, False)]):
 
@@ -332,6 +369,10 @@ def test_a_full_disk_is_an_error_that_names_the_step(
         ({"evaluate_every": -1}, "evaluate_every: expected a number >= 0"),
         ({"evaluate_keep": 1.5}, r"evaluate_keep: expected a number in \[0, 1\]"),
         ({"evaluate_inference_steps": 0}, "evaluate_inference_steps"),
+        (
+            {"lr_warmup_steps": 5},
+            "lr_warmup_steps: expected 0 with lr_scheduler constant.*got 5; constant_with_warmup",
+        ),
     ],
 )
 def test_bad_settings(configure: Callable[..., TrainConfig], settings: dict[str, Any], message: str) -> None:

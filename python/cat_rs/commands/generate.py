@@ -14,7 +14,7 @@ _WHAT = "model and prompts"
 class Settings(SamplingSettings):
     """What to draw."""
 
-    model: str = option(group=_WHAT, help="Stable Diffusion model: a folder or a hub id", metavar="DIR_OR_ID")
+    model: str = option(group=_WHAT, help="SD or SDXL model: a folder or a hub id", metavar="DIR_OR_ID")
     prompt: tuple[str, ...] = option(group=_WHAT, help="what to draw", metavar="TEXT")
     adapter: str | None = option(None, group=_WHAT, help="adapter file, or the folder that holds it", metavar="PATH")
     output_dir: str = option("pictures", group=_WHAT, help="folder for the pictures", metavar="DIR")

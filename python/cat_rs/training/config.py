@@ -37,7 +37,7 @@ class TrainConfig:
     Each attribute's help text describes it. Raises ConfigError for a value out of range.
     """
 
-    model: str = option(group=_MODEL, help="Stable Diffusion model: a folder or a hub id", metavar="DIR_OR_ID")
+    model: str = option(group=_MODEL, help="SD or SDXL model: a folder or a hub id", metavar="DIR_OR_ID")
     data: str = option(group=_MODEL, help="folder of pictures of the concept", metavar="FOLDER")
     output_dir: str = option(
         "adapter", group=_MODEL, help="folder for the adapter, log and checkpoints", metavar="DIR"
@@ -107,7 +107,9 @@ class TrainConfig:
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = option("constant", group=_OPTIMIZER, help="how the learning rate changes")
-    lr_warmup_steps: int = option(0, group=_OPTIMIZER, help="steps until the learning rate is reached")
+    lr_warmup_steps: int = option(
+        0, group=_OPTIMIZER, help="steps until the learning rate is reached; not with constant"
+    )
     weight_decay: float = option(1e-2, group=_OPTIMIZER, help="decoupled weight decay of AdamW")
     beta1: float = option(0.9, group=_OPTIMIZER, help="decay of AdamW's mean of gradients")
     beta2: float = option(0.999, group=_OPTIMIZER, help="decay of AdamW's mean of squared gradients")
@@ -125,7 +127,7 @@ class TrainConfig:
         0,
         group=_EVALUATION,
         help="steps between evaluations of the adapter; 0 is never. They go to the folder evaluations, the best one's "
-        "adapter to the folder best",
+        "adapter to the folder best, once its identity is beyond the base model's interval",
     )
     evaluate_prompts: str | None = option(
         None, group=_EVALUATION, help="file of prompts, as for cat-rs evaluate", metavar="FILE"
@@ -195,6 +197,11 @@ class TrainConfig:
         if self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
             # A bank holds one prompt a picture, and its noise.
             raise ConfigError("teacher_draws: expected 0 with preserve_prompts or noise_offset, got both")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ConfigError(
+                "lr_warmup_steps: expected 0 with lr_scheduler constant, which does not warm up, got "
+                f"{self.lr_warmup_steps}; constant_with_warmup does"
+            )
         if not 0 <= self.evaluate_keep <= 1:
             raise ConfigError(f"evaluate_keep: expected a number in [0, 1], got {self.evaluate_keep}")
         if self.evaluate_every and self.evaluate_prompts is None:

@@ -16,12 +16,13 @@ and `front.json`, one object:
 
 A checkpoint is on the front if no other one has both a higher identity and a higher UPS. The best one has the highest
 UPS among those whose identity has come far enough from the base model's to the run's highest, see `choose_best`; its
-adapter is also in the folder `best`.
+adapter is also in the folder `best`. There is none while no identity is beyond the base model's interval.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from numpy.typing import NDArray
 from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
-from cat_rs.evaluation.measures import labelled_values
+from cat_rs.evaluation.measures import Interval, labelled_values
 from cat_rs.options import ConfigError
 from cat_rs.run_folder import BEST_FOLDER, EVALUATION_FOLDER, FRONT_FILE, FRONT_FORMAT, step_name, step_paths
 from cat_rs.training.config import TrainConfig
@@ -54,21 +55,22 @@ def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(dominates(other, point) for other in points) for point in points]
 
 
-def choose_best(points: Sequence[tuple[float, float]], base_identity: float, keep: float) -> int:
+def choose_best(points: Sequence[tuple[float, float]], base: Interval, keep: float) -> int | None:
     """Choose among the points (identity, UPS) of a run.
 
     Args:
         points: At least one.
-        base_identity: The base model's identity similarity.
+        base: The base model's identity; a point that is not beyond its interval may have learned nothing.
         keep: The part of the way from there to the run's highest identity that a point must have come, in [0, 1].
 
     Returns:
-        The index of the highest UPS among those points; the first of equal ones.
+        The index of the highest UPS among those points, the first of equal ones; None if there is no such point.
     """
     highest = max(identity for identity, _ in points)
-    least = base_identity + keep * (highest - base_identity)
-    fit = [index for index, (identity, _) in enumerate(points) if identity >= min(least, highest)]
-    return max(fit, key=lambda index: (points[index][1], -index))
+    least = min(base.value + keep * (highest - base.value), highest)
+    floor = base.value if math.isnan(base.high) else base.high
+    fit = [index for index, (identity, _) in enumerate(points) if identity > floor and identity >= least]
+    return max(fit, key=lambda index: (points[index][1], -index), default=None)
 
 
 class CheckpointEvaluations:
@@ -157,7 +159,10 @@ class CheckpointEvaluations:
         except OSError as error:
             raise CheckpointError(f"cannot write the evaluation of step {step} in {self._folder}: {error}") from error
         text = ", ".join(labelled_values(result.adapters[f"step {step}"], "identity", "ups", "kps"))
-        return result, f"step {step}: {text}" + (", the best so far" if best == step else "")
+        base = _base_identity(result)
+        beside = f"base: identity {base.value:.3f} [{base.low:.3f}, {base.high:.3f}]"
+        news = "; the best so far" if best == step else "; no step is beyond the base yet" if best is None else ""
+        return result, f"step {step}: {text}; {beside}{news}"
 
     def _write_front(self) -> int | None:
         """Write front.json, keep the adapters of the front, and copy the best one; return the best one's step."""
@@ -169,9 +174,8 @@ class CheckpointEvaluations:
             shutil.rmtree(self._output / BEST_FOLDER, ignore_errors=True)
             return None
         points = [_point(result, step) for step, result in results.items()]
-        base = results[steps[0]].base
-        base_identity = base.identity.value if base.identity is not None else 0.0
-        best = steps[choose_best(points, base_identity, self._config.evaluate_keep)]
+        chosen = choose_best(points, _base_identity(results[steps[0]]), self._config.evaluate_keep)
+        best = None if chosen is None else steps[chosen]
         front = {step for step, is_on in zip(steps, on_front(points), strict=True) if is_on}
         rows = [
             {
@@ -185,13 +189,15 @@ class CheckpointEvaluations:
         ]
         content = {
             "format": FRONT_FORMAT,
-            "rule": "the highest UPS among the checkpoints whose identity has come "
-            f"{self._config.evaluate_keep:.0%} of the way from the base model's to the run's highest",
+            "rule": "the highest UPS among the checkpoints whose identity is beyond the base model's interval and has "
+            f"come {self._config.evaluate_keep:.0%} of the way from the base model's to the run's highest",
             "base": json.loads(results[steps[0]].to_json())["base"],
             "checkpoints": rows,
         }
-        adapter = self._adapter_folder(best) / DIFFUSERS_FILE
-        if adapter.exists():
+        adapter = None if best is None else self._adapter_folder(best) / DIFFUSERS_FILE
+        if adapter is None:
+            shutil.rmtree(self._output / BEST_FOLDER, ignore_errors=True)
+        elif adapter.exists():
             (self._output / BEST_FOLDER).mkdir(exist_ok=True)
             write_bytes(self._output / BEST_FOLDER / DIFFUSERS_FILE, adapter.read_bytes())
         write_bytes(self._output / FRONT_FILE, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
@@ -255,6 +261,10 @@ def _read_prompts(config: TrainConfig) -> EvaluationPrompts:
         class_word=class_word,
         concept=config.evaluate_concept,
     )
+
+
+def _base_identity(result: EvaluationResult) -> Interval:
+    return result.base.identity or Interval(0.0, 0.0, 0.0)
 
 
 def _point(result: EvaluationResult, step: int) -> tuple[float, float]:
