@@ -158,6 +158,24 @@ impl CatError {
         Self::Shape { op, argument, expected: expected.into(), got: format!("{got:?}") }
     }
 
+    /// The same failure in the operation `name`, for what several operations share.
+    pub fn of(mut self, name: &'static str) -> Self {
+        let (Self::Shape { op, .. }
+        | Self::Dtype { op, .. }
+        | Self::Device { op, .. }
+        | Self::Layout { op, .. }
+        | Self::Value { op, .. }
+        | Self::Memory { op, .. }
+        | Self::Interrupted { op }
+        | Self::Torch { op, .. }
+        | Self::Kernel { op, .. }
+        | Self::Cuda { op, .. }
+        | Self::Io { op, .. }
+        | Self::Adapter { op, .. }) = &mut self;
+        *op = name;
+        self
+    }
+
     /// A libtorch message without its backtrace.
     pub fn torch_message(op: &'static str, message: &str) -> Self {
         const ALLOCATION: &str = "you tried to allocate ";

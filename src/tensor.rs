@@ -134,24 +134,29 @@ pub fn check_dense(op: &'static str, argument: &'static str, tensor: &Tensor, on
     let failed = unsafe {
         aoti_torch_get_storage_size(pointer, &mut bytes) | aoti_torch_get_storage_offset(pointer, &mut offset)
     };
-    let size = tensor.f_kind().during(op)?.elt_size_in_bytes();
+    let size = kind_of(op, argument, tensor)?.elt_size_in_bytes();
     let end = offset.saturating_add(extent).saturating_mul(size as i64);
     if failed != 0 || data.is_null() || bytes < end {
         let got = format!("one that ends at byte {end} of a storage of {}", if data.is_null() { 0 } else { bytes });
         return layout("a tensor with memory for its elements", got);
     }
     if !(data as usize).is_multiple_of(size.max(1)) {
-        return Err(CatError::torch_message(op, "a tensor whose memory is not aligned to its dtype was passed"));
+        return layout("a tensor aligned to its dtype", format!("one at an address that {size} does not divide"));
     }
     Ok(())
+}
+
+/// The tensor's dtype; tch has no names for those of raw bits and of parts of a byte.
+fn kind_of(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<Kind> {
+    let got = || "one of raw bits or parts of a byte".into();
+    tensor.f_kind().map_err(|_| CatError::Dtype { op, argument, expected: "numbers of whole bytes", got: got() })
 }
 
 /// Checks that `tensor` is a dense tensor of a float dtype on the device `on`, and returns that dtype.
 pub fn check_float(op: &'static str, argument: &'static str, tensor: &Tensor, on: Device) -> Result<Kind> {
     check_dense(op, argument, tensor, on)?;
-    let kind = tensor.f_kind().during(op)?;
-    match kind {
-        Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half => Ok(kind),
+    match kind_of(op, argument, tensor)? {
+        kind @ (Kind::Float | Kind::Double | Kind::BFloat16 | Kind::Half) => Ok(kind),
         other => Err(CatError::Dtype { op, argument, expected: FLOAT_DTYPES, got: dtype_name(other) }),
     }
 }

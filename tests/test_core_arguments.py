@@ -40,7 +40,7 @@ def calls() -> Calls:
             _core.write_safetensors(file.fileno(), os.devnull, [("x", source)], {})
 
     def layers(lora_A: Tensor, lora_B: Tensor, alpha: Tensor) -> None:
-        _core.adapter_layers([("m.lora_A.weight", lora_A), ("m.lora_B.weight", lora_B), ("m.alpha", alpha)], {})
+        _core.adapter_layers([("m.lora_A.weight", lora_A), ("m.lora_B.weight", lora_B), ("m.alpha", alpha)], {}, False)
 
     def tensors(lora_A: Tensor, lora_B: Tensor, bias: Tensor) -> None:
         _core.adapter_tensors([("unet", "m", lora_A, lora_B, bias, None, 1.0)], "diffusers", None)

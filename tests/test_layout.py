@@ -277,7 +277,7 @@ def test_a_step_needs_no_training_and_no_evaluation() -> None:
 
 def test_adapter_files_need_only_the_ground() -> None:
     used = parts_used("adapter_file")
-    assert used <= {"errors", "atomic", "_native", "unwrap", "text_files"}, used
+    assert used <= {"arguments", "errors", "atomic", "_native", "unwrap", "text_files"}, used
 
 
 def test_evaluations_need_no_training_and_no_report() -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "lora_linear_forward",
     "lora_up_backward",
     "lora_up_forward",
+    "names_that_fit",
     "noising",
     "paired_similarity",
     "read_safetensors",
@@ -47,7 +48,7 @@ def cat_loss(
     cat_factor: float,
     mask_normalize: bool,
     scale: float | Tensor,
-    wanted: tuple[bool, bool],
+    wanted: tuple[bool, ...],
     stream: int = 0,
 ) -> tuple[Tensor, tuple[float, float] | Tensor, Tensor | None, Tensor | None]: ...
 def scale_gradients(first: Tensor | None, second: Tensor | None, factor: Tensor, stream: int = 0) -> None: ...
@@ -81,11 +82,11 @@ def lora_linear_backward(
     lora_b: Tensor,
     hidden: Tensor,
     scaling: float,
-    wanted: tuple[bool, bool, bool],
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 def lora_up_forward(y: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float, channels_second: bool) -> None: ...
 def lora_up_backward(
-    grad: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float, channels_second: bool, wanted: tuple[bool, bool]
+    grad: Tensor, hidden: Tensor, lora_b: Tensor, scaling: float, channels_second: bool, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]: ...
 def frozen_conv2d_forward(
     x: Tensor,
@@ -165,8 +166,9 @@ def write_safetensors(
 _Layer = tuple[str, str, Tensor, Tensor, Tensor | None, Tensor | None, float | None]
 
 def adapter_layers(
-    tensors: Sequence[tuple[str, Tensor]], known: Mapping[str, Sequence[str]]
+    tensors: Sequence[tuple[str, Tensor]], known: Mapping[str, Sequence[str]], saving: bool
 ) -> tuple[str, str | None, list[_Layer]]: ...
+def names_that_fit(pattern: str, names: Sequence[str]) -> list[bool]: ...
 def adapter_tensors(layers: Sequence[_Layer], format: str, family: str | None) -> list[tuple[str, Tensor]]: ...
 def cuda_versions() -> tuple[tuple[str | None, str | None], tuple[str | None, str | None]]: ...
 def compile_kernels(architecture: int, dtype: str) -> list[tuple[str, str]]: ...

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any
 
 import torch
 
 from cat_rs.errors import CatRsError, DtypeError, InvalidValueError, LayoutError
 
-__all__ = ["as_float", "check", "check_memory", "check_module", "check_tensor", "refusing", "shown"]
+__all__ = [
+    "ABOUT_VALUES",
+    "as_float",
+    "check",
+    "check_memory",
+    "check_module",
+    "check_path",
+    "check_tensor",
+    "refusing",
+    "shown",
+]
 
 # What Python and PyTorch raise about a value that is none of what they can use.
-_ABOUT_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+ABOUT_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 _LONGEST = 60
 _FEW = 4
 
@@ -24,13 +36,15 @@ def shown(value: object) -> str:
     few = isinstance(value, tuple | list) and len(value) <= _FEW and all(type(item) in (int, float) for item in value)
     if not few and type(value) in (tuple, list, dict, set):
         return f"a {type(value).__name__} of length {len(value)}"  # type: ignore[arg-type]
+    if isinstance(value, PurePath):
+        value = str(value)
     if not (few or value is None or isinstance(value, numbers.Number | str | torch.dtype | torch.device)):
         return f"a {type(value).__name__}"
     try:
         text = repr(value) if isinstance(value, str) else str(value)
     except ValueError:  # an integer of thousands of digits
         return f"a {type(value).__name__}"
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}...{text[-_LONGEST // 2 :]}"
 
 
 def check(op: str, argument: str, value: Any, expected: str, holds: Callable[[Any], Any]) -> None:
@@ -40,7 +54,7 @@ def check(op: str, argument: str, value: Any, expected: str, holds: Callable[[An
     try:
         if holds(value):
             return
-    except _ABOUT_VALUES:
+    except ABOUT_VALUES:
         pass
     raise InvalidValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)}")
 
@@ -48,6 +62,13 @@ def check(op: str, argument: str, value: Any, expected: str, holds: Callable[[An
 def check_module(op: str, argument: str, value: object) -> None:
     """Refuses what is no module."""
     check(op, argument, value, "a torch.nn.Module", lambda value: isinstance(value, torch.nn.Module))
+
+
+def check_path(op: str, argument: str, value: Any) -> None:
+    """Refuses what names no file: another type, or a text that the file system has no bytes for."""
+    with refusing(op, argument, "a path", value):
+        if b"\0" in os.fsencode(value):
+            raise ValueError("a zero byte ends a path")
 
 
 def check_tensor(op: str, argument: str, value: object) -> None:
@@ -86,6 +107,6 @@ def refusing(op: str, argument: str, expected: str, value: object) -> Iterator[N
         yield
     except (CatRsError, torch.OutOfMemoryError):
         raise
-    except _ABOUT_VALUES as error:
+    except ABOUT_VALUES as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         raise InvalidValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)} ({reason})") from error

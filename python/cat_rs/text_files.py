@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from pathlib import Path
+import stat
 
 from cat_rs.errors import CatRsError
 
@@ -29,7 +29,11 @@ def read_text(path: str | os.PathLike[str]) -> str:
         OSError: The file cannot be read; `TextFileError`: it is in another encoding.
     """
     try:
-        data = Path(path).read_bytes()
+        # Without the flag, opening a pipe waits for somebody who writes to it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise TextFileError("expected a text in UTF-8, got a pipe or a device")
+            data = file.read()
     except ValueError as error:
         # "\0", or half of a surrogate pair.
         raise TextFileError(f"expected the name of a file, got {os.fspath(path)!a}") from error

@@ -1,12 +1,15 @@
 //! Safetensors files: read whole, written as their tensors come.
 
-use std::collections::BTreeMap;
-use std::fs::File;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use safetensors::tensor::TensorInfo;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use tch::{Kind, Tensor};
 
 use super::{check_named, Metadata, NamedTensors};
@@ -30,12 +33,18 @@ const DTYPES: [(Dtype, Kind); 9] = [
 const DTYPE_NAMES: &str = "float64, float32, float16, bfloat16 or integers";
 /// Bytes of the header's length, at the start of the file.
 const LENGTH_BYTES: u64 = 8;
+/// The longest header that safetensors reads.
+const LONGEST_HEADER: u64 = 100_000_000;
+const METADATA: &str = "__metadata__";
 
 /// Reads every tensor and the metadata of a safetensors file.
 pub fn read(path: &Path) -> Result<(NamedTensors, Metadata)> {
     let bytes = read_bytes(path)?;
     let damaged = |error: SafeTensorError| not_safetensors(path, &reason(&error));
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+    let (length, header) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+    let text = &bytes[LENGTH_BYTES as usize..][..length];
+    let once = NamesOnce.deserialize(&mut serde_json::Deserializer::from_slice(text));
+    once.map_err(|error| damaged(SafeTensorError::InvalidHeaderDeserialization(error)))?;
     let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
     let file = SafeTensors::deserialize(&bytes).map_err(damaged)?;
     let mut tensors = Vec::with_capacity(file.len());
@@ -151,7 +160,7 @@ fn unknown_dtype(op: &'static str, name: &str, dtype: &str) -> CatError {
 /// The start of the file, its keys in order.
 fn header(entries: &[(String, Source, TensorInfo)], metadata: Metadata) -> Result<Vec<u8>> {
     let failed = |error: serde_json::Error| CatError::adapter(WRITE, format!("the header cannot be made: {error}"));
-    let mut fields = BTreeMap::from([("__metadata__", serde_json::to_value(metadata).map_err(failed)?)]);
+    let mut fields = BTreeMap::from([(METADATA, serde_json::to_value(metadata).map_err(failed)?)]);
     for (name, _, info) in entries {
         if fields.insert(name, serde_json::to_value(info).map_err(failed)?).is_some() {
             return Err(CatError::adapter(WRITE, format!("expected tensors of different names, got two of `{name}`")));
@@ -163,13 +172,56 @@ fn header(entries: &[(String, Source, TensorInfo)], metadata: Metadata) -> Resul
     Ok([&(text.len() as u64).to_le_bytes(), text.as_slice()].concat())
 }
 
+/// Refuses a header that has a name twice: readers of JSON keep one of the two in silence.
+#[derive(Clone, Copy)]
+struct NamesOnce;
+
+impl<'de> DeserializeSeed<'de> for NamesOnce {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for NamesOnce {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object")
+    }
+
+    fn visit_unit<E: Error>(self) -> std::result::Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+        let mut names = HashSet::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if name == METADATA {
+                map.next_value_seed(self)?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+            if let Some(name) = names.replace(name) {
+                return Err(A::Error::custom(format_args!("it has `{name}` twice")));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The whole file, after a look at the header's length: a large file of another kind is not read.
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let failed = |source: io::Error| CatError::io(READ, path, source);
-    let mut file = File::open(path).map_err(failed)?;
+    // Without the flag, opening a pipe waits for somebody who writes to it.
+    let mut file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
     let information = file.metadata().map_err(failed)?;
     if information.is_dir() {
         return Err(failed(io::Error::from_raw_os_error(libc::EISDIR)));
+    }
+    if !information.is_file() {
+        return Err(not_safetensors(path, "it is a pipe or a device"));
     }
     let length = information.len();
     let mut start = [0; LENGTH_BYTES as usize];
@@ -181,6 +233,9 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     if header > length - LENGTH_BYTES {
         let text = format!("its header would have {header} bytes, but the file has {length}");
         return Err(not_safetensors(path, &text));
+    }
+    if header > LONGEST_HEADER {
+        return Err(not_safetensors(path, &reason(&SafeTensorError::HeaderTooLarge)));
     }
     let mut bytes = start.to_vec();
     file.read_to_end(&mut bytes).map_err(failed)?;
@@ -292,7 +347,8 @@ mod tests {
     fn broken_files_are_told_apart() {
         let folder = Folder::new("broken");
         let tensor = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
-        let cases: [(&str, Vec<u8>, &str); 12] = [
+        let twice = &tensor[1..tensor.len() - 1];
+        let cases: [(&str, Vec<u8>, &str); 15] = [
             ("empty", vec![], "it has 0 bytes"),
             ("short", vec![1, 2, 3], "it has 3 bytes"),
             ("huge length", u64::MAX.to_le_bytes().to_vec(), "its header would have 18446744073709551615 bytes"),
@@ -304,6 +360,17 @@ mod tests {
             ("dtype", with_header(&tensor.replace("F32", "F8_E4M3").replace(",8]", ",2]"), &[0; 2]), "got F8_E4M3"),
             ("unknown dtype", with_header(&tensor.replace("F32", "Q7"), &[0; 8]), "its header is not valid"),
             ("shape", with_header(&tensor.replace("[2]", "[3]"), &[0; 8]), "does not fit its shape"),
+            ("name twice", with_header(&format!("{{{twice},{twice}}}"), &[0; 8]), "it has `a` twice"),
+            (
+                "key twice",
+                with_header(&format!(r#"{{"__metadata__":{{"k":"1","k":"2"}},{twice}}}"#), &[0; 8]),
+                "it has `k` twice",
+            ),
+            (
+                "long header",
+                [100_000_001u64.to_le_bytes().to_vec(), vec![b' '; 100_000_001]].concat(),
+                "its header is larger than 100 MB",
+            ),
             ("overflow", with_header(&tensor.replace("[2]", "[9223372036854775807,9]"), &[0; 8]), "beyond 2^64"),
         ];
         for (name, bytes, expected) in cases {

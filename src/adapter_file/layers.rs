@@ -26,10 +26,14 @@ const ADVICE: &str =
 type Place = (String, String);
 type Parts = BTreeMap<Part, (String, Tensor)>;
 
-/// The layers of a file's tensors.
+/// The layers of tensors by name, for the operation `op`.
 ///
 /// `known` holds the module names of the models that the adapter is for, where the caller has them.
-pub fn layers_of(tensors: NamedTensors, known: &KnownModules) -> Result<Adapter> {
+pub fn layers_of(op: &'static str, tensors: NamedTensors, known: &KnownModules) -> Result<Adapter> {
+    found_layers(tensors, known).map_err(|error| error.of(op))
+}
+
+fn found_layers(tensors: NamedTensors, known: &KnownModules) -> Result<Adapter> {
     if tensors.is_empty() {
         return Err(CatError::adapter(READ, "expected tensors of a LoRA, got none"));
     }
@@ -364,6 +368,10 @@ fn to_kohya(layers: &[Layer], family: Family) -> Result<NamedTensors> {
             (1, Some(layer)) => (layer.lora_a.shallow_clone(), layer.lora_b.shallow_clone(), alpha_of(layer)),
             (blocks, _) => join(&name, blocks, &layers)?,
         };
+        if !(alpha as f32).is_finite() {
+            let text = format!("`{name}.alpha` must be a finite number in float32, got {alpha}");
+            return Err(CatError::adapter(WRITE, text));
+        }
         let alpha = Tensor::f_from_slice(&[alpha as f32]).and_then(|tensor| tensor.f_view([0i64; 0])).during(WRITE)?;
         tensors.push((format!("{name}.lora_down.weight"), down));
         tensors.push((format!("{name}.lora_up.weight"), up));
@@ -384,7 +392,9 @@ fn join(name: &str, blocks: usize, layers: &BTreeMap<usize, &Layer>) -> Result<(
     };
     let width = first.lora_a.size()[1];
     let rank = layers.values().map(|layer| layer.rank()).max().unwrap_or(0);
-    let scale = alpha_of(first) / first.rank() as f64;
+    let scale_of = |layer: &Layer| alpha_of(layer) / layer.rank() as f64;
+    // Where every scale is 0, any other than 0 leaves the values of B as they are.
+    let scale = layers.values().map(|layer| scale_of(layer)).find(|&scale| scale != 0.0);
     let (kind_a, kind_b) = (first.lora_a.f_kind().during(WRITE)?, first.lora_b.f_kind().during(WRITE)?);
     let mut rows = vec![width; 3];
     if blocks > 3 {
@@ -410,14 +420,14 @@ fn join(name: &str, blocks: usize, layers: &BTreeMap<usize, &Layer>) -> Result<(
             place(&down, column, layer.rank())?.f_copy_(&layer.lora_a).during(WRITE)?;
             let mut block = place(&up, row, rows)?.f_narrow(1, column, layer.rank()).during(WRITE)?;
             block.f_copy_(&layer.lora_b).during(WRITE)?;
-            let ratio = alpha_of(layer) / layer.rank() as f64 / scale;
+            let ratio = scale.map_or(1.0, |scale| scale_of(layer) / scale);
             if ratio != 1.0 {
                 let _ = block.f_mul_scalar_(ratio).during(WRITE)?;
             }
         }
         row += rows;
     }
-    Ok((down, up, scale * (rank * blocks as i64) as f64))
+    Ok((down, up, scale.unwrap_or(0.0) * (rank * blocks as i64) as f64))
 }
 
 #[cfg(test)]
@@ -453,7 +463,7 @@ mod tests {
     }
 
     fn read(tensors: NamedTensors) -> Adapter {
-        layers_of(tensors, &KnownModules::new()).unwrap()
+        layers_of(READ, tensors, &KnownModules::new()).unwrap()
     }
 
     #[test]
@@ -608,7 +618,7 @@ mod tests {
         ] {
             let mut tensors = pair(name, 4, 4);
             tensors.extend(pair("diffusion_model.double_blocks.0.img_attn.proj", 4, 4));
-            let error = layers_of(tensors, &KnownModules::new()).unwrap_err().to_string();
+            let error = layers_of(READ, tensors, &KnownModules::new()).unwrap_err().to_string();
             assert!(error.contains("pipe.load_lora_weights(file"), "{name}: {error}");
         }
     }
@@ -694,7 +704,7 @@ mod tests {
             ),
         ];
         for (tensors, expected) in cases {
-            let error = layers_of(tensors, &KnownModules::new()).unwrap_err();
+            let error = layers_of(READ, tensors, &KnownModules::new()).unwrap_err();
             assert!(matches!(error, CatError::Adapter { .. }), "{error:?}");
             assert!(error.to_string().contains(expected), "{error}");
         }

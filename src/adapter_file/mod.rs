@@ -4,6 +4,7 @@
 mod disk;
 mod layers;
 mod names;
+mod patterns;
 
 use std::collections::BTreeMap;
 
@@ -11,6 +12,7 @@ use tch::{Device, Tensor};
 
 pub use self::disk::{read, write, Source};
 pub use self::layers::{layers_of, tensors_of};
+pub use self::patterns::names_that_fit;
 
 use crate::error::{CatError, Result};
 use crate::tensor::check_dense;

@@ -23,6 +23,10 @@ impl Expected for Vec<PyLayer> {
         "a sequence of layers, tuples of component, module, A, B, bias, magnitude and alpha";
 }
 
+impl Expected for Vec<String> {
+    const EXPECTED: &'static str = "a sequence of texts";
+}
+
 impl Expected for Vec<(String, PySource)> {
     const EXPECTED: &'static str = "a sequence of (name, tensor or (dtype, shape, parts))";
 }
@@ -32,10 +36,10 @@ impl Expected for Vec<(String, Bound<'_, PyAny>)> {
 }
 
 /// Tensors that have names, which errors tell.
-fn named(py: Python<'_>, tensors: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<NamedTensors> {
+fn named(py: Python<'_>, op: &'static str, tensors: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<NamedTensors> {
     let tensor = |(name, tensor): (String, Bound<'_, PyAny>)| match tensor.extract::<PyTensor>() {
         Ok(tensor) => Ok((name, tensor.0)),
-        Err(error) => Err(raise(py, &CatError::adapter("load_lora", format!("`{name}`: {}", error.value(py))))),
+        Err(error) => Err(raise(py, &CatError::adapter(op, format!("`{name}`: {}", error.value(py))))),
     };
     tensors.into_iter().map(tensor).collect()
 }
@@ -116,21 +120,33 @@ fn open_again(descriptor: RawFd) -> io::Result<File> {
     unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned().map(File::from)
 }
 
-/// The layers of a file's tensors: (format, family, layers).
+/// The layers of tensors by name: (format, family, layers). `saving` says which function errors are of.
 #[pyfunction]
 pub fn adapter_layers(
     py: Python<'_>,
     #[pyo3(from_py_with = argument)] tensors: Vec<(String, Bound<'_, PyAny>)>,
     #[pyo3(from_py_with = argument)] known: KnownModules,
+    saving: bool,
 ) -> PyResult<(&'static str, Option<&'static str>, Vec<PyLayerOut>)> {
-    let tensors = named(py, tensors)?;
-    let adapter = released(py, move || adapter_file::layers_of(tensors, &known))?;
+    let op = if saving { "save_lora" } else { "load_lora" };
+    let tensors = named(py, op, tensors)?;
+    let adapter = released(py, move || adapter_file::layers_of(op, tensors, &known))?;
     let layers = adapter.layers.into_iter().map(|layer| {
         let (lora_a, lora_b) = (wrap(py, layer.lora_a)?, wrap(py, layer.lora_b)?);
         let (bias, magnitude) = (wrap_optional(py, layer.bias)?, wrap_optional(py, layer.magnitude)?);
         Ok((layer.component, layer.module, lora_a, lora_b, bias, magnitude, layer.alpha))
     });
     Ok((adapter.format.name(), adapter.family.map(Family::name), layers.collect::<PyResult<_>>()?))
+}
+
+/// Which names a pattern of a LoraConfig fits.
+#[pyfunction]
+pub fn names_that_fit(
+    py: Python<'_>,
+    #[pyo3(from_py_with = argument)] pattern: PyBackedStr,
+    #[pyo3(from_py_with = argument)] names: Vec<String>,
+) -> PyResult<Vec<bool>> {
+    released(py, move || adapter_file::names_that_fit(&pattern, &names))
 }
 
 /// The tensors that a format has for layers.

@@ -52,7 +52,7 @@ mod _core {
     #[pymodule_export]
     use super::adamw::{adamw_step, sum_of_squares};
     #[pymodule_export]
-    use super::adapter_file::{adapter_layers, adapter_tensors, read_safetensors, write_safetensors};
+    use super::adapter_file::{adapter_layers, adapter_tensors, names_that_fit, read_safetensors, write_safetensors};
     #[pymodule_export]
     use super::cat_loss::{cat_loss, scale_gradients, student_loss};
     #[pymodule_export]

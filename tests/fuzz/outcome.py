@@ -21,10 +21,13 @@ _SIGNATURE = re.compile(
     r"missing \d+ required|missing a required|unexpected keyword argument|positional argument|multiple values for"
     r"|takes no (keyword )?arguments"
 )
-# The dispatcher's own, of torch.ops: argument, expected type, type that came.
+# The dispatcher's own, of torch.ops: argument, expected type, type that came; operator and what it is not made for.
 _SCHEMA = re.compile(
     r"Expected a value of type '.+' for argument '.+' but instead found type|is missing value for argument '"
     r"|Unknown keyword argument '|Expected at most \d+ argument|expected at most \d+ argument"
+    r"|Could not run 'cat_rs::\w+' with arguments from the '\w+' backend|Batching rule not implemented for cat_rs::"
+    r"|cat_rs\.\w+\.default (got mixed torch.Tensor and DTensor|does not have a sharding strategy registered)"
+    r"|Trying to backward through cat_rs\.\w+\.default but no autograd formula was registered"
 )
 # PyO3's own: argument, type that came, type expected.
 _CONVERSION = re.compile(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,21 @@ def test_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pyt
         checkpoints.save(2, {"step": 2}, no_adapter)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert load_state(tmp_path / "step-000001") == {"step": 1}
+
+
+def test_a_state_that_expands_is_not_read(tmp_path: Path) -> None:
+    file = CheckpointFolder(tmp_path).save(1, {"zeros": torch.zeros(100_000)}, no_adapter) / "state.pt"
+    with zipfile.ZipFile(file) as archive:
+        parts = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match=r"state\.pt: expected parts that torch.save wrote, got .* expand"):
+        load_state(file.parent)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        load_state(file.parent)
 
 
 def test_kill_while_writing_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:

@@ -58,17 +58,33 @@ class Layer(NamedTuple):
 
 
 def parse(
-    tensors: Mapping[str, torch.Tensor], known: Mapping[str, list[str]], component: str | None
+    tensors: Mapping[str, torch.Tensor], known: Mapping[str, list[str]], component: str | None, *, saving: bool = False
 ) -> tuple[str, str | None, list[Layer]]:
-    """Format, family and layers of tensors by name; `component` is whose they are where the names do not tell."""
+    """Format, family and layers of tensors by name; `component` is whose they are where the names do not tell.
+
+    Raises:
+        AdapterError: The tensors are no LoRA; of save_lora or of load_lora, as `saving` says.
+    """
     named = [(name, _whole(tensor).detach().to("cpu")) for name, tensor in tensors.items()]
-    format, family, found = _core.adapter_layers(named, known)
+    format, family, found = _core.adapter_layers(named, known, saving)
     layers = [Layer(*each) for each in found]
     if any(not layer.component for layer in layers):
         modules = [layer.module for layer in layers]
         component = component or _component_of_models(modules, known) or _component_of_names(modules)
         layers = [layer._replace(component=component) for layer in layers]
     return format, family, layers
+
+
+def check_finite(op: str, layers: Iterable[Layer]) -> None:
+    """Refuses layers with NaN or infinity.
+
+    Raises:
+        AdapterError: Names the tensor.
+    """
+    for layer in layers:
+        for name, tensor in layer.state().items():
+            if not tensor.isfinite().all():
+                raise AdapterError(f"{op}: `{name}` must have finite values, got NaN or infinity in {tensor.dtype}")
 
 
 def _component_of_models(modules: list[str], known: Mapping[str, list[str]]) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import compress, groupby
 from typing import Any
 
+from cat_rs._native import _core
 from cat_rs.adapter_file.layer import Layer
+from cat_rs.arguments import shown
 from cat_rs.errors import AdapterError
 
 # Parts of a LoraConfig that say how an adapter computes or was trained; the others follow from the tensors, or are
@@ -16,21 +19,40 @@ from cat_rs.errors import AdapterError
 _KEPT_SETTINGS = ("lora_dropout", "use_rslora", "use_dora", "lora_bias")
 
 
-def with_alpha(layer: Layer, config: Mapping[str, Any]) -> Layer:
-    """The layer with the alpha of a LoraConfig; r, so that the scale is 1, where there is neither."""
-    if layer.alpha is not None:
-        return layer
-    alpha: Any = layer.rank
-    if "lora_alpha" in config:
-        alpha = config["lora_alpha"]
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            # As PEFT matches: the first pattern that fits the end of the name.
-            if re.match(rf"(.*\.)?({pattern})$", layer.module):
-                alpha = value
-                break
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise AdapterError(f"load_lora: lora_alpha of {layer.module} must be a number, got {alpha!r}")
-    return layer._replace(alpha=alpha)
+def with_alphas(layers: Iterable[Layer], configs: Mapping[str, Mapping[str, Any]]) -> list[Layer]:
+    """The layers with the alphas of their component's LoraConfig; r, so that the scale is 1, where there is none.
+
+    Raises:
+        AdapterError: An alpha is no number, or a pattern of ``alpha_pattern`` no regular expression.
+    """
+    found = []
+    for component, group in groupby(layers, lambda layer: layer.component):
+        config, part = configs.get(component, {}), list(group)
+        patterns = _alphas_by_pattern(config, [layer.module for layer in part])
+        for layer in part:
+            alpha = layer.alpha
+            if alpha is None:
+                alpha = _number(layer, patterns.get(layer.module, config.get("lora_alpha", layer.rank)))
+            found.append(layer._replace(alpha=alpha))
+    return found
+
+
+def _alphas_by_pattern(config: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:
+    """Module -> alpha. As PEFT matches: the first pattern that fits the end of the name."""
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise AdapterError(f"load_lora: alpha_pattern must be an object, got {shown(patterns)}")
+    alphas: dict[str, Any] = {}
+    for pattern, alpha in patterns.items():
+        for module in compress(modules, _core.names_that_fit(pattern, modules)):
+            alphas.setdefault(module, alpha)
+    return alphas
+
+
+def _number(layer: Layer, alpha: Any) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
+        raise AdapterError(f"load_lora: lora_alpha of {layer.module} must be a finite number, got {shown(alpha)}")
+    return alpha
 
 
 def with_folded_scale(layer: Layer, config: Mapping[str, Any]) -> Layer:

@@ -10,6 +10,7 @@ import torch
 
 from cat_rs.adapter_file.layer import Layer
 from cat_rs.adapter_file.model import component_of_model, fitting, put_in
+from cat_rs.arguments import check, check_module
 from cat_rs.errors import AdapterError
 from cat_rs.unwrap import unwrap_model
 
@@ -55,10 +56,14 @@ class LoraFile:
         Raises:
             AdapterError: The file has no such part, or a layer does not fit the model; the model is unchanged.
         """
+        check_module("load_lora", "model", model)
+        check("load_lora", "adapter_name", adapter_name, "a text without a dot", lambda it: it and "." not in it)
+        check("load_lora", "component", component, "a text or None", lambda it: it is None or type(it) is str)
         model = unwrap_model(model)
         component = self._component_for(model) if component is None else component
         if component not in self.state:
-            raise AdapterError(f"load_lora: expected layers of {component}, got only {', '.join(self.state)}")
+            got = f"got only {', '.join(self.state)}"
+            raise AdapterError(f"load_lora: `component`: expected layers of {component}, {got}")
         layers = fitting(model, list(layers_of(self, component)))
         put_in(model, layers, self.configs.get(component, {}), adapter_name)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cat_rs.adapter_file.layer import Layer
+from cat_rs.arguments import shown
 from cat_rs.errors import AdapterError, InvalidValueError
 
 # Keys of a safetensors file's metadata: ours, and where diffusers looks for LoraConfigs.
@@ -33,11 +35,20 @@ def from_json(text: str, file: Path, what: str) -> dict[str, Any]:
         AdapterError: It is none; names the file.
     """
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text, object_pairs_hook=_with_names_once)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
         raise AdapterError(f"{file}: expected JSON in {what}: {error}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{file}: expected a JSON object in {what}, got {type(value).__name__}")
+    return value
+
+
+def _with_names_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose readers would else keep one of two values in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has {shown(name)} twice")
     return value
 
 
@@ -49,8 +60,8 @@ def to_json(argument: str, value: Mapping[str, Any]) -> str:
     """
     try:
         return json.dumps(dict(value), sort_keys=True)
-    except (TypeError, ValueError) as error:
-        raise InvalidValueError(f"save_lora: `{argument}` must be JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidValueError(f"save_lora: `{argument}` must be JSON, got what is not: {error}") from error
 
 
 def training_metadata(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:

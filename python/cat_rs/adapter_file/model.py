@@ -64,7 +64,7 @@ def layers_of_model(model: torch.nn.Module, component: str, adapter_name: str) -
         for name, module in model.named_modules()
         if adapter_name in getattr(module, "lora_alpha", ())
     }
-    _, _, layers = parse(state, {}, component)
+    _, _, layers = parse(state, {}, component, saving=True)
     return [layer._replace(component=component, alpha=alphas[layer.module]) for layer in layers]
 
 

@@ -12,13 +12,14 @@ import torch
 
 from cat_rs._native import _core
 from cat_rs.adapter_file import metadata as text
-from cat_rs.adapter_file.layer import Layer, family_of_layers, parse
-from cat_rs.adapter_file.lora_config import split_configs, with_alpha
+from cat_rs.adapter_file.layer import Layer, check_finite, family_of_layers, parse
+from cat_rs.adapter_file.lora_config import split_configs, with_alphas
 from cat_rs.adapter_file.lora_file import LoraFile, check_fit
 from cat_rs.adapter_file.model import component_of_model, module_names
 from cat_rs.adapter_file.paths import PEFT_CONFIG_FILE, PEFT_FILE, locate
+from cat_rs.arguments import ABOUT_VALUES, check_module, check_path
 from cat_rs.errors import AdapterError
-from cat_rs.text_files import read_text
+from cat_rs.text_files import TextFileError, read_text
 from cat_rs.unwrap import unwrap_model
 
 
@@ -49,6 +50,10 @@ def load_lora(
         AdapterError: The file is damaged or no LoRA, or does not fit a model.
         OSError: The file cannot be read; FileNotFoundError if there is none.
     """
+    check_path("load_lora", "path", path)
+    for name, each in (("model", model), ("text_encoder", text_encoder), ("text_encoder_2", text_encoder_2)):
+        if each is not None:
+            check_module("load_lora", name, each)
     given = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     if model is not None:
         given = {**given, component_of_model(unwrap_model(model)): model}
@@ -93,7 +98,8 @@ def _read_file(file: Path, known: Mapping[str, list[str]], component: str | None
         # diffusers' model.save_lora_adapter writes one model's names, and its LoraConfig, without a prefix.
         whole = {layers[0].component: stored}
         configs = whole if format == "peft" else split_configs(stored, {layer.component for layer in layers})
-    layers = [with_alpha(layer, configs.get(layer.component, {})) for layer in layers]
+        layers = with_alphas(layers, configs)
+        check_finite("load_lora", layers)
     return _lora_file(layers, configs, metadata, training, format, family)
 
 
@@ -104,7 +110,9 @@ def _read_peft(folders: Mapping[str, Path]) -> LoraFile:
     training: dict[str, Any] = {}
     for name, folder in folders.items():
         config_file = folder / PEFT_CONFIG_FILE
-        config = text.from_json(read_text(config_file), config_file, "the file")
+        with _named(config_file):
+            config_text = read_text(config_file)
+        config = text.from_json(config_text, config_file, "the file")
         if config.get("peft_type") != "LORA":
             raise AdapterError(f"{config_file}: expected peft_type LORA, got {config.get('peft_type')!r}")
         tensors, stored = _core.read_safetensors(folder / PEFT_FILE)
@@ -112,8 +120,10 @@ def _read_peft(folders: Mapping[str, Path]) -> LoraFile:
         training |= text.training_metadata(stored, folder / PEFT_FILE)
         with _named(folder):
             _, _, found = parse(dict(tensors), {}, name or stored.get("component"))
+            found = with_alphas(found, {found[0].component: config})
+            check_finite("load_lora", found)
+        layers += found
         configs[found[0].component] = config
-        layers += [with_alpha(layer, config) for layer in found]
     return _lora_file(layers, configs, metadata, training, "peft", None)
 
 
@@ -140,5 +150,8 @@ def _named(path: Path) -> Iterator[None]:
     """Add the file's name to errors about its content."""
     try:
         yield
-    except AdapterError as error:
+    except (AdapterError, TextFileError) as error:
         raise AdapterError(f"{path}: {error}") from error
+    except ABOUT_VALUES as error:
+        got = f"{type(error).__name__}: {error}"
+        raise AdapterError(f"{path}: expected an adapter, got what fails with {got}") from error

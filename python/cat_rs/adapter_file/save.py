@@ -13,8 +13,8 @@ import torch
 from cat_rs._native import _core
 from cat_rs.adapter_file import metadata as text
 from cat_rs.adapter_file.disk import write_safetensors
-from cat_rs.adapter_file.layer import Layer, family_of_layers, parse
-from cat_rs.adapter_file.lora_config import configs_for, joined_configs, model_config, with_alpha, with_folded_scale
+from cat_rs.adapter_file.layer import Layer, check_finite, family_of_layers, parse
+from cat_rs.adapter_file.lora_config import configs_for, joined_configs, model_config, with_alphas, with_folded_scale
 from cat_rs.adapter_file.lora_file import LoraFile, layers_of
 from cat_rs.adapter_file.model import (
     check_ldm_layout,
@@ -23,6 +23,7 @@ from cat_rs.adapter_file.model import (
     layers_of_model,
 )
 from cat_rs.adapter_file.paths import DIFFUSERS_FILE, PEFT_CONFIG_FILE, PEFT_FILE
+from cat_rs.arguments import check, check_module, check_path, refusing
 from cat_rs.atomic import write_bytes
 from cat_rs.errors import InvalidValueError
 from cat_rs.unwrap import unwrap_model
@@ -77,6 +78,7 @@ def save_lora(
         OSError: The file cannot be written; an older one is untouched.
     """
     _check_arguments(path, format, family, dtype)
+    check("save_lora", "adapter_name", adapter_name, "a text", lambda name: type(name) is str)
     layers, configs, denoiser = [], {}, None
     training: dict[str, Any] = {}
     file_metadata: dict[str, str] = {}
@@ -87,8 +89,9 @@ def save_lora(
     elif isinstance(model_or_state, torch.nn.Module):
         denoiser = unwrap_model(model_or_state)
     elif model_or_state is not None:
-        _, found, layers = parse(model_or_state, {}, None)
-        layers = [with_alpha(layer, {}) for layer in layers]
+        with refusing("save_lora", "model_or_state", "a module, a LoraFile or tensors by name", model_or_state):
+            _, found, layers = parse(dict(model_or_state), {}, None, saving=True)
+            layers = with_alphas(layers, {})
         family = family or found
     models = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
     if denoiser is not None:
@@ -96,14 +99,18 @@ def save_lora(
         family = family or family_of_model(denoiser)
     for component, model in models.items():
         if model is not None:
+            check_module("save_lora", component, model)
             model = unwrap_model(model)
             layers = [layer for layer in layers if layer.component != component]
             layers += layers_of_model(model, component, adapter_name)
             configs[component] = model_config(model, adapter_name)
     if dtype is not None:
         layers = [layer.to(dtype) for layer in layers]
+        # A smaller dtype may end before the values do.
+        check_finite("save_lora", layers)
     family = family or family_of_layers(layers)
-    training |= metadata or {}
+    with refusing("save_lora", "metadata", "a mapping", metadata):
+        training |= dict(metadata or {})
     # A hash of the file that was read is not one of the file that is written.
     kept = {name: value for name, value in file_metadata.items() if "hash" not in name}
     common = {**kept, "format": "pt", text.TRAINING_KEY: text.to_json("metadata", training)}
@@ -143,18 +150,14 @@ def _save_peft(
 
 
 def _check_arguments(path: str | os.PathLike[str], format: str, family: str | None, dtype: torch.dtype | None) -> None:
-    try:
-        os.fsencode(path)
-    except UnicodeEncodeError as error:
-        raise InvalidValueError(f"save_lora: `path` must be a path, got {os.fspath(path)!a}") from error
+    check_path("save_lora", "path", path)
     for name, value, choices in (("format", format, FORMATS), ("family", family, (*FAMILIES, None))):
-        if value not in choices:
-            known = ", ".join(filter(None, choices))
-            raise InvalidValueError(f"save_lora: `{name}` must be {known}, got {value!r}")
+        known = ", ".join(filter(None, choices))
+        check("save_lora", name, value, known, set(choices).__contains__)
     is_file = os.fspath(path).endswith(SUFFIX)
     if format == "peft" and is_file:
         raise InvalidValueError(f"save_lora: `path` must be a folder for format peft, got {os.fspath(path)}")
     if format == "kohya" and not is_file:
         raise InvalidValueError(f"save_lora: `path` must end with {SUFFIX} for format kohya, got {os.fspath(path)}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise InvalidValueError(f"save_lora: `dtype` must be a floating dtype, got {dtype}")
+    if dtype is not None:
+        check("save_lora", "dtype", dtype, "a floating dtype or None", lambda it: it.is_floating_point is True)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from cat_rs._native import _core
 from cat_rs.arguments import as_float, check_tensor
+from cat_rs.errors import ShapeError
 from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, reraise, stream_of
 
 __all__ = ["CatLossParts", "cat_loss", "student_loss"]
@@ -37,7 +38,7 @@ def _evaluate(
     wanted: Sequence[bool] = (False, False),
 ) -> Any:
     """The total, the terms, and the wanted gradients of both predictions times ``scale``."""
-    return _core.cat_loss(*tensors, *settings, scale, (wanted[0], wanted[1]), stream_of(tensors[0]))
+    return _core.cat_loss(*tensors, *settings, scale, tuple(wanted), stream_of(tensors[0]))
 
 
 def _as_tensor(terms: tuple[float, float] | Tensor, total: Tensor) -> Tensor:
@@ -228,6 +229,9 @@ def _cat_loss_backward(
     mask_normalize: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    if grad_total.numel() != 1 or grad_total.dtype not in (torch.float32, torch.float64):
+        got = f"{grad_total.dtype} of shape {list(grad_total.shape)}"
+        raise ShapeError(f"cat_loss: `grad_total` must be one float32 or float64 element, got {got}")
     tensors = (model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask)
     _, _, *gradients = _evaluate(tensors, (cat_factor, mask_normalize), grad_total, wanted)
     first, second = empty_for_none(gradients, (model_pred, model_pred_no_trigger))

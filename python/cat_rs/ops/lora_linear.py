@@ -142,9 +142,7 @@ def _lora_linear_backward(
     scaling: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    gradients = _core.lora_linear_backward(
-        grad, x, weight, lora_A, lora_B, hidden, scaling, (wanted[0], wanted[1], wanted[2])
-    )
+    gradients = _core.lora_linear_backward(grad, x, weight, lora_A, lora_B, hidden, scaling, tuple(wanted))
     return empty_for_none(gradients, (x, lora_A, lora_B))
 
 

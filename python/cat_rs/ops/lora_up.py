@@ -95,7 +95,7 @@ def _(y: Tensor, *others: Any) -> Tensor:
 def _lora_up_backward(
     grad: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, channels_second: bool, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    gradients = _core.lora_up_backward(grad, hidden, lora_B, scaling, channels_second, (wanted[0], wanted[1]))
+    gradients = _core.lora_up_backward(grad, hidden, lora_B, scaling, channels_second, tuple(wanted))
     dh, dB = empty_for_none(gradients, (hidden, lora_B))
     return [dh.contiguous(), dB]
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cat_rs.adapter_file.disk import TensorParts, write_safetensors
-from cat_rs.arguments import check, check_memory, check_module, check_tensor, refusing, shown
+from cat_rs.arguments import check, check_memory, check_module, check_path, check_tensor, refusing, shown
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from cat_rs.ops.noising import noising
 from cat_rs.step.conditions import Cond, as_kwargs
@@ -130,6 +130,8 @@ class TeacherBank:
         if not isinstance(dtype, torch.dtype) or dtype not in STORAGE_DTYPES:
             got = shown(dtype).removeprefix("torch.")
             raise DtypeError(f"{op}: `dtype` must be bfloat16, float16 or float32, got {got}")
+        if path is not None:
+            check_path(op, "path", path)
         check_generator(op, generator, torch.device("cpu"))
         check(op, "predict", predict, "a function or None", lambda it: it is None or callable(it))
         schedule = NoiseSchedule(scheduler, prediction_type)
@@ -181,6 +183,7 @@ class TeacherBank:
                 noise from its seeds.
             OSError: The file cannot be read.
         """
+        check_path("TeacherBank.load", "path", path)
         tensors, metadata = _read(path)
         bank = cls(tensors, metadata)
         if not torch.allclose(bank._first_noise(), tensors["noise_check"], rtol=0, atol=0.05):

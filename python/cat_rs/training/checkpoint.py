@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def load_state(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(checkpoint, STATE_FILE)
     try:
+        if not file.is_file():
+            raise FileNotFoundError("there is no such file")
+        with zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        # torch.save does not compress: what does may take any amount of memory.
+        if size > file.stat().st_size:
+            raise ValueError(f"expected parts that torch.save wrote, got some that expand to {size} bytes")
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # A damaged file makes the unpickler fail in any way: KeyError, IndexError, RuntimeError ...
