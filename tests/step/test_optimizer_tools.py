@@ -284,6 +284,21 @@ def test_frozen_parameters_stay_and_go_on_when_thawed() -> None:
     both(act)
 
 
+def test_a_gradient_from_before_the_freezing_counts() -> None:
+    def act(kind: Optimizer) -> Any:
+        model = Net()
+        optimizer = kind(model.parameters(), **SETTINGS)
+        train(model, optimizer, 2)
+        model(torch.ones(1, 5)).square().sum().backward()
+        model.second.requires_grad_(False)
+        optimizer.step()
+        optimizer.zero_grad()
+        train(model, optimizer, 1)
+        return weights(model), optimizer.state_dict()["state"]
+
+    both(act)
+
+
 def test_a_frozen_parameter_does_not_move() -> None:
     model = Net()
     optimizer = FlatAdamW(model.parameters(), **SETTINGS)

@@ -16,9 +16,10 @@ __all__ = ["FlatBuffers", "Params"]
 
 Params = list[torch.nn.Parameter]
 
-# Hundreds of small tensors are asked in every step: through map, that takes half as long as in a loop.
-_GRAD, _VERSION, _REQUIRES_GRAD = map(operator.attrgetter, ("grad", "_version", "requires_grad"))
-_ADDRESS = operator.methodcaller("data_ptr")
+
+def _addresses(params: Params) -> list[int]:
+    # Hundreds of small tensors in every step: the method itself takes half the time of a methodcaller.
+    return list(map(torch.Tensor.data_ptr, params))
 
 
 def _views(flat: torch.Tensor, params: Params) -> list[torch.Tensor]:
@@ -80,7 +81,7 @@ class FlatBuffers:
         # Float32 parameters in the lower precision that layers compute in.
         self._copy = self.master.to(copy_dtype) if copy_dtype is not None and dtype == torch.float32 else None
         self.copies = [] if self._copy is None else _views(self._copy, params)
-        self.addresses = list(map(_ADDRESS, params))
+        self.addresses = _addresses(params)
         # Versions of the parameters and gradients when this class last wrote to them: whoever wrote since raised them.
         self.versions, self.copied_versions = ([param._version for param in params] for _ in range(2))
         self._zeroed_versions = self._seen_versions = [grad._version for grad in self.grads]
@@ -88,6 +89,9 @@ class FlatBuffers:
         self.active = [True] * len(params)
         # Gradients from before the optimizer count.
         self.attach_grads()
+
+    def _grad_versions(self) -> list[int]:
+        return [grad._version for grad in self.grads]
 
     @property
     def copied(self) -> bool:
@@ -117,23 +121,24 @@ class FlatBuffers:
         """Settles which parameters take part in the coming step, and splits spans of which only a part does.
 
         Args:
-            touched_only: Parameters that require a gradient take part only if they got one since the gradients were
-                zeroed, as torch.optim.AdamW steps where .grad is not None.
+            touched_only: Parameters take part that got a gradient since the gradients were zeroed, as
+                torch.optim.AdamW steps where .grad is not None; else those that require one.
 
         Returns:
             Whether spans were split.
         """
-        versions = list(map(_VERSION, self.grads))
-        touched = list(map(operator.ne, versions, self._zeroed_versions))
-        active = list(map(_REQUIRES_GRAD, self.params))
-        if not (all(touched) and all(active)):
+        versions = self._grad_versions()
+        active = touched = list(map(operator.ne, versions, self._zeroed_versions))
+        if not touched_only:
+            active = [param.requires_grad for param in self.params]
             for index, grad in enumerate(self.grads):
-                if touched_only and active[index]:
-                    # What was written through .data raised no version; a GPU would have to be waited for.
-                    active[index] = touched[index] or (not device_values.is_gpu(grad.device) and bool(grad.any()))
-                elif touched[index] and not active[index]:
+                if touched[index] and not active[index]:
                     grad.zero_()
                     versions[index] = grad._version
+        elif not all(touched):
+            # What was written through .data raised no version; a GPU would have to be waited for.
+            look = not device_values.is_gpu(self.grad.device)
+            active = [wrote or (look and bool(grad.any())) for wrote, grad in zip(touched, self.grads, strict=True)]
         self._seen_versions = versions
         if active == self.active:
             return False
@@ -209,7 +214,7 @@ class FlatBuffers:
         Raises:
             DeviceError, DtypeError: They were moved or converted.
         """
-        if list(map(_ADDRESS, self.params)) == self.addresses:
+        if _addresses(self.params) == self.addresses:
             return
         for index, (param, own) in enumerate(zip(self.params, self._weights, strict=True)):
             if param.data_ptr() == self.addresses[index]:
@@ -260,7 +265,7 @@ class FlatBuffers:
 
     def zero_grads(self) -> None:
         """Zeroes what is not zero, and attaches the gradients."""
-        versions = list(map(_VERSION, self.grads))
+        versions = self._grad_versions()
         if versions != self._zeroed_versions:
             self.grad.zero_()
             self._zeroed_versions = versions
@@ -269,7 +274,7 @@ class FlatBuffers:
 
     def _replaced_grads(self) -> list[tuple[int, tuple[torch.nn.Parameter, torch.Tensor]]]:
         """The parameters, with index and flat gradient, whose .grad is another tensor or None."""
-        if all(map(operator.is_, map(_GRAD, self.params), self.grads)):
+        if all(map(operator.is_, [param.grad for param in self.params], self.grads)):
             return []
         pairs = enumerate(zip(self.params, self.grads, strict=True))
         return [(index, (param, grad)) for index, (param, grad) in pairs if param.grad is not grad]
@@ -287,9 +292,9 @@ class FlatBuffers:
 
     def note_zeroed_grads(self) -> None:
         """Takes note that the gradients are zero now."""
-        self._zeroed_versions = list(map(_VERSION, self.grads))
+        self._zeroed_versions = self._grad_versions()
 
     def _note_versions(self) -> None:
         """Remembers the parameters' versions, where their values are kept in another precision too."""
         if self._copy is not None or self._low_precision is not None:
-            self.versions = list(map(_VERSION, self.params))
+            self.versions = [param._version for param in self.params]

@@ -72,10 +72,10 @@ class FlatAdamW(torch.optim.Optimizer):
     pickle of the optimizer give the copy buffers of its own.
 
     ``step()`` leaves the gradients zero. As in ``torch.optim.AdamW``, a parameter that got no gradient since the last
-    ``step()`` or ``zero_grad()``, or that no longer requires one, is left alone: neither decay nor moments nor its
-    step count change. With a ``process_group``, where a gradient may exist on other ranks, and in recorded steps, only
-    ``requires_grad`` decides. A step whose gradient norm is not finite changes nothing but the gradients, which become
-    zero, and raises ``skipped_steps`` by one. The state dict has the layout of ``torch.optim.AdamW``.
+    ``step()`` or ``zero_grad()`` is left alone: neither decay nor moments nor its step count change. With a
+    ``process_group``, where a gradient may exist on other ranks, and in recorded steps, ``requires_grad`` decides
+    instead. A step whose gradient norm is not finite changes nothing but the gradients, which become zero, and raises
+    ``skipped_steps`` by one. The state dict has the layout of ``torch.optim.AdamW``.
 
     With a ``process_group``, each of its ranks gets rank 0's parameters when they are added, and ``step()`` averages
     the gradients over the ranks before their norm is taken: one all_reduce for each flat buffer, that is for each
