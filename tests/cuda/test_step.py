@@ -136,7 +136,7 @@ def test_everything_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> 
     for module in ("adamw", "cat_loss", "noising"):
         monkeypatch.setattr(f"cat_rs.ops.{module}.stream_of", lambda tensor: 0)
     monkeypatch.setattr(torch.autograd, "backward", lambda student, grad: None)
-    monkeypatch.setattr("cat_rs.step.optimizer.from_dlpack", lambda view: view)
+    monkeypatch.setattr("cat_rs.step.flat_buffers.from_dlpack", lambda view: view)
     model = add_lora(tiny_unet())
     with FakeTensorMode(), torch.device("cuda"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
