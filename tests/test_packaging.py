@@ -55,3 +55,8 @@ def test_lock_for_another_pytorch_is_refused(torch_env: ModuleType) -> None:
 def test_unknown_pytorch_is_refused(torch_env: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"has PyTorch 3\.0.*2\.11, 2\.12, 2\.13, 2\.15"):
         torch_env.variables("3.0", "0.26")
+
+
+def test_tests_of_planted_faults_exist() -> None:
+    named = re.findall(r'"(tests/[^"]+)"', read("scripts/mutants.py"))
+    assert named and all((ROOT / name).exists() for name in named)
