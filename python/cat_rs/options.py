@@ -59,6 +59,9 @@ _OTHER_NAMES = {
     "checkpoints_total_limit": "keep_checkpoints",
     "resume_from_checkpoint": "resume",
     "validation_steps": "evaluate_every",
+    "validation_prompt": "sample_prompts",
+    "sample_every_n_steps": "sample_every",
+    "report_to": "log_with",
 }
 
 

@@ -28,6 +28,7 @@ EVALUATION_FOLDER = "evaluations"
 FRONT_FILE = f"{EVALUATION_FOLDER}/front.json"
 FRONT_FORMAT = "cat-rs front 1"
 BEST_FOLDER = "best"
+SAMPLE_FOLDER = "samples"
 LOCK_FILE = ".training.lock"
 
 RESULTS_FILE = "results.json"
@@ -42,7 +43,7 @@ class MetricsError(CatRsError, ValueError):
 
 
 def step_name(step: int) -> str:
-    """The name of what belongs to one step, without a suffix: in CHECKPOINT_FOLDER and in EVALUATION_FOLDER."""
+    """The name of what belongs to one step, without a suffix: in CHECKPOINT_FOLDER, EVALUATION_FOLDER and SAMPLE_FOLDER."""
     return f"step-{step:06d}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import tracking
 from safetensors.torch import load_file
 
 import cat_rs
@@ -42,6 +43,7 @@ BASIS: dict[str, Any] = {
     "device": "cpu",
 }
 EVALUATED = {"evaluate_every": 1, "evaluate_prompts": "<prompts>", "evaluate_encoder": "encoder"}
+SAMPLED = {"sample_every": 1, "sample_prompts": ("a sks cat",), "evaluate_inference_steps": 1}
 CONTINUED = {"output_dir": "<earlier>"}
 EARLIER = "output_dir: expected a folder without a run"
 COLOURS = ("red", "green", "blue")
@@ -114,6 +116,12 @@ OPTIONS: dict[str, Case] = {
     "evaluate_guidance": Case(1.5, {"evaluation.config": sampling(guidance_scale=1.5)}, EVALUATED),
     "evaluate_batch": Case(3, {"evaluation.config": sampling(batch_size=3)}, EVALUATED),
     "evaluate_keep": Case(0.0, {"best": 1}, EVALUATED),
+    "sample_every": Case(2, {"samples": {"step-000002": ["a sks cat"] * 2}}, SAMPLED),
+    "sample_prompts": Case(
+        ("<preserve>", "a sks cat"),
+        {"samples": {"step-000002": [text for text in ("a dog", "a red car", "a sks cat") for _seed in (0, 1)]}},
+        {**SAMPLED, "sample_every": 2},
+    ),
     "checkpoint_every": Case(1, {"checkpoints": ["step-000001", "step-000002"]}),
     "keep_checkpoints": Case(1, {"checkpoints": ["step-000002"]}, {"checkpoint_every": 1}),
     "resume": Case(True, {"row.step": [1, 2], "latents": [(2, 4, 8, 8)]}, CONTINUED),
@@ -124,6 +132,7 @@ OPTIONS: dict[str, Case] = {
         {"files": ["metrics.jsonl", "pytorch_lora_weights.safetensors", "train_config.yaml"]},
         {"tensorboard": True},
     ),
+    "log_with": Case(("wandb",), {"tracked": [1, 2, 2]}),
     "device": Case("meta", {"error": "device: expected a device of this machine, got 'meta'"}),
     "dtype": Case("bfloat16", {"dtypes": (torch.bfloat16, torch.bfloat16)}),
     "gradient_checkpointing": Case(True, {"gradient_checkpointing": True}),
@@ -138,6 +147,9 @@ LEARN_NOTHING = {
     "keep_checkpoints",
     "log_every",
     "tensorboard",
+    "log_with",
+    "sample_every",
+    "sample_prompts",
     "gradient_checkpointing",
 } | {option.name for option in dataclasses.fields(TrainConfig) if option.name.startswith("evaluate_")}
 
@@ -196,6 +208,8 @@ class Spy:
             patch.setattr(evaluation, "LiveEvaluation", _live_class(seen))
             patch.setattr(evaluation, "load_encoder", lambda path, device: path)
             patch.setattr(loop, "picture_of", lambda result: None)
+            patch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", _tracker_class(seen))
+            patch.setattr(tracking, "_available_trackers", ["tensorboard", "wandb"])
             _watch(patch, loop, "load_pipeline", lambda pipeline: seen.update(pipeline=type(pipeline).__name__))
             _watch(patch, TeacherBank, "build", lambda bank: seen.update(bank=(bank.pictures, bank.draws)))
             _watch(patch, TrainingLog, "flush", lambda _: seen.update(flushed=seen["flushed"] + 1))
@@ -270,6 +284,28 @@ def _live_class(seen: Seen) -> type:
     return FakeLive
 
 
+def _tracker_class(seen: Seen) -> type:
+    class FakeTracker(tracking.GeneralTracker):
+        name, requires_logging_directory, main_process_only, tracker = "wandb", False, False, None
+
+        def __init__(self, project: str, **settings: Any) -> None:
+            super().__init__()
+            assert (project, settings["name"]) == ("cat-rs", Path(settings["dir"]).name)
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            assert all(value is None or isinstance(value, str | int | float) for value in values.values()), values
+            assert values["target_modules"] == "to_q to_k to_v to_out.0"
+
+        def log(self, values: dict[str, float], step: int | None = None, **_more: Any) -> None:
+            assert "train/loss" in values
+            seen.setdefault("tracked", []).append(step)
+
+        def finish(self) -> None:
+            seen["tracked"].append(seen["tracked"][-1])
+
+    return FakeTracker
+
+
 def _written(result: Any) -> Seen:
     """What a training left on the disk."""
     folder = result.output_dir
@@ -283,6 +319,10 @@ def _written(result: Any) -> Seen:
     seen["adapter"] = hashlib.sha256(b"".join(content)).hexdigest()
     seen["folder"], seen["files"] = folder.name, sorted(path.name for path in folder.iterdir())
     seen["checkpoints"] = sorted(path.name for path in folder.glob("checkpoints/*"))
+    seen["samples"] = {
+        part.name: [json.loads(line)["text"] for line in (part / "metadata.jsonl").read_text().splitlines()]
+        for part in sorted(folder.glob("samples/*"))
+    }
     (alphas,) = lora.alphas.values()
     (seen["file.alpha"],) = set(alphas.values())
     seen["file.layers"] = {name.removesuffix(".0").rpartition(".")[2] for name in alphas}
@@ -296,11 +336,13 @@ def _written(result: Any) -> Seen:
 def run(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Seen]:
     """Trains with these options beside those of all runs."""
 
+    def named(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(named, value))
+        return places.get(value, value) if isinstance(value, str) else value
+
     def configured(options: dict[str, Any]) -> TrainConfig:
-        named = {
-            name: places.get(value, value) if isinstance(value, str) else value for name, value in options.items()
-        }
-        return TrainConfig(**named)
+        return TrainConfig(**{name: named(value) for name, value in options.items()})
 
     def train(options: dict[str, Any]) -> Seen:
         options = BASIS | options

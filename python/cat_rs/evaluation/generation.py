@@ -150,6 +150,20 @@ def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: Ev
     return PictureBatch(tuple(output.images), last["latents"].detach().to("cpu", torch.float32))
 
 
+@contextmanager
+def undisturbed(pipeline: Any) -> Iterator[None]:
+    """Draw pictures inside a training: torch's random state and the denoiser's mode are as before afterwards."""
+    unet = pipeline.unet
+    training = [module for module in unet.modules() if module.training]
+    with torch.random.fork_rng([unet.device] if unet.device.type == "cuda" else []):
+        unet.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
 def joined(prompts: Sequence[str], seeds: Sequence[int], batches: Sequence[PictureBatch]) -> PictureGrid:
     """Return the pictures of all batches of `request_batches`, in their order."""
     images = tuple(image for batch in batches for image in batch.images)

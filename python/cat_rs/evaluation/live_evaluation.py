@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.encoder import EncoderSource
-from cat_rs.evaluation.generation import generate_batch
+from cat_rs.evaluation.generation import generate_batch, undisturbed
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
 from cat_rs.evaluation.measures import BASE
 from cat_rs.evaluation.pictures import Pictures, PictureSource
@@ -55,7 +51,7 @@ class LiveEvaluation:
         """Return the scores of the adapter, called `name` in the result."""
         from cat_rs.peft import adapter_disabled
 
-        with self._undisturbed():
+        with undisturbed(self._pipeline):
             if not self._base:
                 with adapter_disabled(self._pipeline.unet):
                     self._base = self._embedded(BASE)
@@ -70,16 +66,3 @@ class LiveEvaluation:
             EmbeddedBatch(batch, made, self._task.evaluator.embed_images(Pictures(made.images, batch.labels())))
             for batch, made in zip(batches, pictures, strict=True)
         ]
-
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        unet = self._pipeline.unet
-        training = [module for module in unet.modules() if module.training]
-        devices = [unet.device] if unet.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            unet.eval()
-            try:
-                yield
-            finally:
-                for module in training:
-                    module.training = True

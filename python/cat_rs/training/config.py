@@ -24,7 +24,7 @@ _MACHINE = "machine"
 # Settings that may change when a training is resumed: they do not change what was learned before.
 _FREE_ON_RESUME = frozenset(
     {"data", "output_dir", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard"}
-    | {"resume", "overwrite", "capture"}
+    | {"resume", "overwrite", "capture", "log_with", "sample_every", "sample_prompts"}
     | {"evaluate_every", "evaluate_prompts", "evaluate_concept", "evaluate_encoder", "evaluate_seeds"}
     | {"evaluate_inference_steps", "evaluate_guidance", "evaluate_batch", "evaluate_keep"}
 )
@@ -154,12 +154,25 @@ class TrainConfig:
         "from the base model's to the run's highest",
     )
 
+    sample_every: int = option(
+        0,
+        group=_EVALUATION,
+        help="steps between pictures of --sample-prompts, drawn into the folder samples with the seeds, denoising steps "
+        "and guidance of evaluations, and shown by the trackers; 0 is never",
+    )
+    sample_prompts: tuple[str, ...] = option(
+        (), group=_EVALUATION, help="prompts, or files of them, one a line", metavar="FILE_OR_TEXT"
+    )
+
     checkpoint_every: int = option(100, group=_OUTPUT, help="steps between checkpoints; 0 writes none on the way")
     keep_checkpoints: int = option(2, group=_OUTPUT, help="how many of the latest checkpoints stay")
     resume: bool = option(False, group=_OUTPUT, help="continue from the latest checkpoint in the output folder")
     overwrite: bool = option(False, group=_OUTPUT, help="delete the run that is in the output folder")
     log_every: int = option(1, group=_OUTPUT, help="steps between updates of the progress bar and metrics.jsonl")
     tensorboard: bool = option(True, group=_OUTPUT, help="write a TensorBoard log")
+    log_with: tuple[str, ...] = option(
+        (), group=_OUTPUT, help="trackers of accelerate that get the log too, such as wandb", metavar="NAME"
+    )
 
     device: str = option("auto", group=_MACHINE, help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
@@ -177,6 +190,7 @@ class TrainConfig:
             check_range(name, getattr(self, name), 0)
         for name in ("cat_factor_end", "noise_offset", "teacher_draws", "evaluate_every", "evaluate_guidance"):
             check_range(name, getattr(self, name), 0)
+        check_range("sample_every", self.sample_every, 0)
         for name in ("lr", "eps", "snr_gamma", "cat_ratio", "lora_alpha", "resolution"):
             check_range(name, getattr(self, name), 0, exclusive=True)
         for name in ("beta1", "beta2", "lora_dropout"):
@@ -206,6 +220,8 @@ class TrainConfig:
             raise ConfigError(f"evaluate_keep: expected a number in [0, 1], got {self.evaluate_keep}")
         if self.evaluate_every and self.evaluate_prompts is None:
             raise ConfigError("evaluate_prompts: expected a file of prompts with evaluate_every, got none")
+        if self.sample_every and not self.sample_prompts:
+            raise ConfigError("sample_prompts: expected a prompt or a file of them with sample_every, got none")
         if self.capture and self.gradient_checkpointing:
             # Recomputing saves and restores the state of the random numbers, which waits for the GPU.
             raise ConfigError("capture, gradient_checkpointing: expected one of them, got both")

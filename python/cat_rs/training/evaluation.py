@@ -29,17 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cat_rs.adapter_file.paths import DIFFUSERS_FILE
 from cat_rs.atomic import write_bytes
-from cat_rs.evaluation import EvaluationConfig, EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
+from cat_rs.evaluation import EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
 from cat_rs.evaluation.measures import Interval, labelled_values
 from cat_rs.options import ConfigError
 from cat_rs.run_folder import BEST_FOLDER, EVALUATION_FOLDER, FRONT_FILE, FRONT_FORMAT, step_name, step_paths
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
+from cat_rs.training.samples import evaluation_config, restore_dtype
 
 # What may differ between the evaluations of one front.
 _INDIFFERENT = ("adapters", "versions")
@@ -99,24 +99,14 @@ class CheckpointEvaluations:
         config = self._config
         if self._prompts is None:
             return
-        dtype = getattr(torch, config.dtype)
-        if pipeline.vae.dtype != dtype:
-            # Encoding the pictures took it to float32.
-            pipeline.vae.to(dtype)
+        restore_dtype(pipeline, config)
         self._save_adapter = save_adapter
         self._live = LiveEvaluation(
             pipeline,
             self._prompts,
             load_encoder(config.evaluate_encoder, device=pipeline.unet.device),
             concept_images=config.data,
-            config=EvaluationConfig(
-                num_inference_steps=config.evaluate_inference_steps,
-                guidance_scale=config.evaluate_guidance,
-                seeds=config.evaluate_seeds,
-                height=config.resolution,
-                width=config.resolution,
-                batch_size=config.evaluate_batch,
-            ),
+            config=evaluation_config(config),
         )
         for result in self._results().values():
             self._check_settings(result)
@@ -240,7 +230,7 @@ def figures_of(result: EvaluationResult) -> dict[str, float]:
 
 
 def picture_of(result: EvaluationResult) -> NDArray[np.uint8]:
-    """Return the first prompts' pictures for the first seed, with the trigger above, without it below: [H, W, 3]."""
+    """Return the first prompts' pictures for the first seed, with the trigger above, without it below: [1, H, W, 3]."""
     if result.pictures is None:
         raise ValueError("a result with pictures is needed")
     (model,) = result.pictures.adapters.values()
@@ -248,7 +238,7 @@ def picture_of(result: EvaluationResult) -> NDArray[np.uint8]:
     for grid in (model.trigger, model.no_trigger):
         shown = [grid.picture(index % len(grid.prompts), 0) for index in range(_SHOWN_PROMPTS)]
         rows.append(np.concatenate([np.asarray(picture.convert("RGB")) for picture in shown], axis=1))
-    return np.concatenate(rows, axis=0)
+    return np.concatenate(rows, axis=0)[None]
 
 
 def _read_prompts(config: TrainConfig) -> EvaluationPrompts:

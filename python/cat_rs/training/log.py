@@ -1,4 +1,4 @@
-"""The log of a training: metrics.jsonl, TensorBoard and the progress bar."""
+"""The log of a training: metrics.jsonl, trackers such as TensorBoard, and the progress bar."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cat_rs.atomic import write_bytes
 from cat_rs.processes import Processes
-from cat_rs.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, MetricsError, metrics_rows
+from cat_rs.run_folder import METRICS_FILE, MetricsError, metrics_rows
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError, TrainingError
+from cat_rs.training.trackers import open_trackers
 
 FIGURES = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
 
@@ -43,12 +46,13 @@ class TrainingLog:
     ) -> None:
         self._processes = processes
         self._bar = bar
-        self._file = self._board = None
+        self._file = None
+        self._trackers: list[Any] = []
         if processes.is_main:
+            self._trackers = open_trackers(config, after_step)
             path = Path(config.output_dir, METRICS_FILE)
             # A line is written at once: a reader never sees half of one.
             self._file = path.open("a", encoding="utf-8", buffering=1)
-            self._board = _open_tensorboard(config, after_step) if config.tensorboard else None
         self._began = time.monotonic() - seconds_before
         self._waiting: list[tuple[int, float, float, torch.Tensor]] = []
         self.skipped = 0
@@ -71,12 +75,16 @@ class TrainingLog:
         """Note the figures of a finished step, which stay on their device."""
         self._waiting.append((step, lr, self.seconds, figures))
 
-    def add_evaluation(self, step: int, figures: dict[str, float], picture: Any) -> None:
-        """Add scores and pictures [H, W, 3] of a step to TensorBoard; the evaluation has its own files beside it."""
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"evaluation/{name}", value, step)
-            self._board.add_image("evaluation/pictures", picture, step, dataformats="HWC")
+    def add_evaluation(self, step: int, figures: dict[str, float]) -> None:
+        """Give the scores of a step to the trackers; the evaluation has its own files beside it."""
+        for tracker in self._trackers:
+            tracker.log({f"evaluation/{name}": value for name, value in figures.items()}, step=step)
+
+    def add_pictures(self, name: str, step: int, pictures: NDArray[np.uint8]) -> None:
+        """Give pictures [N, H, W, 3] of a step to the trackers that take pictures."""
+        for tracker in self._trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({name: pictures}, step=step)
 
     def flush(self) -> None:
         """Write the noted steps; every rank calls it after the same steps.
@@ -96,17 +104,17 @@ class TrainingLog:
     def close(self) -> None:
         """Write what is buffered, and end the bar."""
         self._bar.close()
-        for open_log in (self._file, self._board):
-            if open_log is not None:
-                open_log.close()
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
         if self._file is not None:
             line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in figures.items()}
             self._file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(f"train/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.log({f"train/{name}": value for name, value in figures.items()}, step=step)
         if not math.isfinite(figures["loss"]):
             raise TrainingError(
                 f"the loss of step {step} is not finite: expected a number, got {figures['loss']} (diffusion "
@@ -130,10 +138,3 @@ def drop_lines_after(folder: Path, step: int) -> None:
     except MetricsError as error:
         raise CheckpointError(f"cannot continue the log: {error}; mend or remove the line") from error
     write_bytes(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def _open_tensorboard(config: TrainConfig, after_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    folder = Path(config.output_dir, TENSORBOARD_FOLDER)
-    return SummaryWriter(str(folder), purge_step=after_step + 1 if after_step else None)

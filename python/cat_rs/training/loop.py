@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cat_rs.options import ConfigError
@@ -25,6 +26,8 @@ from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import TrainingLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
 from cat_rs.training.output_folder import OutputFolder
+from cat_rs.training.samples import Samples
+from cat_rs.training.trackers import check_trackers
 from cat_rs.training.trainer import Trainer
 
 
@@ -62,8 +65,8 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     Rank 0 writes, evaluates and reports; the log holds means over the ranks. A signal to one rank, or a checkpoint
     that cannot be written, ends all after the same step.
 
-    With `config.evaluate_every` the adapter is scored on the way, see `cat_rs.training.evaluation`. That changes
-    nothing in what is learned.
+    With `config.evaluate_every` the adapter is scored on the way, see `cat_rs.training.evaluation`; with
+    `config.sample_every` it draws pictures. That changes nothing in what is learned.
 
     Args:
         config: The settings.
@@ -93,11 +96,12 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     output = OutputFolder(config)
     # On rank 0 alone: it may already write when another rank looks.
     processes.on_main(output.check)
+    check_trackers(config)
     examples = read_folder(config.data, caption=fill_template(config))
     captions = pair_captions([example.caption for example in examples], config)
     report(f"{len(examples)} pictures; {captions.summary()}")
     data = fingerprint(examples, captions.preserved)
-    evaluations = CheckpointEvaluations(config)
+    evaluations, samples = CheckpointEvaluations(config), Samples(config)
     state = processes.on_main(lambda: output.resume_state(data, processes.world_size))
     if state is not None:
         report(f"continuing from {output.checkpoints.latest()}")
@@ -117,7 +121,8 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
             # The adapter is drawn; what dropout draws from here on differs between the ranks.
             torch.manual_seed(config.seed + processes.rank)
         processes.on_main(functools.partial(evaluations.open, pipeline, trainer.save_adapter))
-        # Without evaluations, the VAE and the text encoders have done their work.
+        processes.on_main(functools.partial(samples.open, pipeline))
+        # Without evaluations and samples, the VAE and the text encoders have done their work.
         del pipeline
         if state is not None:
             trainer.load_state_dict(state["run"])
@@ -132,13 +137,22 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
             """Score the adapter as it is now, and log it."""
             with log.paused():
                 result, line = evaluations.evaluate(trainer.steps_done)
-            log.add_evaluation(trainer.steps_done, figures_of(result), picture_of(result))
+            log.add_evaluation(trainer.steps_done, figures_of(result))
+            log.add_pictures("evaluation/pictures", trainer.steps_done, picture_of(result))
             with steps_bar.external_write_mode():
                 report(line)
+
+        def sample() -> None:
+            """Draw the sample prompts with the adapter as it is now, and log the pictures."""
+            with log.paused():
+                grid = samples.draw(trainer.steps_done)
+            log.add_pictures("samples", trainer.steps_done, np.stack([np.asarray(image) for image in grid.images]))
 
         with closing(log):
             if state is not None and processes.on_main(lambda: evaluations.resume(trainer.steps_done)):
                 processes.on_main(evaluate)
+            if state is not None and processes.on_main(lambda: samples.resume(trainer.steps_done)):
+                processes.on_main(sample)
             with InterruptGuard(second_acts=processes.world_size == 1) as guard:
                 while trainer.steps_done < config.steps:
                     lr = trainer.lr
@@ -149,7 +163,8 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
                     signal_number = processes.all_reduce_max(guard.received or 0, device)
                     checkpoint_is_due = config.checkpoint_every > 0 and (last or step % config.checkpoint_every == 0)
                     save = signal_number > 0 or checkpoint_is_due
-                    if save or last or step % config.log_every == 0:
+                    evaluation_is_due, samples_are_due = evaluations.is_due(step), samples.is_due(step)
+                    if save or last or evaluation_is_due or samples_are_due or step % config.log_every == 0:
                         _flush(log, output)
                     if save:
                         _, *others = processes.all_gather_object(trainer.rng_state_dict())
@@ -157,8 +172,10 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
                         checkpoint = processes.on_main(save_checkpoint)
                         if signal_number > 0 and not last:
                             raise TrainingInterrupted(step, checkpoint, signal_number)
-                    if evaluations.is_due(step):
+                    if evaluation_is_due:
                         processes.on_main(evaluate)
+                    if samples_are_due:
+                        processes.on_main(sample)
         adapter = processes.on_main(lambda: output.finish(trainer))
         return TrainResult(
             output_dir=output.path,

@@ -28,6 +28,7 @@ _CONTENT = (
     run_folder.BANK_FILE,
     run_folder.EVALUATION_FOLDER,
     run_folder.BEST_FOLDER,
+    run_folder.SAMPLE_FOLDER,
 )
 
 
