@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationPrompts, EvaluationResult, Interval, evaluate
+from cat_rs.evaluation import (
+    ClipEncoder,
+    EvaluationConfig,
+    EvaluationFileError,
+    EvaluationPrompts,
+    EvaluationResult,
+    Interval,
+    evaluate,
+)
 from cat_rs.options import ConfigError
 from cat_rs.training import CheckpointError, TrainConfig, TrainingInterrupted, train
 from cat_rs.training.evaluation import CheckpointEvaluations, choose_best, on_front
@@ -349,6 +357,17 @@ def test_a_new_run_in_the_folder_starts_over(configure: Callable[..., TrainConfi
         quiet(config)
     quiet(replace(config, overwrite=True, steps=2))
     assert [row["step"] for row in front_of(Path(config.output_dir))["checkpoints"]] == [2]
+
+
+def test_an_encoder_that_cannot_be_loaded_costs_no_earlier_run(
+    configure: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    config = configure(steps=1, evaluate_every=0)
+    quiet(config)
+    absent = str(tmp_path / "absent")
+    with pytest.raises(EvaluationFileError, match="encoder: expected a CLIP.*no such folder"):
+        quiet(replace(config, evaluate_every=1, evaluate_encoder=absent, overwrite=True))
+    assert adapter(Path(config.output_dir))
 
 
 def test_a_full_disk_is_an_error_that_names_the_step(

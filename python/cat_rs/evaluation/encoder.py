@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from PIL import Image
 
+from cat_rs import hub
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.evaluation.fingerprint import canonical_json, fingerprint, installed_versions
 
@@ -180,15 +181,17 @@ def load_encoder(
     """
     import transformers
 
+    refusal = hub.refusal(path)
+    from_cache = {"local_files_only": refusal is not None}
     try:
-        kind = transformers.AutoConfig.from_pretrained(path).model_type
+        kind = transformers.AutoConfig.from_pretrained(path, **from_cache).model_type
         if kind in _MODELS:
             encoder_class, model_class, processor_class = _MODELS[kind]
-            model = getattr(transformers, model_class).from_pretrained(path).float()
-            processor = getattr(transformers, processor_class).from_pretrained(path)
+            model = getattr(transformers, model_class).from_pretrained(path, **from_cache).float()
+            processor = getattr(transformers, processor_class).from_pretrained(path, **from_cache)
     except (OSError, ValueError) as error:
         raise EvaluationFileError(
-            f"encoder: expected a CLIP, SigLIP or DINOv2 model with its processor in {path}: {error}"
+            f"encoder: expected a CLIP, SigLIP or DINOv2 model with its processor in {path}: {refusal or error}"
         ) from error
     if kind not in _MODELS:
         raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind} in {path}")

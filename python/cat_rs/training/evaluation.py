@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cat_rs.adapter_file.paths import DIFFUSERS_FILE
@@ -86,8 +87,17 @@ class CheckpointEvaluations:
         self._folder = self._output / EVALUATION_FOLDER
         self._prompts = _read_prompts(config) if config.evaluate_every else None
 
+    def load_encoder(self, device: torch.device) -> None:
+        """Load the encoder, before anything is overwritten.
+
+        Raises:
+            EvaluationInputError, EvaluationFileError: It cannot be used.
+        """
+        if self._prompts is not None:
+            self._encoder = load_encoder(self._config.evaluate_encoder, device=device)
+
     def open(self, pipeline: Any, save_adapter: Callable[[Path], object]) -> None:
-        """Load the encoder and look at the evaluations that are there.
+        """Look at the evaluations that are there; the encoder is loaded.
 
         Args:
             pipeline: The pipeline with the adapter in its U-Net.
@@ -104,7 +114,7 @@ class CheckpointEvaluations:
         self._live = LiveEvaluation(
             pipeline,
             self._prompts,
-            load_encoder(config.evaluate_encoder, device=pipeline.unet.device),
+            self._encoder,
             concept_images=config.data,
             config=evaluation_config(config),
         )

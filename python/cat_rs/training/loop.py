@@ -103,6 +103,7 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     data = fingerprint(examples, captions.preserved)
     evaluations, samples = CheckpointEvaluations(config), Samples(config)
     state = processes.on_main(lambda: output.resume_state(data, processes.world_size))
+    processes.on_main(functools.partial(evaluations.load_encoder, device))
     if state is not None:
         report(f"continuing from {output.checkpoints.latest()}")
 

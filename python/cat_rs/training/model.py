@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cat_rs import hub
 from cat_rs.options import ConfigError
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import TrainingError
@@ -42,13 +43,16 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     """
     from diffusers import DiffusionPipeline
 
+    refusal = hub.refusal(model)
+    from_cache = {"local_files_only": refusal is not None}
     try:
-        parts = DiffusionPipeline.load_config(model)
+        parts = DiffusionPipeline.load_config(model, **from_cache)
         unused = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
-        pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, **unused)
+        pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, **from_cache, **unused)
     except Exception as error:
         # Each loader below diffusers has errors of its own kind: OSError, ValueError, SafetensorError, KeyError ...
-        raise TrainingError(f"model: expected a diffusers model, cannot load {model}: {_first_line(error)}") from error
+        reason = refusal or hub.first_line(error)
+        raise TrainingError(f"model: expected a diffusers model, cannot load {model}: {reason}") from error
     name = type(pipeline).__name__
     if name not in _SUPPORTED:
         raise TrainingError(f"model: expected {' or '.join(_SUPPORTED)}, got {name} from {model}")
@@ -111,7 +115,7 @@ def add_adapter(unet: torch.nn.Module, config: TrainConfig) -> None:
     except ValueError as error:
         raise TrainingError(
             f"target_modules: expected names of layers that can have a LoRA, got {list(config.target_modules)}: "
-            f"{_first_line(error)}"
+            f"{hub.first_line(error)}"
         ) from error
     cast_training_params(unet, dtype=torch.float32)
     unet.train()
@@ -126,7 +130,3 @@ def stack(conditionings: Sequence[Conditioning]) -> Conditioning:
         else torch.stack([each[name] for each in conditionings])
         for name in first
     }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
