@@ -52,5 +52,5 @@ def test_a_folder_is_not_looked_for_on_the_hub(asked: list[Any], tmp_path: Path)
 
 
 def test_a_name_that_the_hub_cannot_have_is_refused_without_a_request() -> None:
-    with pytest.raises(TrainingError, match="cannot load a/b/c: no such folder, and the hub does not give it: Repo id"):
+    with pytest.raises(TrainingError, match="a/b/c: no such folder, and the hub does not give it: Repo id"):
         load_pipeline("a/b/c", torch.float32, torch.device("cpu"))

@@ -43,7 +43,7 @@ class MetricsError(CatRsError, ValueError):
 
 
 def step_name(step: int) -> str:
-    """The name of what belongs to one step, without a suffix: in CHECKPOINT_FOLDER, EVALUATION_FOLDER and SAMPLE_FOLDER."""
+    """The name of what belongs to one step: a checkpoint, an evaluation, sample pictures; without a suffix."""
     return f"step-{step:06d}"
 
 

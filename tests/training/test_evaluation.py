@@ -365,7 +365,7 @@ def test_an_encoder_that_cannot_be_loaded_costs_no_earlier_run(
     config = configure(steps=1, evaluate_every=0)
     quiet(config)
     absent = str(tmp_path / "absent")
-    with pytest.raises(EvaluationFileError, match="encoder: expected a CLIP.*no such folder"):
+    with pytest.raises(EvaluationFileError, match=r"encoder: expected a CLIP.*no such folder"):
         quiet(replace(config, evaluate_every=1, evaluate_encoder=absent, overwrite=True))
     assert adapter(Path(config.output_dir))
 

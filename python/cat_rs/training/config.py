@@ -157,8 +157,8 @@ class TrainConfig:
     sample_every: int = option(
         0,
         group=_EVALUATION,
-        help="steps between pictures of --sample-prompts, drawn into the folder samples with the seeds, denoising steps "
-        "and guidance of evaluations, and shown by the trackers; 0 is never",
+        help="steps between pictures of --sample-prompts in the folder samples and the trackers, drawn as evaluations "
+        "are; 0 is never",
     )
     sample_prompts: tuple[str, ...] = option(
         (), group=_EVALUATION, help="prompts, or files of them, one a line", metavar="FILE_OR_TEXT"

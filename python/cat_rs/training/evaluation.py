@@ -240,7 +240,7 @@ def figures_of(result: EvaluationResult) -> dict[str, float]:
 
 
 def picture_of(result: EvaluationResult) -> NDArray[np.uint8]:
-    """Return the first prompts' pictures for the first seed, with the trigger above, without it below: [1, H, W, 3]."""
+    """Return the first prompts' pictures of one seed, with the trigger above, without it below: [1, H, W, 3]."""
     if result.pictures is None:
         raise ValueError("a result with pictures is needed")
     (model,) = result.pictures.adapters.values()
