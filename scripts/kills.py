@@ -64,10 +64,7 @@ class Task:
 
     def go_on(self, folder: Path) -> None:
         """Start the killed run again, and let it finish."""
-        if self.name == "train":
-            self.finish(folder, "--resume" if self.parts(folder) else "--overwrite")
-        else:
-            self.finish(folder)
+        self.finish(folder, "--resume" if self.name == "train" and self.parts(folder) else "--overwrite")
 
     def outcome(self, folder: Path) -> tuple[bytes, ...]:
         """The bytes of the results."""

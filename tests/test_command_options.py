@@ -36,6 +36,7 @@ GENERATE: dict[str, Case] = {
     "prompt": Case(("a dog", "a cat"), {"prompts": ("a dog", "a cat")}),
     "adapter": Case("adapter", {"adapter": "adapter"}),
     "output_dir": Case("elsewhere", {"folder": "elsewhere"}),
+    "overwrite": Case(True, {"folder": "<earlier>"}, {"output_dir": "<earlier>"}),
 }
 
 EVALUATE: dict[str, Case] = {
@@ -54,6 +55,7 @@ EVALUATE: dict[str, Case] = {
         },
     ),
     "cache": Case("kept", {"cache": "kept"}),
+    "overwrite": Case(True, {"results": "<earlier>/results.json"}, {"output_dir": "<earlier>"}),
     "prompts": Case("<more>", {"prompts.trigger": ("a sks cat outdoors",)}),
     "trigger": Case(("a",), {"prompts.trigger_words": ("a",)}),
     "class_word": Case("dog", {"prompts.class_word": "dog"}, {"prompts": "<plain>"}),
@@ -80,6 +82,7 @@ DEMO: dict[str, Case] = {
 CONVERT: dict[str, Case] = {
     "input": Case("<other>", {"read": "<other>"}),
     "output": Case("elsewhere", {"written": "elsewhere"}),
+    "overwrite": Case(True, {"written": "<earlier>"}, {"output": "<earlier>"}),
     "to": Case("kohya", {"format": "kohya"}),
     "family": Case("sdxl", {"family": "sdxl"}),
     "dtype": Case("bfloat16", {"dtype": torch.bfloat16}),
@@ -89,6 +92,7 @@ CONVERT: dict[str, Case] = {
 REPORT: dict[str, Case] = {
     "runs": Case(("a", "b"), {"runs": ("a", "b")}),
     "output": Case("elsewhere", {"output": "elsewhere"}),
+    "overwrite": Case(True, {"output": "<earlier>"}, {"output": "<earlier>"}),
     "title": Case("Cats", {"title": "Cats"}),
 }
 
@@ -140,9 +144,12 @@ def places(tmp_path: Path) -> dict[str, str]:
             for name in names
         ]
         (tmp_path / folder / "prompts.json").write_text(json.dumps({"trigger_word": "sks", "concepts": concepts}))
+    (tmp_path / "earlier").mkdir()
+    for file in ("metadata.jsonl", "results.json", "pytorch_lora_weights.safetensors", "report.html"):
+        (tmp_path / "earlier" / file).touch()
     places = {
         f"<{name}>": str(tmp_path / name)
-        for name in ("prompts", "plain", "more", "output", "elsewhere", "emoji", "other")
+        for name in ("earlier", "prompts", "plain", "more", "output", "elsewhere", "emoji", "other")
     }
     return places | {"<concepts>": str(tmp_path / "concepts.json"), "<lora>": str(tmp_path / "lora")}
 
@@ -203,6 +210,7 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         "training.train": train,
         "evaluation.generate_pictures": generate_pictures,
         "evaluation.save_pictures": lambda grid, folder: note(folder=folder) or [],
+        "evaluation.generation.adapter_files": lambda path: {},
         "evaluation.evaluate": score,
         "evaluation.load_encoder": load_encoder,
         "evaluation.ClipEncoder.from_pretrained": load_encoder,
@@ -244,6 +252,16 @@ def run(command: Any, seen: Seen, options: dict[str, Any], places: dict[str, str
         seen["results"] = str(results)
         seen.update({f"results.{name}": value for name, value in json.loads(results.read_text())["training"].items()})
     return dict(seen)
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "convert", "report"])
+def test_earlier_files_are_found_before_anything_is_loaded(command: str, seen: Seen, places: dict[str, str]) -> None:
+    module, table, basis = BASES[command]
+    after = run(module, seen, basis | table["overwrite"].given, places)
+    assert after.keys() == {"error"}
+    assert after["error"].startswith(
+        f"{'output_dir' if 'output_dir' in table else 'output'}: expected a new place, got"
+    )
 
 
 @pytest.mark.parametrize("command", BASES)

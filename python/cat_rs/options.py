@@ -10,7 +10,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from cat_rs.text_files import read_text
 __all__ = [
     "ConfigError",
     "add_options",
+    "check_absent",
     "check_range",
     "from_mapping",
     "given_options",
@@ -188,6 +189,14 @@ def check_range(name: str, value: float | None, minimum: float, *, exclusive: bo
         return
     if not (minimum < value if exclusive else minimum <= value) or value == float("inf"):
         raise ConfigError(f"{name}: expected a number {'>' if exclusive else '>='} {minimum}, got {value}")
+
+
+def check_absent(name: str, files: Iterable[Path], *, overwrite: bool) -> None:
+    """Raise ConfigError if a file that a command will write is there already, unless it may be overwritten."""
+    there = [str(file) for file in files if file.exists()]
+    if there and not overwrite:
+        more = f" and {len(there) - 1} more files" if len(there) > 1 else ""
+        raise ConfigError(f"{name}: expected a new place, got {there[0]}{more}; give --overwrite or another place")
 
 
 def _own_fields_first(settings: type) -> list[dataclasses.Field[Any]]:

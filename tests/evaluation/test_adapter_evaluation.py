@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from cat_rs.evaluation import (
     EvaluationConfig,
@@ -169,6 +171,12 @@ def test_missing_result_is_named(tmp_path: Path) -> None:
         ({}, EvaluationInputError, "adapters: expected at least one"),
         ({"base": None}, EvaluationInputError, "expected a name other than 'base'"),
         ({"mine": "absent.safetensors"}, EvaluationFileError, r"absent\.safetensors cannot be loaded"),
+        # The first of two would have cost its pictures.
+        (
+            {"mine": None, "other": "<sdxl>"},
+            EvaluationInputError,
+            r"expected a LoRA for \w*Pipeline, got one for sdxl: ",
+        ),
     ],
 )
 def test_unusable_adapters_are_refused_before_generating(
@@ -179,7 +187,13 @@ def test_unusable_adapters_are_refused_before_generating(
     adapters: dict[str, str | None],
     error: type[Exception],
     text: str,
+    tmp_path: Path,
 ) -> None:
+    if "<sdxl>" in adapters.values():
+        module = "unet.down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k"
+        weights = {f"{module}.lora_A.weight": torch.zeros(2, 2048), f"{module}.lora_B.weight": torch.zeros(1280, 2)}
+        save_file(weights, tmp_path / "sdxl.safetensors")
+        adapters = {**adapters, "other": str(tmp_path / "sdxl.safetensors")}
     counting = CountingPipeline(pipeline)
     with pytest.raises(error, match=text):
         evaluate(counting, adapters, prompts, tiny_clip_dir, concept_images=concept_images, progress=False)

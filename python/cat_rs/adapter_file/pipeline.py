@@ -25,12 +25,11 @@ def adapter_names(pipeline: Any) -> list[str]:
     return sorted({name for names in pipeline.get_list_adapters().values() for name in names})
 
 
-@contextmanager
-def adapter_in(pipeline: Any, lora: LoraFile) -> Iterator[None]:
-    """Give a pipeline without adapters one, for the length of a block; then it is as it was.
+def check_fits(pipeline: Any, lora: LoraFile) -> dict[str, torch.nn.Module]:
+    """The models of a pipeline that get a part of the adapter, by component.
 
     Raises:
-        AdapterError: The adapter does not fit the pipeline's models.
+        AdapterError: The adapter does not fit them.
     """
     models = pipeline_models(pipeline)
     absent = [component for component in lora.state if component not in models]
@@ -40,7 +39,22 @@ def adapter_in(pipeline: Any, lora: LoraFile) -> Iterator[None]:
             f"{', '.join(absent)}"
         )
     models = {component: models[component] for component in lora.state}
-    check_fit(lora, models)
+    try:
+        check_fit(lora, models)
+    except AdapterError as error:
+        family = f", got one for {lora.family}" if lora.family else ""
+        raise AdapterError(f"expected a LoRA for {type(pipeline).__name__}{family}: {error}") from error
+    return models
+
+
+@contextmanager
+def adapter_in(pipeline: Any, lora: LoraFile) -> Iterator[None]:
+    """Give a pipeline without adapters one, for the length of a block; then it is as it was.
+
+    Raises:
+        AdapterError: The adapter does not fit the pipeline's models.
+    """
+    models = check_fits(pipeline, lora)
     trained = {id(model): _trained(model) for model in models.values()}
     try:
         # PEFT draws initial weights, and freezes the model.

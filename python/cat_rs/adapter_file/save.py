@@ -22,7 +22,7 @@ from cat_rs.adapter_file.model import (
     family_of_model,
     layers_of_model,
 )
-from cat_rs.adapter_file.paths import DIFFUSERS_FILE, PEFT_CONFIG_FILE, PEFT_FILE
+from cat_rs.adapter_file.paths import COMPONENTS, DIFFUSERS_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 from cat_rs.arguments import check, check_module, check_path, refusing
 from cat_rs.atomic import write_bytes
 from cat_rs.errors import InvalidValueError
@@ -123,11 +123,18 @@ def save_lora(
         common |= text.kohya_metadata(Path(path).stem, layers, family, training, file_metadata)
     else:
         common[text.CONFIG_KEY] = text.to_json("configs", joined_configs(configs_for(layers, configs)))
-    file = Path(path) if os.fspath(path).endswith(SUFFIX) else Path(path, DIFFUSERS_FILE)
+    (file,) = files_to_write(path, format)
     tensors = _core.adapter_tensors(layers, format, family)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(file, dict(tensors), common)
     return file
+
+
+def files_to_write(path: str | os.PathLike[str], format: str) -> list[Path]:
+    """Where `save_lora` writes: one file, for PEFT one or several of these."""
+    if format == "peft":
+        return [Path(path, part, PEFT_FILE) for part in ("", *COMPONENTS)]
+    return [Path(path) if os.fspath(path).endswith(SUFFIX) else Path(path, DIFFUSERS_FILE)]
 
 
 def _save_peft(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cat_rs.options import option
+from cat_rs.options import check_absent, option
 
 _FILES = "files"
 _ADAPTER = "adapter"
@@ -17,6 +17,7 @@ class Settings:
 
     input: str = option(group=_FILES, help="adapter file, or the folder that holds it", positional=True)
     output: str = option(group=_FILES, help="file to write, for peft the folder", positional=True)
+    overwrite: bool = option(False, group=_FILES, help="replace OUTPUT if it is there")
     to: Literal["diffusers", "peft", "kohya"] = option(group=_FILES, help="the format of OUTPUT")
     family: Literal["sd", "sdxl", "flux"] | None = option(
         None, group=_ADAPTER, help="the model's family, where the adapter does not tell; kohya's names depend on it"
@@ -39,7 +40,9 @@ def run(settings: Settings) -> None:
     from cat_rs.adapter_file import save_lora
     from cat_rs.adapter_file.lora_file import check_fit
     from cat_rs.adapter_file.read import read_lora
+    from cat_rs.adapter_file.save import files_to_write
 
+    check_absent("output", files_to_write(settings.output, settings.to), overwrite=settings.overwrite)
     models = _models(settings.model)
     lora = read_lora(settings.input, models)
     check_fit(lora, models)

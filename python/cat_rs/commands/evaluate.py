@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_rs.commands.sampling import SamplingSettings
-from cat_rs.options import ConfigError, option
+from cat_rs.options import ConfigError, check_absent, option
 from cat_rs.processes import Processes, leave
 from cat_rs.run_folder import CONTACT_SHEET_FILE, PICTURES_FOLDER, RESULTS_FILE
 from cat_rs.text_files import printable
@@ -36,6 +36,7 @@ class Settings(SamplingSettings):
         metavar="DIR_OR_ID",
     )
     output_dir: str = option("evaluation", group=_WHAT, help="folder for the results", metavar="DIR")
+    overwrite: bool = option(False, group=_WHAT, help="replace the results of an earlier evaluation")
     cache: str | None = option(
         None,
         group=_WHAT,
@@ -83,8 +84,9 @@ def run(settings: Settings) -> None:
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     save_all_pictures(result, output / PICTURES_FOLDER)
-    result.save(output / RESULTS_FILE)
     contact_sheet(result, output / CONTACT_SHEET_FILE)
+    # Last, as it tells that the evaluation is whole.
+    result.save(output / RESULTS_FILE)
     print_table(result)
     print(f"results: {output / 'results.json'}, pictures: {output / 'contact_sheet.png'}")
 
@@ -92,8 +94,13 @@ def run(settings: Settings) -> None:
 def _evaluate(settings: Settings) -> EvaluationResult:
     """Evaluate on all ranks that a launcher started."""
     from cat_rs.evaluation import EvaluationPrompts, evaluate, load_encoder
+    from cat_rs.evaluation.generation import adapter_files
 
+    output = Path(settings.output_dir)
+    check_absent("output_dir", [output / RESULTS_FILE], overwrite=settings.overwrite)
     adapters = settings.named_adapters()
+    for path in adapters.values():
+        adapter_files(path)
     config = settings.evaluation_config()
     prompts = EvaluationPrompts.load(
         settings.prompts, trigger_words=settings.trigger, class_word=settings.class_word, concept=settings.concept
@@ -107,6 +114,6 @@ def _evaluate(settings: Settings) -> EvaluationResult:
         load_encoder(settings.encoder, device=pipeline.device),
         concept_images=settings.data,
         config=config,
-        cache=settings.cache or Path(settings.output_dir, "cache"),
+        cache=settings.cache or output / "cache",
         processes=processes,
     )

@@ -17,8 +17,8 @@ from cat_rs.evaluation.encoder import EncoderSource
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.generation import (
     PictureBatch,
-    adapter_files,
     adapter_loaded,
+    check_adapter,
     generate_batch,
     require_no_adapter,
 )
@@ -81,8 +81,8 @@ def evaluate(
         EvaluationFileError: A file is missing or broken; names it.
     """
     config = config or EvaluationConfig()
-    _check_adapters(adapters)
     require_no_adapter(pipeline)
+    _check_adapters(adapters, pipeline)
     task = EvaluationTask(pipeline, adapters, prompts, encoder, concept_images, config)
     batches = _Batches(
         task,
@@ -95,7 +95,7 @@ def evaluate(
     return task.result(batches.embedded())
 
 
-def _check_adapters(adapters: Mapping[str, AdapterPath]) -> None:
+def _check_adapters(adapters: Mapping[str, AdapterPath], pipeline: Any) -> None:
     """Fail before the first picture, not after an hour of them."""
     if not adapters:
         raise EvaluationInputError("adapters: expected at least one, got none")
@@ -105,7 +105,7 @@ def _check_adapters(adapters: Mapping[str, AdapterPath]) -> None:
                 f"adapters: expected a name other than {BASE!r} and {_OTHER_SEED!r}, got {name!r}"
             )
         if path is not None:
-            adapter_files(path)
+            check_adapter(pipeline, path)
 
 
 class _Batches:

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cat_rs.adapter_file import paths
-from cat_rs.adapter_file.pipeline import adapter_in, adapter_names, pipeline_models
+from cat_rs.adapter_file.pipeline import adapter_in, adapter_names, check_fits, pipeline_models
 from cat_rs.adapter_file.read import read_lora
 from cat_rs.atomic import write_bytes
 from cat_rs.errors import AdapterError
@@ -180,6 +180,21 @@ def adapter_files(path: str | os.PathLike[str]) -> dict[str, Path]:
         return paths.adapter_files(path)
 
 
+def check_adapter(pipeline: Any, path: str | os.PathLike[str]) -> None:
+    """Read an adapter and look its layers up in the pipeline, which stays as it is.
+
+    Raises:
+        EvaluationInputError: The file does not fit the model.
+        EvaluationFileError: There is no such file, or it cannot be read.
+    """
+    with _file_errors(path):
+        lora = read_lora(path, pipeline_models(pipeline))
+    try:
+        check_fits(pipeline, lora)
+    except AdapterError as error:
+        raise EvaluationInputError(f"adapter: {os.fspath(path)}: {error}") from error
+
+
 @contextmanager
 def adapter_loaded(pipeline: Any, path: str | os.PathLike[str] | None) -> Iterator[None]:
     """Load a LoRA into the pipeline for the length of a block; None leaves the base model.
@@ -216,23 +231,29 @@ def require_no_adapter(pipeline: Any) -> None:
         )
 
 
+def picture_files(folder: str | os.PathLike[str], prompts: int, seeds: Sequence[int]) -> list[Path]:
+    """The files that `save_pictures` writes: the pictures in their order, and last `metadata.jsonl`."""
+    names = [f"{index:03d}_seed{seed}.png" for index in range(prompts) for seed in seeds]
+    return [Path(folder, name) for name in (*names, "metadata.jsonl")]
+
+
 def save_pictures(grid: PictureGrid, folder: str | os.PathLike[str]) -> list[Path]:
     """Write the pictures as PNG files, and `metadata.jsonl` with the prompt and seed of each.
 
     Returns:
         The paths of the pictures.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    files, rows = [], []
-    requests = [(index, seed) for index in range(len(grid.prompts)) for seed in grid.seeds]
-    for (index, seed), image in zip(requests, grid.images, strict=True):
-        file = target / f"{index:03d}_seed{seed}.png"
+    *files, metadata = picture_files(folder, len(grid.prompts), grid.seeds)
+    metadata.parent.mkdir(parents=True, exist_ok=True)
+    for file, image in zip(files, grid.images, strict=True):
         write_bytes(file, png_bytes(image))
-        files.append(file)
-        rows.append({"file_name": file.name, "text": grid.prompts[index], "seed": seed})
+    drawn = [(prompt, seed) for prompt in grid.prompts for seed in grid.seeds]
+    rows = [
+        {"file_name": file.name, "text": prompt, "seed": seed}
+        for file, (prompt, seed) in zip(files, drawn, strict=True)
+    ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(target / "metadata.jsonl", lines.encode(errors="backslashreplace"))
+    write_bytes(metadata, lines.encode(errors="backslashreplace"))
     return files
 
 

@@ -11,6 +11,8 @@ from cat_rs.report.content import read_report, report_json
 from cat_rs.report.html import render_html
 from cat_rs.report.overview import draw_overview
 
+REPORT_FILES = ("report.json", "report.png", "report.html")
+
 
 def write_report(
     runs: Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str], *, title: str | None = None
@@ -28,12 +30,12 @@ def write_report(
         EvaluationInputError: A file holds something else; names it.
     """
     report = read_report(runs, title=title)
-    files = {
-        "report.json": report_json(report).encode(errors="backslashreplace"),
-        "report.png": draw_overview(report),
-        "report.html": render_html(report).encode(errors="backslashreplace"),
-    }
+    contents = (
+        report_json(report).encode(errors="backslashreplace"),
+        draw_overview(report),
+        render_html(report).encode(errors="backslashreplace"),
+    )
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
+    for name, data in zip(REPORT_FILES, contents, strict=True):
         write_bytes(target / name, data)
