@@ -513,6 +513,31 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "latents-dims": ({"latents": torch.ones(4)}, ShapeError, r"`latents` must have shape \[B, ...\]"),
     "empty-batch": ({"latents": torch.ones(0, 4, 8, 8)}, ShapeError, r"`latents` .* B >= 1, got \[0, 4, 8, 8\]"),
     "latents-int": ({"latents": torch.ones(2, 4, 8, 8).long()}, DtypeError, "`latents` must have dtype .* got int64"),
+    "latents-bytes": (
+        {"latents": torch.ones(2, 4, 8, 8).byte()},
+        DtypeError,
+        "`latents` must have dtype .* got uint8",
+    ),
+    "pixels": (
+        {"latents": torch.ones(2, 3, 8, 8), "noise": torch.ones(2, 3, 8, 8)},
+        ShapeError,
+        r"`latents` must have 4 channels, as UNet2DConditionModel takes, got \[2, 3, 8, 8\].* VAE",
+    ),
+    "other-dtype": (
+        {name: torch.ones(2, 4, 8, 8).bfloat16() for name in ("latents", "noise")},
+        DtypeError,
+        "`latents` must have the model's dtype float32, got bfloat16",
+    ),
+    "cond-dtype": (
+        {name: torch.ones(2, 5, CROSS).bfloat16() for name in ("cond", "cond_no_trigger")},
+        DtypeError,
+        r"`cond_no_trigger\['encoder_hidden_states'\]` must have the model's dtype float32, got bfloat16",
+    ),
+    "cond-batch": (
+        {name: torch.ones(3, 5, CROSS) for name in ("cond", "cond_no_trigger")},
+        ShapeError,
+        r"`cond_no_trigger.*` must have the latents' batch size 2, got \[3, 5, 16\]",
+    ),
     "latents-meta": ({"latents": torch.ones(2, 4, 8, 8, device="meta")}, DeviceError, "`latents` must be on the CPU"),
     "latents-grad": (
         {"latents": torch.ones(2, 4, 8, 8, requires_grad=True)},

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cat_rs import CatStep
+from cat_rs.errors import ShapeError
 from tests.comparison import compare_with_recipe, ddpm, flow_matching
 from tests.models import CROSS, add_lora, lora_parameters, randomize_b, tiny_text_encoder, tiny_transformer, tiny_unet
 
@@ -340,6 +341,18 @@ def compare(family: Family, batches: list[dict[str, Any]], *, with_predict: bool
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_the_plain_recipe(name: str) -> None:
     compare(FAMILIES[name], [FAMILIES[name].batch(n) for n in range(5)])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_latents_of_another_model_are_named(name: str) -> None:
+    family = FAMILIES[name]
+    batch = family.batch(0)
+    axis = 2 if batch["latents"].dim() == 3 else 1
+    for each in ("latents", "noise"):
+        batch[each] = batch[each].narrow(axis, 0, batch[each].shape[axis] - 1).contiguous()
+    step = CatStep(adapted(family.build(), family.targets), family.scheduler())
+    with pytest.raises(ShapeError, match="`latents` must have .* channels, as .* takes, got"):
+        step(**batch)
 
 
 def test_position_ids_as_long_as_the_batch_is_large() -> None:

@@ -264,7 +264,8 @@ class CatStep:
             base_pred = given.base_pred
             if base_pred is None:
                 with torch.no_grad(), self._adapters.disabled():
-                    base_pred = self._prediction(noisy[:batch], timesteps, cond_base or cond_no_trigger)
+                    base_cond = cond_base or cond_no_trigger
+                    base_pred = self._prediction(noisy[:batch], timesteps, base_cond, "cond_no_trigger")
             cond = self._join_conditions(cond, cond_no_trigger, batch)
             timesteps = torch.cat([timesteps, timesteps])
         student = self._prediction(noisy, timesteps, cond)
@@ -281,8 +282,10 @@ class CatStep:
             torch.autograd.backward(student, grad)
         return loss, parts
 
-    def _prediction(self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]) -> torch.Tensor:
-        prediction = predicted("CatStep", self._predict, self.model, latents, timesteps, cond)
+    def _prediction(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any], cond_name: str = "cond"
+    ) -> torch.Tensor:
+        prediction = predicted("CatStep", self._predict, self.model, latents, timesteps, cond, cond_name)
         # Under autocast the loss is taken in the latents' dtype, and the scaled gradient is rounded once.
         return prediction.to(latents.dtype) if torch.is_autocast_enabled(latents.device.type) else prediction
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from cat_rs.arguments import check
-from cat_rs.errors import InvalidValueError, ShapeError
+from cat_rs.errors import DtypeError, InvalidValueError, ShapeError
 from cat_rs.step import pytree
 from cat_rs.unwrap import unwrap_model
 
@@ -84,6 +84,7 @@ def predicted(
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     cond: Mapping[str, Any],
+    cond_name: str = "cond",
 ) -> torch.Tensor:
     """``predict``'s answer, which has the latents' shape; an error of the model tells what it was called with.
 
@@ -93,9 +94,11 @@ def predicted(
     try:
         prediction = predict(model, latents, timesteps, cond)
     except Exception as error:
+        conditions = list(pytree.named_tensors(cond, cond_name))
+        _check_given(op, model, latents, conditions, error)
         # Python 3.10 has no notes.
         if hasattr(error, "add_note"):
-            given = [("latents", latents), ("timesteps", timesteps), *pytree.named_tensors(cond, "cond")]
+            given = [("latents", latents), ("timesteps", timesteps), *conditions]
             shapes = ", ".join(f"{name} {list(tensor.shape)} {tensor.dtype}" for name, tensor in given)
             error.add_note(f"`latents` and `cond` must be what `model` takes, got {shapes}")
         raise
@@ -105,6 +108,37 @@ def predicted(
         shapes = f"{list(latents.shape)}, got {list(prediction.shape)}"
         raise ShapeError(f"{op}: `model` must predict the latents' shape {shapes}")
     return prediction
+
+
+def _check_given(
+    op: str,
+    model: torch.nn.Module,
+    latents: torch.Tensor,
+    conditions: Sequence[tuple[str, torch.Tensor]],
+    error: Exception,
+) -> None:
+    """Raises where a diffusers denoiser failed because it takes other tensors than these."""
+    inner = unwrap_model(model, peft=True)
+    channels = getattr(getattr(inner, "config", None), "in_channels", None)
+    if isinstance(channels, int) and channels != latents.shape[-1 if latents.dim() == 3 else 1]:
+        raise ShapeError(
+            f"{op}: `latents` must have {channels} channels, as {type(inner).__name__} takes, got "
+            f"{list(latents.shape)}: pictures must be encoded by the VAE first"
+        ) from error
+    dtypes = {each.dtype for each in inner.parameters() if each.is_floating_point() and not each.requires_grad}
+    for name, tensor in [("latents", latents), *conditions]:
+        is_other = dtypes and tensor.is_floating_point() and tensor.dtype not in dtypes
+        if is_other and not torch.is_autocast_enabled(tensor.device.type):
+            expected = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise DtypeError(f"{op}: `{name}` must have the model's dtype {expected}, got {got}") from error
+    unbatched = tuple(f"[{key!r}]" for key in convention_of(model).unbatched)
+    for name, tensor in conditions:
+        has_batch = tensor.is_floating_point() and tensor.dim() > 1 and not name.endswith(unbatched)
+        if has_batch and len(tensor) != len(latents):
+            raise ShapeError(
+                f"{op}: `{name}` must have the latents' batch size {len(latents)}, got {list(tensor.shape)}"
+            ) from error
 
 
 def denoiser_predict(model: torch.nn.Module) -> Predict:

@@ -100,10 +100,10 @@ def draw(
     """Checks the latents, and draws noise and timesteps where they are not given."""
     check_tensor("CatStep", "latents", latents)
     check_tensors("CatStep", latents=latents, noise=noise, timesteps=timesteps)
-    if latents.dtype == torch.int64:
+    if not latents.is_floating_point():
         raise DtypeError(
-            "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got int64; picture indices "
-            "need a teacher_bank"
+            "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got "
+            f"{str(latents.dtype).removeprefix('torch.')}; picture indices need a teacher_bank"
         )
     if latents.dim() < 2 or latents.shape[0] == 0:
         raise ShapeError(f"CatStep: `latents` must have shape [B, ...] with B >= 1, got {list(latents.shape)}")
