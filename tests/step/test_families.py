@@ -351,7 +351,7 @@ def test_latents_of_another_model_are_named(name: str) -> None:
     for each in ("latents", "noise"):
         batch[each] = batch[each].narrow(axis, 0, batch[each].shape[axis] - 1).contiguous()
     step = CatStep(adapted(family.build(), family.targets), family.scheduler())
-    with pytest.raises(ShapeError, match="`latents` must have .* channels, as .* takes, got"):
+    with pytest.raises(ShapeError, match=r"`latents` must have .* channels, as .* takes, got"):
         step(**batch)
 
 
