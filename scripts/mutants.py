@@ -29,7 +29,12 @@ PACKAGE = "python/cat_rs"
 COPIED = ("python", "tests", "examples", "pyproject.toml", "README.md", "Cargo.toml")
 # Modules, and the tests that must notice their faults, the quick ones first. The first pattern that fits counts.
 STEP = ("tests/step/test_cat_step.py", "tests/cuda/test_step.py")
-OPTIMIZER = ("tests/ops/test_adamw.py", "tests/step/test_optimizer_tools.py", "tests/step/test_low_precision.py", *STEP)
+OPTIMIZER = (
+    "tests/ops/test_adamw.py",
+    "tests/step/test_optimizer_tools.py",
+    "tests/step/test_low_precision.py",
+    *STEP,
+)
 TESTS: dict[str, tuple[str, ...]] = {
     "step/cat_factor.py": ("tests/step/test_cat_factor.py",),
     "step/noise_schedule.py": ("tests/step/test_noise_schedule.py", *STEP, "tests/step/test_families.py"),
@@ -38,7 +43,12 @@ TESTS: dict[str, tuple[str, ...]] = {
     "step/teacher_bank.py": ("tests/step/test_teacher_bank.py",),
     "step/denoiser.py": ("tests/step/test_denoiser.py", "tests/step/test_families.py", *STEP),
     "step/collectives.py": ("tests/test_distributed.py",),
-    "step/*.py": (*STEP, "tests/step/test_text_encoders.py", "tests/step/test_autocast.py", "tests/step/test_tools.py"),
+    "step/*.py": (
+        *STEP,
+        "tests/step/test_text_encoders.py",
+        "tests/step/test_autocast.py",
+        "tests/step/test_tools.py",
+    ),
     "peft.py": ("tests/test_peft.py", "tests/step/test_autocast.py", "tests/step/test_low_precision.py"),
     "adapter_file/*.py": ("tests/adapter_file",),
     "evaluation/*.py": ("tests/evaluation",),

@@ -59,4 +59,5 @@ def test_unknown_pytorch_is_refused(torch_env: ModuleType) -> None:
 
 def test_tests_of_planted_faults_exist() -> None:
     named = re.findall(r'"(tests/[^"]+)"', read("scripts/mutants.py"))
-    assert named and all((ROOT / name).exists() for name in named)
+    assert named
+    assert all((ROOT / name).exists() for name in named)
