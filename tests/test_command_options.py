@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import cat_rs
-from cat_rs.commands import convert, demo, evaluate, generate, report
+from cat_rs.adapter_check import WeightReport
+from cat_rs.commands import check, convert, demo, evaluate, generate, merge, report
 from tests.conftest import draw_picture
 from tests.option_cases import Case, Seen, check_case, check_table
 
@@ -89,6 +90,22 @@ CONVERT: dict[str, Case] = {
     "model": Case("model", {"loaded": "model", "checked": ["unet"]}),
 }
 
+MERGE: dict[str, Case] = {
+    "adapters": Case(("b",), {"merged": ("b",)}),
+    "output": Case("elsewhere", {"written": "elsewhere"}),
+    "scales": Case((0.5,), {"scales": (0.5,)}),
+    "cap": Case(2.0, {"cap": 2.0}),
+    "to": Case("kohya", {"format": "kohya"}),
+    "family": Case("sdxl", {"family": "sdxl"}),
+    "dtype": Case("bfloat16", {"dtype": torch.bfloat16}),
+}
+
+CHECK: dict[str, Case] = {
+    "adapters": Case(("b",), {"checked": "b"}),
+    "model": Case("model", {"loaded": "model", "models": ["unet"]}),
+    "output": Case("<elsewhere>", {"json": "<elsewhere>"}),
+}
+
 REPORT: dict[str, Case] = {
     "runs": Case(("a", "b"), {"runs": ("a", "b")}),
     "output": Case("elsewhere", {"output": "elsewhere"}),
@@ -118,6 +135,8 @@ BASES: dict[str, tuple[Any, dict[str, Case], dict[str, Any]]] = {
     ),
     "convert": (convert, CONVERT, {"input": "<lora>", "output": "output", "to": "diffusers"}),
     "report": (report, REPORT, {"runs": ("run",)}),
+    "merge": (merge, MERGE, {"adapters": ("a",), "output": "output"}),
+    "check": (check, CHECK, {"adapters": ("a",)}),
 }
 
 
@@ -202,6 +221,14 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         note(read=path)
         return SimpleNamespace(alphas={}, format="peft")
 
+    def merge_loras(adapters: Any, scales: Any, *, cap: Any) -> Any:
+        note(merged=adapters, scales=scales, cap=cap)
+        return SimpleNamespace(alphas={}), ()
+
+    def check_weights(adapter: Any, models: Any) -> WeightReport:
+        note(checked=adapter, models=sorted(models))
+        return WeightReport("peft", None, (), ())
+
     def write_report(runs: Any, output: Any, *, title: Any) -> None:
         note(runs=runs, output=output, title=title)
 
@@ -220,6 +247,9 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         "report.print_table": lambda result: None,
         "report.write_report": write_report,
         "adapter_file.save_lora": save_lora,
+        "adapter_file.merge_loras": merge_loras,
+        "adapter_check.check_weights": check_weights,
+        "atomic.write_bytes": lambda path, content: note(json=path),
         "adapter_file.read.read_lora": read_lora,
         "adapter_file.lora_file.check_fit": lambda lora, models: note(checked=sorted(models)),
         "adapter_file.pipeline.pipeline_models": lambda pipeline: {"unet": pipeline},

@@ -212,10 +212,11 @@ STEP_FLOORS = (
 ADAPTER_FILE_FLOORS = (
     "paths disk",
     "layer",
-    "lora_config metadata",
+    "lora_config metadata update",
     "model",
     "lora_file",
     "read save pipeline",
+    "merge",
 )
 EVALUATION_FLOORS = (
     "errors config measures",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cat_rs import errors
 from cat_rs._version import __version__ as __version__
-from cat_rs.adapter_file import LoraFile, load_lora, save_lora
+from cat_rs.adapter_file import LoraFile, MergedLora, load_lora, merge_loras, save_lora
 from cat_rs.ops.cat_loss import CatLossParts, cat_loss
 from cat_rs.ops.lora_linear import lora_linear
 from cat_rs.ops.noising import snr_weights
@@ -33,6 +33,7 @@ __all__ = [
     "KpsEvaluator",
     "KpsResult",
     "LoraFile",
+    "MergedLora",
     "StepMetrics",
     "TeacherBank",
     "TeacherDraws",
@@ -47,6 +48,7 @@ __all__ = [
     "kps_difference",
     "load_lora",
     "lora_linear",
+    "merge_loras",
     "patch_peft",
     "remove_trigger",
     "save_lora",

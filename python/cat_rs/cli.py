@@ -72,6 +72,20 @@ _COMMANDS = {
         "making. The formats and the models they have names for are those of cat_rs.load_lora and cat_rs.save_lora.",
         "INPUT OUTPUT ",
     ),
+    "merge": _Command(
+        "cat_rs.commands.merge",
+        "several adapters as one file, exactly their sum",
+        "Writes the sum of several adapters, each at its scale, as one file: ranks add up, nothing is approximated. "
+        "A single adapter is written with its scale folded in.",
+        "ADAPTER... ",
+    ),
+    "check": _Command(
+        "cat_rs.commands.check",
+        "what is in an adapter file, layer by layer, and what is wrong with it",
+        "Prints ranks, scales, sizes and effective ranks of an adapter's layers, and names the layers that are out of "
+        "line: NaN, zeros, duplicates, spikes, another scale than the others, layers that the model does not have.",
+        "ADAPTER... ",
+    ),
     "info": _Command(
         "cat_rs.commands.info",
         "versions, build, operations and processor features",

@@ -17,7 +17,8 @@ adapters.
 """
 
 from cat_rs.adapter_file.lora_file import LoraFile
+from cat_rs.adapter_file.merge import CappedLayer, MergedLora, merge_loras
 from cat_rs.adapter_file.read import load_lora
 from cat_rs.adapter_file.save import save_lora
 
-__all__ = ["LoraFile", "load_lora", "save_lora"]
+__all__ = ["CappedLayer", "LoraFile", "MergedLora", "load_lora", "merge_loras", "save_lora"]

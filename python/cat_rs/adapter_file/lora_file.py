@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,23 @@ def layers_of(lora: LoraFile, *components: str) -> Iterator[Layer]:
                 state.get(f"{module}.lora_magnitude_vector"),
                 alpha,
             )
+
+
+def assembled(
+    layers: Iterable[Layer],
+    configs: dict[str, dict[str, Any]],
+    metadata: dict[str, Any],
+    file_metadata: dict[str, str],
+    format: str,
+    family: str | None,
+) -> LoraFile:
+    """An adapter of these layers."""
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    alphas: dict[str, dict[str, float]] = {}
+    for layer in layers:
+        state.setdefault(layer.component, {}).update(layer.state())
+        alphas.setdefault(layer.component, {})[layer.module] = layer.alpha or 0.0
+    return LoraFile(state, alphas, configs, metadata, file_metadata, format, family)
 
 
 def check_fit(lora: LoraFile, models: Mapping[str, torch.nn.Module]) -> None:

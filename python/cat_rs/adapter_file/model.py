@@ -68,36 +68,50 @@ def layers_of_model(model: torch.nn.Module, component: str, adapter_name: str) -
     return [layer._replace(component=component, alpha=alphas[layer.module]) for layer in layers]
 
 
+def base_layers(model: torch.nn.Module, layers: list[Layer]) -> list[tuple[Layer, torch.nn.Module | None]]:
+    """The layers under the model's own names, each with the module it adapts; None where the model has none.
+
+    CLIP's `text_model.` is in files, not in every model.
+    """
+    modules = _base_modules(model)
+    found: list[tuple[Layer, torch.nn.Module | None]] = []
+    for layer in layers:
+        spellings = (layer.module, layer.module.removeprefix("text_model."), f"text_model.{layer.module}")
+        name = next((spelling for spelling in spellings if spelling in modules), None)
+        found.append((layer, None) if name is None else (layer._replace(module=name), modules[name]))
+    return found
+
+
+def size_error(layer: Layer, base: torch.nn.Module) -> str | None:
+    """What is wrong with the layer's sizes, beside the module it adapts; None if they fit."""
+    if not isinstance(base, (torch.nn.Linear, torch.nn.Conv2d)):
+        return None
+    expected = base.weight.shape
+    if layer.lora_A.shape[1:] == expected[1:] and layer.lora_B.shape[0] == expected[0]:
+        return None
+    return (
+        f"{layer.module} has weight {list(expected)}, which A {list(layer.lora_A.shape)} and "
+        f"B {list(layer.lora_B.shape)} do not fit"
+    )
+
+
 def fitting(model: torch.nn.Module, layers: list[Layer]) -> list[Layer]:
-    """The layers under the model's own names: CLIP's `text_model.` is in files, not in every model.
+    """The layers under the model's own names.
 
     Raises:
         AdapterError: The model does not have one of them, or has it in another size.
     """
-    modules = _base_modules(model)
-
-    def renamed(layer: Layer) -> Layer:
-        name = layer.module
-        spellings = (name, name.removeprefix("text_model."), f"text_model.{name}")
-        return layer._replace(module=next((spelling for spelling in spellings if spelling in modules), name))
-
-    layers = [renamed(layer) for layer in layers]
-    absent = [layer.module for layer in layers if layer.module not in modules]
+    found = base_layers(model, layers)
+    absent = [layer.module for layer, base in found if base is None]
     if absent:
         raise AdapterError(
             f"load_lora: expected layers of {type(model).__name__}, which does not have {listed(absent)}"
         )
-    for layer in layers:
-        base = modules[layer.module]
-        if not isinstance(base, (torch.nn.Linear, torch.nn.Conv2d)):
-            continue
-        expected = base.weight.shape
-        if layer.lora_A.shape[1:] != expected[1:] or layer.lora_B.shape[0] != expected[0]:
-            raise AdapterError(
-                f"load_lora: {layer.module} has weight {list(expected)}, which A {list(layer.lora_A.shape)} and "
-                f"B {list(layer.lora_B.shape)} do not fit"
-            )
-    return layers
+    for layer, base in found:
+        error = None if base is None else size_error(layer, base)
+        if error is not None:
+            raise AdapterError(f"load_lora: {error}")
+    return [layer for layer, _ in found]
 
 
 def put_in(model: torch.nn.Module, layers: list[Layer], config: Mapping[str, Any], adapter_name: str) -> None:

@@ -14,7 +14,7 @@ from cat_rs._native import _core
 from cat_rs.adapter_file import metadata as text
 from cat_rs.adapter_file.layer import Layer, check_finite, family_of_layers, parse
 from cat_rs.adapter_file.lora_config import split_configs, with_alphas
-from cat_rs.adapter_file.lora_file import LoraFile, check_fit
+from cat_rs.adapter_file.lora_file import LoraFile, assembled, check_fit
 from cat_rs.adapter_file.model import component_of_model, module_names
 from cat_rs.adapter_file.paths import PEFT_CONFIG_FILE, PEFT_FILE, locate
 from cat_rs.arguments import ABOUT_VALUES, check_module, check_path
@@ -65,8 +65,13 @@ def load_lora(
     return lora
 
 
-def read_lora(path: str | os.PathLike[str], models: Mapping[str, torch.nn.Module]) -> LoraFile:
+def read_lora(path: str | os.PathLike[str], models: Mapping[str, torch.nn.Module], *, finite: bool = True) -> LoraFile:
     """Read an adapter; kohya's names are resolved against the models (component -> model), which stay as they are.
+
+    Args:
+        path: As for `load_lora`.
+        models: Component -> model.
+        finite: Whether NaN and infinity are an error.
 
     Raises:
         AdapterError: The file is damaged or no LoRA.
@@ -75,16 +80,16 @@ def read_lora(path: str | os.PathLike[str], models: Mapping[str, torch.nn.Module
     known = {component: module_names(model) for component, model in models.items()}
     found = locate(path)
     if isinstance(found, Path):
-        return _read_file(found, known)
+        return _read_file(found, known, None, finite)
     bare = [(name, folder) for name, folder in found.items() if not (folder / PEFT_CONFIG_FILE).exists()]
     if len(found) == len(bare) == 1:
         # Some name their file as PEFT does, whatever is in it.
         name, folder = bare[0]
-        return _read_file(folder / PEFT_FILE, known, name or None)
-    return _read_peft(found)
+        return _read_file(folder / PEFT_FILE, known, name or None, finite)
+    return _read_peft(found, finite)
 
 
-def _read_file(file: Path, known: Mapping[str, list[str]], component: str | None = None) -> LoraFile:
+def _read_file(file: Path, known: Mapping[str, list[str]], component: str | None, finite: bool) -> LoraFile:
     tensors, metadata = _core.read_safetensors(file)
     training = text.training_metadata(metadata, file)
     stored = text.from_json(metadata.get(text.CONFIG_KEY, "{}"), file, text.CONFIG_KEY)
@@ -99,11 +104,12 @@ def _read_file(file: Path, known: Mapping[str, list[str]], component: str | None
         whole = {layers[0].component: stored}
         configs = whole if format == "peft" else split_configs(stored, {layer.component for layer in layers})
         layers = with_alphas(layers, configs)
-        check_finite("load_lora", layers)
+        if finite:
+            check_finite("load_lora", layers)
     return _lora_file(layers, configs, metadata, training, format, family)
 
 
-def _read_peft(folders: Mapping[str, Path]) -> LoraFile:
+def _read_peft(folders: Mapping[str, Path], finite: bool) -> LoraFile:
     layers: list[Layer] = []
     configs: dict[str, dict[str, Any]] = {}
     metadata: dict[str, str] = {}
@@ -121,7 +127,8 @@ def _read_peft(folders: Mapping[str, Path]) -> LoraFile:
         with _named(folder):
             _, _, found = parse(dict(tensors), {}, name or stored.get("component"))
             found = with_alphas(found, {found[0].component: config})
-            check_finite("load_lora", found)
+            if finite:
+                check_finite("load_lora", found)
         layers += found
         configs[found[0].component] = config
     return _lora_file(layers, configs, metadata, training, "peft", None)
@@ -135,14 +142,9 @@ def _lora_file(
     format: str,
     family: str | None,
 ) -> LoraFile:
-    state: dict[str, dict[str, torch.Tensor]] = {}
-    alphas: dict[str, dict[str, float]] = {}
-    for layer in layers:
-        state.setdefault(layer.component, {}).update(layer.state())
-        alphas.setdefault(layer.component, {})[layer.module] = layer.alpha or 0.0
     others = text.other_metadata(metadata)
     family = family or text.family_of_metadata(others) or family_of_layers(layers)
-    return LoraFile(state, alphas, configs, training, others, format, family)
+    return assembled(layers, configs, training, others, format, family)
 
 
 @contextmanager
