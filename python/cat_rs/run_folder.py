@@ -29,6 +29,7 @@ FRONT_FILE = f"{EVALUATION_FOLDER}/front.json"
 FRONT_FORMAT = "cat-rs front 1"
 BEST_FOLDER = "best"
 SAMPLE_FOLDER = "samples"
+CARD_FILE = "README.md"
 LOCK_FILE = ".training.lock"
 
 RESULTS_FILE = "results.json"

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from cat_rs.evaluation import Interval, Scores
+from cat_rs.evaluation.measures import format_interval
 from cat_rs.report import format_table, print_table
-from cat_rs.report.table import MAX_WIDTH, format_interval
+from cat_rs.report.table import MAX_WIDTH
 
 from .conftest import ResultMaker
 

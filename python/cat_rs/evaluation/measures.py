@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -189,3 +190,11 @@ def labelled_values(scores: Scores, *names: str) -> list[str]:
     """Return texts such as "UPS 0.953" of the named measures; those that do not apply are left out."""
     figures = ((MEASURES[name].label, getattr(scores, name)) for name in names)
     return [f"{label} {figure.value:.3f}" for label, figure in figures if figure is not None]
+
+
+def format_interval(interval: Interval | None, sign: str = "") -> str:
+    """Return "0.953 [0.941, 0.962]"; the value alone if it has no interval, "-" if there is no value."""
+    if interval is None:
+        return "-"
+    value, low, high = (f"{number:{sign}.3f}" for number in (interval.value, interval.low, interval.high))
+    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"

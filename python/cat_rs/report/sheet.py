@@ -9,11 +9,10 @@ from PIL import Image, ImageDraw
 
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationInputError, EvaluationResult, PictureGrid
-from cat_rs.evaluation.measures import labelled_values
+from cat_rs.evaluation.measures import format_interval, labelled_values
 from cat_rs.image_files import png_bytes
 from cat_rs.report.picture_files import spread
 from cat_rs.report.style import FAINT, INK, PAPER, RULE, font, line_height, wrap
-from cat_rs.report.table import format_interval
 from cat_rs.report.wording import concept_of
 
 _MARGIN = 28

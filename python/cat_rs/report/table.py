@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import islice
 
-from cat_rs.evaluation import Comparison, EvaluationResult, Interval, Scores
-from cat_rs.evaluation.measures import LEGEND, MEASURES
+from cat_rs.evaluation import Comparison, EvaluationResult, Scores
+from cat_rs.evaluation.measures import LEGEND, MEASURES, format_interval
 from cat_rs.report.wording import encoder_of, extent_of
 
 MAX_WIDTH = 100
 _GAP = "  "
-_ABSENT = "-"
 
 _SECTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
@@ -62,14 +60,6 @@ def format_comparisons(result: EvaluationResult) -> str:
 def print_table(result: EvaluationResult) -> None:
     """Print `format_table(result)` and, of several adapters, `format_comparisons(result)`."""
     print("\n\n".join(filter(None, (format_table(result), format_comparisons(result)))))
-
-
-def format_interval(interval: Interval | None, sign: str = "") -> str:
-    """Return "0.953 [0.941, 0.962]"; the value alone if it has no interval, "-" if there is no value."""
-    if interval is None:
-        return _ABSENT
-    value, low, high = (f"{number:{sign}.3f}" for number in (interval.value, interval.low, interval.high))
-    return value if math.isnan(interval.low) else f"{value} [{low}, {high}]"
 
 
 def _comparison(comparison: Comparison) -> str:

@@ -4,6 +4,8 @@ The folder `evaluations` of a run holds, for each evaluated step,
 
     step-000150.json   the scores, as `EvaluationResult.save` writes them; the adapter in it is called "step 150"
     step-000150/       the adapter at that step, in diffusers' format, as long as it is on the front
+    pictures/          pictures of the last evaluation for the first prompts and seed: in `base` and in `adapter`, each
+                       with the folders `trigger` and `no_trigger`
 
 and `front.json`, one object:
 
@@ -25,19 +27,36 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from cat_rs.adapter_file.paths import DIFFUSERS_FILE
-from cat_rs.atomic import write_bytes
-from cat_rs.evaluation import EvaluationPrompts, EvaluationResult, LiveEvaluation, load_encoder
+from cat_rs.atomic import new_folder, write_bytes
+from cat_rs.evaluation import (
+    EvaluationPrompts,
+    EvaluationResult,
+    LiveEvaluation,
+    PictureGrid,
+    load_encoder,
+    save_pictures,
+)
+from cat_rs.evaluation.generation import picture_files
 from cat_rs.evaluation.measures import Interval, labelled_values
 from cat_rs.options import ConfigError
-from cat_rs.run_folder import BEST_FOLDER, EVALUATION_FOLDER, FRONT_FILE, FRONT_FORMAT, step_name, step_paths
+from cat_rs.run_folder import (
+    BEST_FOLDER,
+    EVALUATION_FOLDER,
+    FRONT_FILE,
+    FRONT_FORMAT,
+    PICTURES_FOLDER,
+    step_name,
+    step_paths,
+)
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
 from cat_rs.training.samples import evaluation_config, restore_dtype
@@ -45,6 +64,9 @@ from cat_rs.training.samples import evaluation_config, restore_dtype
 # What may differ between the evaluations of one front.
 _INDIFFERENT = ("adapters", "versions")
 _SHOWN_PROMPTS = 4
+# Folders of pictures.
+_MODELS = ("base", "adapter")
+_KINDS = ("trigger", "no_trigger")
 
 
 def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -72,6 +94,31 @@ def choose_best(points: Sequence[tuple[float, float]], base: Interval, keep: flo
     floor = base.value if math.isnan(base.high) else base.high
     fit = [index for index, (identity, _) in enumerate(points) if identity > floor and identity >= least]
     return max(fit, key=lambda index: (points[index][1], -index), default=None)
+
+
+class PicturePair(NamedTuple):
+    """A picture of the base model and one with the adapter, by their paths from the run's folder."""
+
+    prompt: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class LastEvaluation:
+    """What the last evaluation of a run left in its folder.
+
+    Attributes:
+        step: The step after which it was.
+        result: Its scores.
+        best_step: The best step of the run; None if there is none.
+        pictures: The first prompts' pictures, those with the trigger first.
+    """
+
+    step: int
+    result: EvaluationResult
+    best_step: int | None
+    pictures: list[PicturePair]
 
 
 class CheckpointEvaluations:
@@ -154,6 +201,7 @@ class CheckpointEvaluations:
             self._folder.mkdir(exist_ok=True)
             self._adapter_folder(step).mkdir(exist_ok=True)
             self._save_adapter(self._adapter_folder(step))
+            self._save_pictures(result)
             result.save(self._result_file(step))
             best = self._write_front()
         except OSError as error:
@@ -163,6 +211,41 @@ class CheckpointEvaluations:
         beside = f"base: identity {base.value:.3f} [{base.low:.3f}, {base.high:.3f}]"
         news = "; the best so far" if best == step else "; no step is beyond the base yet" if best is None else ""
         return result, f"step {step}: {text}; {beside}{news}"
+
+    def last(self) -> LastEvaluation | None:
+        """Return the last evaluation; None if nothing is evaluated."""
+        results = self._results() if self._prompts is not None else {}
+        if not results:
+            return None
+        step, result = next(reversed(results.items()))
+        rows = json.loads((self._output / FRONT_FILE).read_text(encoding="utf-8"))["checkpoints"]
+        best = next((row["step"] for row in rows if row["best"]), None)
+        return LastEvaluation(step, result, best, self._picture_pairs(result))
+
+    def _save_pictures(self, result: EvaluationResult) -> None:
+        """Write the first prompts' pictures in the place of the last evaluation's."""
+        if result.pictures is None:
+            raise ValueError("a result with pictures is needed")
+        (model,) = result.pictures.adapters.values()
+        with new_folder(self._folder / PICTURES_FOLDER) as folder:
+            for name, grids in zip(_MODELS, (result.pictures.base, model), strict=True):
+                for kind in _KINDS:
+                    save_pictures(_first_pictures(getattr(grids, kind)), folder / name / kind)
+
+    def _picture_pairs(self, result: EvaluationResult) -> list[PicturePair]:
+        pairs = []
+        for kind in _KINDS:
+            prompts = result.settings["prompts"][kind][:_SHOWN_PROMPTS]
+            folders = [self._folder / PICTURES_FOLDER / name / kind for name in _MODELS]
+            seed = result.settings["sampling"]["seeds"][:1]
+            files = zip(prompts, *(picture_files(folder, len(prompts), seed) for folder in folders), strict=False)
+            # A run of an earlier version left none.
+            pairs += [
+                PicturePair(prompt, *(path.relative_to(self._output).as_posix() for path in paths))
+                for prompt, *paths in files
+                if all(path.exists() for path in paths)
+            ]
+        return pairs
 
     def _write_front(self) -> int | None:
         """Write front.json, keep the adapters of the front, and copy the best one; return the best one's step."""
@@ -271,3 +354,10 @@ def _point(result: EvaluationResult, step: int) -> tuple[float, float]:
     scores = result.adapters[f"step {step}"]
     identity, ups = (0.0 if figure is None else figure.value for figure in (scores.identity, scores.ups))
     return identity, ups
+
+
+def _first_pictures(grid: PictureGrid) -> PictureGrid:
+    """Return the first prompts' pictures for the first seed."""
+    prompts = grid.prompts[:_SHOWN_PROMPTS]
+    images = tuple(grid.picture(index, 0) for index in range(len(prompts)))
+    return PictureGrid(prompts, grid.seeds[:1], images, grid.latents[:: len(grid.seeds)][: len(prompts)])

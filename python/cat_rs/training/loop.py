@@ -25,6 +25,7 @@ from cat_rs.training.evaluation import CheckpointEvaluations, figures_of, pictur
 from cat_rs.training.interrupt import InterruptGuard
 from cat_rs.training.log import TrainingLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
+from cat_rs.training.model_card import make_card
 from cat_rs.training.output_folder import OutputFolder
 from cat_rs.training.samples import Samples
 from cat_rs.training.trackers import check_trackers
@@ -111,7 +112,7 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
         torch.manual_seed(config.seed)
         pipeline = load_pipeline(config.model, getattr(torch, config.dtype), device)
         dataset = encode_dataset(pipeline, bar(examples, desc="encoding pictures"), captions, config)
-        unet, scheduler = pipeline.unet, pipeline.scheduler
+        unet, scheduler, pipeline_name = pipeline.unet, pipeline.scheduler, type(pipeline).__name__
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         add_adapter(unet, config)
@@ -177,7 +178,22 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
                         processes.on_main(evaluate)
                     if samples_are_due:
                         processes.on_main(sample)
-        adapter = processes.on_main(lambda: output.finish(trainer))
+
+        def finish() -> Path:
+            """Write the adapter and its card."""
+            return output.finish(
+                trainer,
+                make_card(
+                    config,
+                    steps=trainer.steps_done,
+                    pipeline=pipeline_name,
+                    picture_count=len(examples),
+                    evaluation=evaluations.last(),
+                ),
+                report,
+            )
+
+        adapter = processes.on_main(finish)
         return TrainResult(
             output_dir=output.path,
             adapter=adapter,

@@ -7,8 +7,9 @@ import fcntl
 import os
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cat_rs import run_folder
 from cat_rs.adapter_file.paths import DIFFUSERS_FILE
@@ -17,7 +18,11 @@ from cat_rs.training.checkpoint import CheckpointFolder, load_state
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError
 from cat_rs.training.log import drop_lines_after
+from cat_rs.training.model_card import is_own_card, write_card
 from cat_rs.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
 
 _CONTENT = (
     run_folder.CHECKPOINT_FOLDER,
@@ -128,18 +133,22 @@ class OutputFolder:
         }
         return self.checkpoints.save(trainer.steps_done, state, trainer.save_adapter)
 
-    def finish(self, trainer: Trainer) -> Path:
-        """Write the adapter, and remove what only a continuation would need.
+    def finish(self, trainer: Trainer, card: ModelCard, report: Callable[[str], object]) -> Path:
+        """Write the adapter and its card, and remove what only a continuation would need.
 
         Raises:
-            CheckpointError: The adapter cannot be written.
+            CheckpointError: One of them cannot be written.
         """
         try:
             adapter = trainer.save_adapter(self.path)
+            if not write_card(self.path, card):
+                report(f"{self.path / run_folder.CARD_FILE} stays: cat-rs did not write it")
         except OSError as error:
             latest = self.checkpoints.latest()
             kept = f"; the checkpoint {latest} is whole" if latest else ""
-            raise CheckpointError(f"cannot write {self.path / DIFFUSERS_FILE}: {error}{kept}") from error
+            raise CheckpointError(
+                f"cannot write {DIFFUSERS_FILE} and {run_folder.CARD_FILE} in {self.path}: {error}{kept}"
+            ) from error
         for name in (run_folder.BANK_FILE, run_folder.LOCK_FILE):
             (self.path / name).unlink(missing_ok=True)
         return adapter
@@ -162,6 +171,8 @@ class OutputFolder:
         self._locked = True
 
     def _clear(self) -> None:
+        if is_own_card(self.path / run_folder.CARD_FILE):
+            (self.path / run_folder.CARD_FILE).unlink()
         for path in map(self.path.joinpath, _CONTENT):
             if path.is_dir():
                 shutil.rmtree(path)

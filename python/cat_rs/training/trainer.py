@@ -104,11 +104,9 @@ class Trainer:
     def save_adapter(self, folder: Path) -> Path:
         """Write the adapter as it is now into a folder, with the training metadata."""
         config = self._config
-        model = Path(config.model)
         metadata = {
             "version": __version__,
-            # A local path is nobody else's business.
-            "base_model": model.resolve().name if model.is_dir() else config.model,
+            "base_model": config.base_model_name(),
             "trigger": config.class_words(),
             "cat_factor": config.cat_factor,
             "cat_factor_end": config.cat_factor_end,
