@@ -9,7 +9,7 @@ python := $(VENV)/bin/python
 with_torch := $(python) scripts/torch_env.py
 rust_sources := $(shell find src -type f) Cargo.toml Cargo.lock build.rs .cargo/config.toml
 
-.PHONY: help build test test-rust test-python fuzz mutants lint format demo notebook bench wheel test-wheel clean distclean
+.PHONY: help build test test-rust test-python fuzz mutants lint format docs demo notebook bench wheel test-wheel clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make mutants      plant random faults in the Python code, and list those that no test notices; takes hours"
 	@echo "make lint         formatting, clippy, ruff, mypy, and the stub file against the module"
 	@echo "make format       format Rust and Python sources"
+	@echo "make docs         run every example of the pages, then build the site in build/site; a dead link is an error"
 	@echo "make bench        the benchmarks of README, on an idle machine"
 	@echo "make wheel        a wheel in dist/ for one PyTorch and one Python: TORCH=$(TORCH) PYTHON=$(PYTHON)"
 	@echo "make test-wheel   the same, then the Python tests with that wheel installed"
@@ -39,7 +40,7 @@ $(VENV)/.environment: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.environment $(rust_sources)
 	@sh scripts/check_tools.sh $(python)
-	$(with_torch) maturin develop --release --extras train,dev
+	$(with_torch) maturin develop --release --extras train,dev,docs
 	@touch $@
 
 test: build
@@ -72,6 +73,10 @@ format:
 	cargo fmt
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
+
+docs: build
+	$(python) -m pytest -q tests/test_docs.py tests/test_examples.py tests/step/test_families.py
+	$(python) scripts/docs_site.py
 
 demo: build
 	$(VENV)/bin/cat-rs demo $(ARGS)

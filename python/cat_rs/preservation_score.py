@@ -69,7 +69,8 @@ def kps(
         seed: Of the resampling, in 0..2**64 - 1.
 
     Raises:
-        As :func:`cat_rs.similarity` and :func:`cat_rs.bootstrap_interval`; a single pair is an InvalidValueError.
+        DeviceError, DtypeError, ShapeError: As :func:`cat_rs.similarity` and :func:`cat_rs.bootstrap_interval`.
+        InvalidValueError: The same, and of a single pair.
     """
     _check_two("kps", "clusters", clusters)
     parts = (
@@ -120,7 +121,7 @@ def kps_difference(
         (low, high)
 
     Raises:
-        As :func:`cat_rs.bootstrap_interval`.
+        DtypeError, InvalidValueError, ShapeError: As :func:`cat_rs.bootstrap_interval`.
     """
     for argument, groups in (("a", a), ("b", b), ("clusters", clusters)):
         _check_two("kps_difference", argument, groups)

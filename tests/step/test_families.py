@@ -382,7 +382,7 @@ def test_inpainting_needs_predict() -> None:
 
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
-SNIPPETS = dict(re.findall(r"```python (\S+)\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
+SNIPPETS = dict(re.findall(r"<!-- runs in \S+: (\S+) -->\n```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL))
 # What a family's pipeline.encode_prompt returns, as keys of the condition.
 ENCODED = {
     "sdxl": ("encoder_hidden_states", "text_embeds"),

@@ -111,10 +111,13 @@ def cat_loss(
     r"""The Contrastive Adapter Training loss (Park et al., arXiv 2404.07554).
 
     .. math::
-        L = \frac1B \sum_i w_i \,\overline{m\,(f(c) - y)^2}
-          + \text{cat\_factor} \cdot \frac1B \sum_i w_i \,\overline{m\,(f(c_0) - f_{base}(c_0))^2}
+        L = L_{diff} + \lambda L_{cat}
 
-    where the bars are means over a sample's elements. Values and both gradients come from one pass over the
+        L_{diff} = \frac{1}{B} \sum_i w_i \operatorname{mean}(m (f(c) - y)^2)
+
+        L_{cat} = \frac{1}{B} \sum_i w_i \operatorname{mean}(m (f(c_0) - f_{base}(c_0))^2)
+
+    where the means run over a sample's elements and lambda is ``cat_factor``. Values and both gradients come from one pass over the
     inputs. Sums accumulate in float32 lanes and float64 totals (float64 throughout if an input is float64) in an
     order that does not depend on the number of threads. Inputs that are not contiguous are copied once.
 

@@ -51,7 +51,7 @@ def cross_similarity(a: Array, b: Array, reduce: str = "mean") -> Array:
         [N], float32, or float64 if an input is; numpy if both inputs are.
 
     Raises:
-        As :func:`similarity`.
+        DeviceError, DtypeError, InvalidValueError, ShapeError: As :func:`similarity`.
     """
     first = _tensor("a", a)
     return _like(_core.cross_similarity(first, _tensor("b", b), reduce, stream_of(first)), a, b)

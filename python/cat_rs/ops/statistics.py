@@ -116,7 +116,7 @@ def bootstrap_difference(
         (low, high)
 
     Raises:
-        As :func:`bootstrap_interval`.
+        DtypeError, InvalidValueError, ShapeError: As :func:`bootstrap_interval`.
     """
     op = "bootstrap_difference"
     _check(op, statistic, seed)

@@ -67,7 +67,11 @@ class CatStep:
         model: A diffusers denoiser with a PEFT adapter (``model.add_adapter(LoraConfig(...))``), on the CPU or on one
             CUDA device. Parameters that require a gradient are trained.
         scheduler: The model's diffusers scheduler: one with ``alphas_cumprod`` or a flow-matching one.
-        lr, betas, eps, weight_decay, max_grad_norm: As in :class:`FlatAdamW`.
+        lr: The learning rate; it and the next four are those of :class:`FlatAdamW`.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: The gradient is clipped to this L2 norm; None does not clip.
         cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
             number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a
             :class:`cat_rs.CatFactorRatio`. May be set between steps.

@@ -115,7 +115,8 @@ class TeacherBank:
             path: File that the bank is written to while it is built, and that the returned bank reads from on demand.
                 An older file there is replaced when the new one is complete. By default the bank is in memory.
             batch_size: Draws predicted in one call of the model.
-            prediction_type, predict: As of :class:`CatStep`.
+            prediction_type: As of :class:`CatStep`.
+            predict: As of :class:`CatStep`.
             progress: Show a progress bar (needs tqdm).
 
         Raises:
