@@ -122,7 +122,11 @@ def main() -> int:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / "mkdocs.yml")]
     # The configuration names functions of this folder.
     path = os.pathsep.join(filter(None, (str(ROOT / "scripts"), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": path, "CAT_RS_PAGES": str((output / "docs").resolve()), "NO_MKDOCS_2_WARNING": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "CAT_RS_PAGES": str((output / "docs").resolve()),
+        "NO_MKDOCS_2_WARNING": "1",
+    }
     done = subprocess.run([*command, "--site-dir", str((output / "site").resolve())], env=environment, check=False)
     if done.returncode == 0:
         print(f"wrote {output / 'site' / 'index.html'}")

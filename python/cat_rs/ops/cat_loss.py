@@ -117,9 +117,9 @@ def cat_loss(
 
         L_{cat} = \frac{1}{B} \sum_i w_i \operatorname{mean}(m (f(c_0) - f_{base}(c_0))^2)
 
-    where the means run over a sample's elements and lambda is ``cat_factor``. Values and both gradients come from one pass over the
-    inputs. Sums accumulate in float32 lanes and float64 totals (float64 throughout if an input is float64) in an
-    order that does not depend on the number of threads. Inputs that are not contiguous are copied once.
+    where the means run over a sample's elements and lambda is ``cat_factor``. Values and both gradients come from one
+    pass over the inputs. Sums accumulate in float32 lanes and float64 totals (float64 throughout if an input is
+    float64) in an order that does not depend on the number of threads. Inputs that are not contiguous are copied once.
 
     The tensors are on the CPU or on one CUDA device. On CUDA the call waits for nothing, so the sample weights' values
     are not checked.

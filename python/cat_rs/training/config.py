@@ -237,19 +237,6 @@ class TrainConfig:
         pairs = (trigger.partition("=") for trigger in self.trigger)
         return {word: own_class or self.class_word for word, _, own_class in pairs}
 
-    def base_model_name(self) -> str:
-        """Return the model's hub id, or the name of its folder: a local path is nobody else's business."""
-        model = Path(self.model)
-        return model.resolve().name if model.is_dir() else self.model
-
-    def learning_settings(self) -> dict[str, Any]:
-        """Return the settings that decide what is learned from the pictures, without local paths."""
-        names = {"steps"} | (set(self.to_dict()) - _FREE_ON_RESUME - {"model", "device"})
-        values = {name: value for name, value in self.to_dict().items() if name in names}
-        if self.preserve_prompts is not None:
-            values["preserve_prompts"] = Path(self.preserve_prompts).name
-        return values
-
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values, as a config file holds them."""
         values = dataclasses.asdict(self)
@@ -279,6 +266,21 @@ class TrainConfig:
         if names:
             changes = ", ".join(f"{name} was {before[name]!r}, is {values[name]!r}" for name in names)
             raise ConfigError(f"resume: expected the settings of the checkpoint; {changes}")
+
+
+def base_model_name(config: TrainConfig) -> str:
+    """Return the model's hub id, or the name of its folder: a local path is nobody else's business."""
+    model = Path(config.model)
+    return model.resolve().name if model.is_dir() else config.model
+
+
+def learning_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that decide what is learned from the pictures, without local paths."""
+    without = _FREE_ON_RESUME - {"steps"} | {"model", "device"}
+    values = {name: value for name, value in config.to_dict().items() if name not in without}
+    if config.preserve_prompts is not None:
+        values["preserve_prompts"] = Path(config.preserve_prompts).name
+    return values
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationResult
 from cat_rs.evaluation.measures import MEASURES, format_interval
 from cat_rs.run_folder import BEST_FOLDER, CARD_FILE, FRONT_FILE
-from cat_rs.training.config import TrainConfig
+from cat_rs.training.config import TrainConfig, base_model_name, learning_settings
 from cat_rs.training.evaluation import LastEvaluation
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def make_card(
         tags=[*tags, _OWN_TAG],
         widget=[{"text": row.prompt, "output": {"url": row.adapter}} for row in pictures] or None,
     )
-    name = config.base_model_name()
+    name = base_model_name(config)
     model = f"`{name}`" if is_local else f"[{name}](https://huggingface.co/{name})"
     prompt = pictures[0].prompt if pictures else ", ".join(trigger_words)
     parts = [
@@ -193,7 +193,7 @@ def _settings(config: TrainConfig) -> str:
     """Return what decided the training, as a config file."""
     import yaml
 
-    values = {name: value for name, value in config.learning_settings().items() if value is not None}
+    values = {name: value for name, value in learning_settings(config).items() if value is not None}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -13,7 +13,7 @@ from cat_rs.processes import Processes
 from cat_rs.step import CatStep
 from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.step.teacher_bank import TeacherBank
-from cat_rs.training.config import TrainConfig
+from cat_rs.training.config import TrainConfig, base_model_name
 from cat_rs.training.encoded_dataset import EncodedDataset
 from cat_rs.training.sampler import BatchSampler
 
@@ -106,7 +106,7 @@ class Trainer:
         config = self._config
         metadata = {
             "version": __version__,
-            "base_model": config.base_model_name(),
+            "base_model": base_model_name(config),
             "trigger": config.class_words(),
             "cat_factor": config.cat_factor,
             "cat_factor_end": config.cat_factor_end,
