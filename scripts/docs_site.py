@@ -38,7 +38,7 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {
             *("patch_peft", "unpatch_peft", "adapter_disabled"),
         ),
     ),
-    "files": ("Adapter files", "cat_rs", ("save_lora", "load_lora", "LoraFile")),
+    "files": ("Adapter files", "cat_rs", ("save_lora", "load_lora", "LoraFile", "merge_loras", "MergedLora")),
     "scores": ("Scores", "cat_rs", ()),
     "evaluation": ("cat_rs.evaluation", "cat_rs.evaluation", ()),
     "report": ("cat_rs.report", "cat_rs.report", ()),

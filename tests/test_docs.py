@@ -181,6 +181,10 @@ def names_for(block: Block) -> dict[str, Any]:
         pipe = SimpleNamespace(transformer=other, load_lora_weights=lambda *_args, **_kwargs: None)
         names |= {"text_encoder": text_encoder, "pipe": pipe, "save_lora": save_lora}
         names |= {"other_unet": tiny_unet(2), "other_text_encoder": tiny_text_encoder(4)}
+    elif block.page == "docs/check.md":
+        from diffusers import DiffusionPipeline
+
+        names["pipeline"] = DiffusionPipeline.from_pretrained("DIR_OR_ID")
     elif block.page == "docs/report.md":
         from diffusers import DiffusionPipeline
 
@@ -227,6 +231,8 @@ def test_blocks_run(block: Block, adapter_dir: Path) -> None:
     for name in ("dog", "plain", "cat"):
         if f"--output-dir runs/{name}" not in block.code:
             shutil.copytree(adapter_dir, f"runs/{name}")
+    for name in ("pikachu", "ghibli"):
+        shutil.copy(adapter_dir / "pytorch_lora_weights.safetensors", f"{name}.safetensors")
     if block.language == "python":
         names = names_for(block)
         exec(compile(shortened(block.code), str(block), "exec"), names)
