@@ -86,7 +86,7 @@ class CatLossFunction(torch.autograd.Function):
         # Nobody else holds the precomputed gradients, so they may be scaled in place and given away.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            _, _, *grads = _evaluate(ctx.saved_tensors, ctx.settings, grad_total, ctx.needs_input_grad)
+            _, _, *grads = _evaluate(ctx.saved_tensors, ctx.settings, grad_total, ctx.needs_input_grad[:2])
         # Reading a number of a GPU would wait for it.
         elif grad_total.is_cuda or grad_total.item() != 1.0:
             _core.scale_gradients(grads[0], grads[1], grad_total, stream_of(grad_total))
