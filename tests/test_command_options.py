@@ -84,7 +84,7 @@ CONVERT: dict[str, Case] = {
     "input": Case("<other>", {"read": "<other>"}),
     "output": Case("elsewhere", {"written": "elsewhere"}),
     "overwrite": Case(True, {"written": "<earlier>"}, {"output": "<earlier>"}),
-    "to": Case("kohya", {"format": "kohya"}),
+    "to": Case("kohya", {"format": "kohya"}, {"family": "sd"}),
     "family": Case("sdxl", {"family": "sdxl"}),
     "dtype": Case("bfloat16", {"dtype": torch.bfloat16}),
     "model": Case("model", {"loaded": "model", "checked": ["unet"]}),
@@ -219,7 +219,7 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def read_lora(path: Any, models: Any) -> Any:
         note(read=path)
-        return SimpleNamespace(alphas={}, format="peft")
+        return SimpleNamespace(alphas={}, state={}, format="peft", family=None)
 
     def merge_loras(adapters: Any, scales: Any, *, cap: Any) -> Any:
         note(merged=adapters, scales=scales, cap=cap)

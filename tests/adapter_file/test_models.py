@@ -77,8 +77,14 @@ def test_dtype_and_adapter_name(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
     with pytest.raises(AdapterError, match="`adapter_name` must be an adapter of the unet, got 'x': it has 'default'"):
         cat_rs.save_lora(tmp_path, unet, adapter_name="x")
-    with pytest.raises(AdapterError, match="it has none"):
+    with pytest.raises(
+        AdapterError, match="`model_or_state` must have an adapter, got a UNet2DConditionModel without"
+    ):
         cat_rs.save_lora(tmp_path, tiny_unet())
+    with pytest.raises(
+        AdapterError, match="`text_encoder` must have an adapter, got a CLIPTextModel without one: leave"
+    ):
+        cat_rs.save_lora(tmp_path, unet, text_encoder=clip())
     other = tiny_unet()
     cat_rs.load_lora(file, model=other, adapter_name="x")
     assert list(other.peft_config) == ["x"]

@@ -12,10 +12,12 @@ from cat_rs.adapter_file.layer import Layer
 from cat_rs.arguments import shown
 from cat_rs.errors import AdapterError, InvalidValueError
 
-# Keys of a safetensors file's metadata: ours, and where diffusers looks for LoraConfigs.
+# Keys of a safetensors file's metadata: our training metadata, where diffusers looks for LoraConfigs, and the family,
+# which the layers of a small model do not tell.
 TRAINING_KEY = "cat_rs"
 CONFIG_KEY = "lora_adapter_metadata"
-_OWN_KEYS = (TRAINING_KEY, CONFIG_KEY, "format", "component")
+FAMILY_KEY = "cat_rs_family"
+_OWN_KEYS = (TRAINING_KEY, CONFIG_KEY, FAMILY_KEY, "format", "component")
 # Training metadata that kohya's files have a field for.
 _KOHYA_FIELDS = {
     "lr": "ss_learning_rate",
@@ -25,6 +27,7 @@ _KOHYA_FIELDS = {
     "snr_gamma": "ss_min_snr_gamma",
     "base_model": "ss_sd_model_name",
 }
+FAMILIES = ("sd", "sdxl", "flux")
 _KOHYA_VERSIONS = {"sd_v1": "sd", "sd_v2": "sd", "sdxl_base_v1-0": "sdxl", "flux1": "flux"}
 
 
@@ -75,8 +78,9 @@ def other_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def family_of_metadata(metadata: Mapping[str, str]) -> str | None:
-    """The family, where a trainer noted the model."""
-    return _KOHYA_VERSIONS.get(metadata.get("ss_base_model_version", ""))
+    """The family, where a trainer or `save_lora` noted it."""
+    noted = metadata.get(FAMILY_KEY)
+    return noted if noted in FAMILIES else _KOHYA_VERSIONS.get(metadata.get("ss_base_model_version", ""))
 
 
 def kohya_metadata(

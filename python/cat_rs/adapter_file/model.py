@@ -50,8 +50,14 @@ def layers_of_model(model: torch.nn.Module, component: str, adapter_name: str) -
         AdapterError: The model has no such adapter, or one that is more than LoRA.
     """
     adapters = getattr(model, "peft_config", {})
+    if not adapters:
+        argument = component if component.startswith("text_encoder") else "model_or_state"
+        raise AdapterError(
+            f"save_lora: `{argument}` must have an adapter, got a {type(model).__name__} without one: leave it "
+            "out, or give it one with add_adapter"
+        )
     if adapter_name not in adapters:
-        has = ", ".join(map(repr, adapters)) or "none"
+        has = ", ".join(map(repr, adapters))
         raise AdapterError(
             f"save_lora: `adapter_name` must be an adapter of the {component}, got {adapter_name!r}: it has {has}"
         )

@@ -143,7 +143,7 @@ def _lora_file(
     family: str | None,
 ) -> LoraFile:
     others = text.other_metadata(metadata)
-    family = family or text.family_of_metadata(others) or family_of_layers(layers)
+    family = family or text.family_of_metadata(metadata) or family_of_layers(layers)
     return assembled(layers, configs, training, others, format, family)
 
 

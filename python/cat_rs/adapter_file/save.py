@@ -28,7 +28,6 @@ from cat_rs.atomic import write_bytes
 from cat_rs.errors import InvalidValueError
 from cat_rs.unwrap import unwrap_model
 
-FAMILIES = ("sd", "sdxl", "flux")
 FORMATS = ("diffusers", "peft", "kohya")
 SUFFIX = ".safetensors"
 
@@ -114,6 +113,8 @@ def save_lora(
     # A hash of the file that was read is not one of the file that is written.
     kept = {name: value for name, value in file_metadata.items() if "hash" not in name}
     common = {**kept, "format": "pt", text.TRAINING_KEY: text.to_json("metadata", training)}
+    if family is not None:
+        common[text.FAMILY_KEY] = family
     if format == "peft":
         return _save_peft(Path(path), layers, configs, common)
     if format == "kohya":
@@ -158,7 +159,7 @@ def _save_peft(
 
 def _check_arguments(path: str | os.PathLike[str], format: str, family: str | None, dtype: torch.dtype | None) -> None:
     check_path("save_lora", "path", path)
-    for name, value, choices in (("format", format, FORMATS), ("family", family, (*FAMILIES, None))):
+    for name, value, choices in (("format", format, FORMATS), ("family", family, (*text.FAMILIES, None))):
         known = ", ".join(filter(None, choices))
         check("save_lora", name, value, known, set(choices).__contains__)
     is_file = os.fspath(path).endswith(SUFFIX)

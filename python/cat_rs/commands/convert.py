@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cat_rs.options import check_absent, option
+from cat_rs.options import ConfigError, check_absent, option
 
 _FILES = "files"
 _ADAPTER = "adapter"
@@ -39,6 +39,7 @@ def run(settings: Settings) -> None:
 
     from cat_rs.adapter_file import save_lora
     from cat_rs.adapter_file.lora_file import check_fit
+    from cat_rs.adapter_file.model import family_of_model
     from cat_rs.adapter_file.read import read_lora
     from cat_rs.adapter_file.save import files_to_write
 
@@ -46,8 +47,14 @@ def run(settings: Settings) -> None:
     models = _models(settings.model)
     lora = read_lora(settings.input, models)
     check_fit(lora, models)
+    denoisers = [family_of_model(models[name]) for name in lora.state if name in models]
+    family = settings.family or lora.family or next(filter(None, denoisers), None)
+    if settings.to == "kohya" and family is None:
+        raise ConfigError(
+            "family: expected --family sd, sdxl or flux with --to kohya where the file does not tell, got none"
+        )
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    written = save_lora(settings.output, lora, format=settings.to, family=settings.family, dtype=dtype)
+    written = save_lora(settings.output, lora, format=settings.to, family=family, dtype=dtype)
     parts = ", ".join(f"{len(alphas)} layers of {name}" for name, alphas in lora.alphas.items())
     print(f"{written}: {parts}, from {lora.format} to {settings.to}")
 
