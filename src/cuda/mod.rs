@@ -15,6 +15,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use self::cache::Cache;
 use self::compiler::Compiler;
+pub use self::compiler::TorchCuda;
 use self::driver::{DeviceProperties, Driver, Handle, Launch};
 use crate::error::{CatError, Result};
 
@@ -234,6 +235,11 @@ pub fn compiler_version() -> std::result::Result<String, String> {
     Ok(format!("{major}.{minor}"))
 }
 
+/// The compute capabilities that NVRTC compiles for, 90 for 9.0.
+pub fn architectures(op: &'static str) -> Result<Vec<u32>> {
+    Compiler::find().map_err(|reason| CatError::cuda(op, reason))?.architectures(op)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -352,7 +358,8 @@ extern \"C\" __global__ void __launch_bounds__(THREADS) doubling(const Work work
         assert_eq!(target(103).unwrap(), ("--gpu-architecture=sm_100".into(), false));
         assert_eq!(target(120).unwrap(), ("--gpu-architecture=compute_100".into(), true));
         let error = target(75).unwrap_err().to_string();
-        assert_eq!(error, "op: CUDA: NVRTC does not compile for compute capability 7.5");
+        let expected = "op: CUDA: NVRTC does not compile for compute capability 7.5, but from 8.0 on: cat-rs info";
+        assert!(error.starts_with(expected), "{error}");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! What the extension was built with and what CUDA it finds, for `cat-rs info`.
 
+use std::path::{Path, PathBuf};
+
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 use pyo3::types::PyDict;
@@ -57,4 +59,19 @@ pub fn compile_kernels(
         _ => return Err(raise(py, &CatError::value(OP, "dtype", FLOAT_DTYPES, format!("'{dtype}'")))),
     };
     released(py, || cuda::compile(OP, &ops::kernels(kind), architecture))
+}
+
+/// The compute capabilities that NVRTC compiles for, 90 for 9.0.
+#[pyfunction]
+pub fn cuda_architectures(py: Python<'_>) -> PyResult<Vec<u32>> {
+    released(py, || cuda::architectures("info"))
+}
+
+/// Tells the part that looks for NVRTC which PyTorch there is.
+pub fn note_torch(py: Python<'_>) -> PyResult<()> {
+    let torch = py.import("torch")?;
+    let file: PathBuf = torch.getattr("__file__")?.extract()?;
+    let version = torch.getattr("version")?.getattr("cuda")?.extract()?;
+    cuda::TorchCuda { version, folder: file.parent().map(Path::to_owned).unwrap_or_default() }.set();
+    Ok(())
 }

@@ -60,7 +60,7 @@ mod _core {
     #[pymodule_export]
     use super::frozen_linear::{frozen_linear_backward, frozen_linear_forward};
     #[pymodule_export]
-    use super::info::{build_info, compile_kernels, cuda_versions};
+    use super::info::{build_info, compile_kernels, cuda_architectures, cuda_versions};
     #[pymodule_export]
     use super::lora_linear::{lora_linear_backward, lora_linear_forward};
     #[pymodule_export]
@@ -71,4 +71,11 @@ mod _core {
     use super::similarity::{cross_similarity, paired_similarity};
     #[pymodule_export]
     use super::statistics::{bootstrap_difference, bootstrap_interval, harmonic_mean, kps_difference};
+
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::info::note_torch(module.py())
+    }
 }

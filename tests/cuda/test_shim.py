@@ -218,6 +218,18 @@ def test_cat_loss_with_factors_on_the_device(compiler: Compiler, dtypes: tuple[t
     LossCase((2, 333), *dtypes, on_device=True, cat_factor=0.375, scale=1024.0).check(compiler)
 
 
+def test_small_errors_keep_their_float16_gradients(compiler: Compiler) -> None:
+    case = LossCase((4, 4, 128, 128), F16, F16, scale=2.0**16, on_device=True)
+    program = compiler.program("cat_loss", {"REAL": F32, "PRED": F16, "TARGET": F16})
+    errors = 1e-3 * (torch.rand(case.shape) + 0.5) * torch.randn(case.shape).sign()
+    tensors = {name: Guarded(torch.zeros(case.shape, dtype=F16)) for name in NAMES}
+    tensors["model_pred_no_trigger"].tensor.copy_(errors)
+    gradient = case.run(program, tensors, None, None, F32)["model_pred_no_trigger"].check()
+    exact = 2 * case.cat_factor * case.scale / errors.numel() * tensors["model_pred_no_trigger"].tensor.double()
+    assert gradient.all()
+    assert ((gradient.double() - exact) / exact).abs().max() <= 2e-3
+
+
 def test_cat_loss_without_gradients(compiler: Compiler) -> None:
     LossCase((2, 333), gradients=False).check(compiler)
 
@@ -540,6 +552,30 @@ def test_cross_similarity(
     for splits, backwards in ((1, False), (1, True), (min(3, -(-others // 64)), False)):
         ours = kernels.cross_max(a, b, splits, backwards=backwards)
         assert_scores_close(ours, expected.max(1), kernels.real)
+
+
+@pytest.mark.parametrize("dim", [512, 3000, 65536])
+@pytest.mark.parametrize("kind", ["equal", "growing", "positive", "random"])
+def test_the_error_of_cross_similarity_has_a_bound(compiler: Compiler, kind: str, dim: int) -> None:
+    # Numbers of one sign, whose rounding errors may all point the same way.
+    rows = {
+        "equal": torch.full((2, dim), 0.1),
+        "growing": torch.linspace(1e-3, 3, dim).repeat(2, 1),
+        "positive": torch.rand(2, dim),
+        "random": torch.randn(2, dim),
+    }[kind]
+    a, b = Guarded(rows), Guarded(rows)
+    ours = Similarities(compiler, F32, F32, F32).cross_max(a, b, 1)
+    exact = references.cross_similarity(rows.double(), rows.double()).max(1)
+    # (DEPTH + FOLD + 6) u of a cosine, of which a similarity has half; the norms' own error is less than 10 u.
+    assert np.abs(ours.numpy() - exact).max() <= (16 + 8 + 6 + 10) * 2**-24 / 2
+
+
+def test_pairs_of_rows_are_compared_without_float64() -> None:
+    source = source_of("similarity")
+    kernel = source[source.index(" cross_max(const") :]
+    pairs = kernel[: kernel.index("bests[y + i * SIDE]")]
+    assert "f64" not in pairs.replace("cross_max(const CrossMax work)", "")
 
 
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])

@@ -56,11 +56,26 @@ def _build() -> dict[str, str]:
 
 def _cuda_kernels() -> str:
     """Say with what they run here, or why they cannot."""
+    if torch.version.hip is not None:
+        return f"not usable: this PyTorch is for AMD GPUs (ROCm {torch.version.hip})"
     (driver, no_driver), (compiler, no_compiler) = _core.cuda_versions()
     missing = [reason for reason in (no_driver, no_compiler) if reason is not None]
     if not missing and not torch.cuda.is_available():
         missing = ["PyTorch sees no CUDA device"]
-    return "not usable: " + "; ".join(missing) if missing else f"driver for CUDA {driver}, NVRTC {compiler}"
+    if missing:
+        return "not usable: " + "; ".join(missing)
+    first = min(_core.cuda_architectures())
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+    too_old = [
+        f"{torch.cuda.get_device_name(index)} (compute {major}.{minor})"
+        for index, (major, minor) in enumerate(capabilities)
+        if 10 * major + minor < first
+    ]
+    needed = (
+        f"; not usable on {', '.join(too_old)}: this NVRTC compiles from {first // 10}.{first % 10} on, so install a "
+        "PyTorch build for CUDA 12.6"
+    )
+    return f"driver for CUDA {driver}, NVRTC {compiler}{needed if too_old else ''}"
 
 
 def _machine() -> dict[str, str]:

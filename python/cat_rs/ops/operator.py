@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cat_rs._native import _core
-from cat_rs.errors import CatRsError, InvalidValueError
+from cat_rs.errors import CatRsError, DeviceError, InvalidValueError
 
 __all__ = [
     "LOW_PRECISION",
@@ -54,8 +54,19 @@ def reraise(op: str, error: RuntimeError, **tensors: Any) -> NoReturn:
 
 
 def stream_of(tensor: Tensor) -> int:
-    """The handle of PyTorch's current stream on the tensor's device, where its kernels go; 0 on the CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+    """The handle of PyTorch's current stream on the tensor's device, where its kernels go; 0 on the CPU.
+
+    Raises:
+        DeviceError: The tensor is on an AMD GPU, which PyTorch also calls cuda.
+    """
+    if not tensor.is_cuda:
+        return 0
+    if torch.version.hip is not None:
+        raise DeviceError(
+            "cat_rs: tensors must be on the CPU or on an NVIDIA GPU, got one on an AMD GPU (PyTorch for ROCm "
+            f"{torch.version.hip}): the kernels are written in CUDA"
+        )
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:

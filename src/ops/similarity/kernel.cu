@@ -160,7 +160,22 @@ struct CrossMax {
 };
 
 // A block compares TILE rows of a with its share of the rows of b, TILE at a time; a thread, OWN by OWN pairs.
-constexpr u32 TILE = 64, DEPTH = 16, OWN = 4, SIDE = TILE / OWN;
+//
+// Consumer cards have 1/64 of their arithmetic in float64, so that none is used for each pair. REAL sums DEPTH products,
+// then FOLD of these sums, and Sum, which is as good as twice the precision, the rest. With u = 2^-24 in float32 a
+// cosine is off by at most (DEPTH + FOLD + 6) u.
+constexpr u32 TILE = 64, DEPTH = 16, OWN = 4, SIDE = TILE / OWN, FOLD = 8;
+
+// A sum, and what rounding took from it.
+struct Sum {
+    REAL high;
+    REAL low;
+    __device__ void add(REAL value) {
+        const REAL sum = high + value, added = sum - high;
+        low += (high - (sum - added)) + (value - added);
+        high = sum;
+    }
+};
 
 template <class T>
 __device__ inline void load_tile(REAL (&tile)[DEPTH][TILE + 1], const T* rows, u64 first, u64 count, u64 start, u64 dim) {
@@ -175,14 +190,16 @@ __device__ inline void load_tile(REAL (&tile)[DEPTH][TILE + 1], const T* rows, u
 extern "C" __global__ void __launch_bounds__(THREADS) cross_max(const CrossMax work) {
     __shared__ REAL a_tile[DEPTH][TILE + 1];
     __shared__ REAL b_tile[DEPTH][TILE + 1];
-    __shared__ f64 bests[TILE][SIDE + 1];
+    __shared__ REAL bests[TILE][SIDE + 1];
     const u64 a_first = u64(blockIdx.x) * TILE;
     const u32 x = threadIdx.x % SIDE, y = threadIdx.x / SIDE;
-    f64 best[OWN];
+    // The largest a.b / |b|
+    REAL best[OWN];
 #pragma unroll
-    for (u32 i = 0; i < OWN; ++i) best[i] = -1.0;
+    for (u32 i = 0; i < OWN; ++i) best[i] = REAL(__longlong_as_double(0xfff0000000000000ll));
     for (u64 b_first = u64(blockIdx.y) * TILE; b_first < work.b_rows; b_first += u64(gridDim.y) * TILE) {
-        f64 totals[OWN][OWN] = {};
+        Sum totals[OWN][OWN] = {};
+        REAL parts[OWN][OWN] = {};
         for (u64 start = 0; start < work.dim; start += DEPTH) {
             __syncthreads();
             load_tile(a_tile, work.a, a_first, work.a_rows, start, work.dim);
@@ -203,24 +220,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) cross_max(const CrossMax w
                     for (u32 j = 0; j < OWN; ++j) sums[i][j] += as[i] * bs[j];
                 }
             }
+            const bool fold = start / DEPTH % FOLD == FOLD - 1 || start + DEPTH >= work.dim;
 #pragma unroll
             for (u32 i = 0; i < OWN; ++i) {
 #pragma unroll
-                for (u32 j = 0; j < OWN; ++j) totals[i][j] += f64(sums[i][j]);
+                for (u32 j = 0; j < OWN; ++j) {
+                    parts[i][j] += sums[i][j];
+                    if (fold) {
+                        totals[i][j].add(parts[i][j]);
+                        parts[i][j] = REAL(0);
+                    }
+                }
             }
         }
 #pragma unroll
-        for (u32 i = 0; i < OWN; ++i) {
-            const u64 a_row = a_first + y + i * SIDE;
+        for (u32 j = 0; j < OWN; ++j) {
+            const u64 b_row = b_first + x + j * SIDE;
+            if (b_row >= work.b_rows) continue;
+            const REAL norm = REAL(work.b_norms[b_row]);
 #pragma unroll
-            for (u32 j = 0; j < OWN; ++j) {
-                const u64 b_row = b_first + x + j * SIDE;
-                if (a_row < work.a_rows && b_row < work.b_rows) {
-                    const f64 norms = work.a_norms[a_row] * work.b_norms[b_row];
-                    const f64 value = score(totals[i][j], norms * norms);
-                    // A NaN, which the caller reports, stays.
-                    if (!(value <= best[i]) && best[i] == best[i]) best[i] = value;
-                }
+            for (u32 i = 0; i < OWN; ++i) {
+                const REAL value = (totals[i][j].high + totals[i][j].low) / norm;
+                // A NaN, which the caller reports, stays.
+                if (!(value <= best[i]) && best[i] == best[i]) best[i] = value;
             }
         }
     }
@@ -228,11 +250,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) cross_max(const CrossMax w
     for (u32 i = 0; i < OWN; ++i) bests[y + i * SIDE][x] = best[i];
     __syncthreads();
     if (threadIdx.x < TILE && a_first + threadIdx.x < work.a_rows) {
-        f64 value = bests[threadIdx.x][0];
+        REAL value = bests[threadIdx.x][0];
         for (u32 i = 1; i < SIDE; ++i) {
-            const f64 other = bests[threadIdx.x][i];
+            const REAL other = bests[threadIdx.x][i];
             if (!(other <= value) && value == value) value = other;
         }
-        work.best[u64(blockIdx.y) * work.a_rows + a_first + threadIdx.x] = value;
+        const u64 a_row = a_first + threadIdx.x;
+        const f64 norm = work.a_norms[a_row];
+        work.best[u64(blockIdx.y) * work.a_rows + a_row] = score(f64(value), norm * norm);
     }
 }
