@@ -74,7 +74,6 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
         {"preserve_share": 1.5},
         {"noise_offset": -0.1},
         {"resume": True, "overwrite": True},
-        {"capture": True, "gradient_checkpointing": True},
     ],
     ids=lambda settings: "-".join(settings),
 )

@@ -123,6 +123,22 @@ def test_prompts_to_preserve_take_their_share(pipeline: Any, concept_dir: Path, 
     assert all(torch.equal(row, expected) for row in batch.cond["encoder_hidden_states"])
 
 
+def test_views_and_prompts_are_chosen_by_a_generator_of_the_cpu(
+    pipeline: Any, concept_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\na red car\n")
+    cache = build(pipeline, concept_dir, flip=True, preserve_prompts=str(tmp_path / "prompts.txt"))
+    # One of a GPU, which nothing is drawn from with a bank.
+    of_the_device: Any = None
+    first, second = (
+        cache.batch([0] * 20, of_the_device, torch.Generator().manual_seed(1), from_bank=True) for _ in range(2)
+    )
+    assert len(set(first.latents.tolist())) == 2
+    assert torch.equal(first.latents, second.latents)
+    prompts = [batch.cond_no_trigger["encoder_hidden_states"] for batch in (first, second)]
+    assert torch.equal(*prompts)
+
+
 def test_batches_for_a_bank_name_the_views_they_are_of(pipeline: Any, concept_dir: Path) -> None:
     cache = build(pipeline, concept_dir, flip=True)
     mean, std, cond_no_trigger = cache.all_views()

@@ -29,6 +29,8 @@ from cat_rs.training import (
     TrainingInterrupted,
     train,
 )
+from cat_rs.training.checkpoint import load_state
+from cat_rs.training.log import TrainingLog
 from cat_rs.training.trainer import Trainer
 from tests.cuda.simulation import SimulatedGraphs, simulate_gpu
 
@@ -258,8 +260,9 @@ def test_callers_random_state_is_untouched(configure: Configure) -> None:
         {"lora_dropout": 0.5, "crop": "random", "flip": True},
         {"cat_factor": 0.0},
         {"teacher_draws": 3, "crop": "random", "crops": 2, "flip": True},
+        {"dtype": "float16"},
     ],
-    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws"],
+    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16"],
 )
 def test_resumed_run_equals_uninterrupted_run(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -460,8 +463,31 @@ def test_what_needs_another_device_is_refused(configure: Configure, monkeypatch:
     with pytest.raises(ConfigError, match=r"^capture: expected a GPU to record on, got device cpu"):
         quiet(configure(capture=True))
     simulate_gpu(monkeypatch)
-    with pytest.raises(ConfigError, match=r"^teacher_draws: expected 0 on a GPU, got 2"):
-        quiet(configure(teacher_draws=2))
+    monkeypatch.setattr("cat_rs.step.cuda_graphs.RECORDS_CHECKPOINTING", False)
+    with pytest.raises(
+        ConfigError, match=r"^capture, gradient_checkpointing: expected one of them before PyTorch 2.10"
+    ):
+        quiet(configure(capture=True, gradient_checkpointing=True))
+
+
+def test_a_gpus_figures_are_read_in_batches(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_gpu(monkeypatch)
+    monkeypatch.setattr("cat_rs.training.loop.READ_EVERY", 3)
+    waiting: list[int] = []
+    flush = TrainingLog.flush
+    monkeypatch.setattr(TrainingLog, "flush", lambda log: waiting.append(len(log._waiting)) or flush(log))
+    result = quiet(configure(steps=8, checkpoint_every=4, teacher_draws=2))
+    # Steps 3, 4 with its checkpoint, 6 and 8, with its own and as the last.
+    assert waiting == [3, 1, 2, 2]
+    assert [json.loads(line)["step"] for line in result.metrics.read_text().splitlines()] == list(range(1, 9))
+
+
+def test_float16_trains_with_a_scaled_loss(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = quiet(configure(dtype="float16", steps=3, checkpoint_every=3))
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert rows[-1]["cat"] > 0
+    state = load_state(result.output_dir / "checkpoints" / "step-000003")
+    assert state["run"]["step"]["grad_scaler"]["_growth_tracker"] + result.skipped_steps == 3
 
 
 def test_broken_model_file_is_named(configure: Configure, tiny_pipeline_dir: Path, tmp_path: Path) -> None:

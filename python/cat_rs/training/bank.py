@@ -28,7 +28,7 @@ def open_bank(
     if not config.teacher_draws:
         return None
     mean, std, cond_no_trigger = dataset.all_views()
-    latents, latents_std = (values.to(getattr(torch, config.dtype)) for values in (mean, std))
+    latents, latents_std = (values.to("cpu", getattr(torch, config.dtype)) for values in (mean, std))
 
     def build() -> Path:
         path = Path(config.output_dir, BANK_FILE)

@@ -168,7 +168,9 @@ class TrainConfig:
     keep_checkpoints: int = option(2, group=_OUTPUT, help="how many of the latest checkpoints stay")
     resume: bool = option(False, group=_OUTPUT, help="continue from the latest checkpoint in the output folder")
     overwrite: bool = option(False, group=_OUTPUT, help="delete the run that is in the output folder")
-    log_every: int = option(1, group=_OUTPUT, help="steps between updates of the progress bar and metrics.jsonl")
+    log_every: int = option(
+        1, group=_OUTPUT, help="steps between updates of the progress bar and metrics.jsonl; on a GPU at least 20"
+    )
     tensorboard: bool = option(True, group=_OUTPUT, help="write a TensorBoard log")
     log_with: tuple[str, ...] = option(
         (), group=_OUTPUT, help="trackers of accelerate that get the log too, such as wandb", metavar="NAME"
@@ -176,7 +178,9 @@ class TrainConfig:
 
     device: str = option("auto", group=_MACHINE, help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
     dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", group=_MACHINE, help="of the frozen weights; the adapter is trained in float32"
+        "float32",
+        group=_MACHINE,
+        help="of the frozen weights; the adapter is trained in float32, with a scaled loss for float16",
     )
     gradient_checkpointing: bool = option(False, group=_MACHINE, help="recompute activations: less memory, more time")
     capture: bool = option(False, group=_MACHINE, help="on a GPU: record the step as a CUDA graph and replay it")
@@ -222,9 +226,6 @@ class TrainConfig:
             raise ConfigError("evaluate_prompts: expected a file of prompts with evaluate_every, got none")
         if self.sample_every and not self.sample_prompts:
             raise ConfigError("sample_prompts: expected a prompt or a file of them with sample_every, got none")
-        if self.capture and self.gradient_checkpointing:
-            # Recomputing saves and restores the state of the random numbers, which waits for the GPU.
-            raise ConfigError("capture, gradient_checkpointing: expected one of them, got both")
         if self.resume and self.overwrite:
             raise ConfigError("resume, overwrite: expected one of them, got both")
 

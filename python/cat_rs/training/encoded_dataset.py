@@ -70,16 +70,26 @@ class EncodedDataset:
         """The number of pictures."""
         return len(self._views)
 
-    def batch(self, pictures: Sequence[int], generator: torch.Generator, *, from_bank: bool = False) -> Batch:
+    def batch(
+        self,
+        pictures: Sequence[int],
+        generator: torch.Generator,
+        choices: torch.Generator | None = None,
+        *,
+        from_bank: bool = False,
+    ) -> Batch:
         """Draw a view of each picture, and latents of each view unless a teacher bank holds them.
 
         Args:
             pictures: The indices of the pictures.
-            generator: A generator on the device of the views.
+            generator: Draws latents, on the device of the views.
+            choices: Draws views and prompts, on the CPU: those of a GPU would have to be waited for. By default the
+                same generator.
             from_bank: Whether the step has a bank built from `all_views`.
         """
+        choices = generator if choices is None else choices
         counts = [len(self._views[picture]) for picture in pictures]
-        chosen = [_draw_index(count, generator) if count > 1 else 0 for count in counts]
+        chosen = [_draw_index(count, choices) if count > 1 else 0 for count in counts]
         views = [self._views[picture][view] for picture, view in zip(pictures, chosen, strict=True)]
         if from_bank:
             latents = torch.tensor([self._starts[p] + view for p, view in zip(pictures, chosen, strict=True)])
@@ -90,14 +100,14 @@ class EncodedDataset:
             latents=latents,
             cond=self._conditioning([self._captions.with_trigger[picture] for picture in pictures], views),
             cond_no_trigger=self._conditioning(
-                [self._draw_without_trigger(picture, generator) for picture in pictures], views
+                [self._draw_without_trigger(picture, choices) for picture in pictures], views
             ),
         )
 
     def _draw_without_trigger(self, picture: int, generator: torch.Generator) -> str:
         """Return the caption without the trigger or, with the chosen probability, another prompt to preserve."""
         preserved = self._captions.preserved
-        if preserved and float(torch.rand((), generator=generator, device=generator.device)) < self._preserve_share:
+        if preserved and float(torch.rand((), generator=generator)) < self._preserve_share:
             return preserved[_draw_index(len(preserved), generator)]
         return self._captions.without_trigger[picture]
 
@@ -119,7 +129,7 @@ class EncodedDataset:
 
 
 def _draw_index(count: int, generator: torch.Generator) -> int:
-    return int(torch.randint(count, (), generator=generator, device=generator.device))
+    return int(torch.randint(count, (), generator=generator))
 
 
 def _posterior(views: Sequence[View]) -> tuple[torch.Tensor, torch.Tensor]:

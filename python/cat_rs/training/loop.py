@@ -14,7 +14,7 @@ import torch
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
 from cat_rs.run_folder import METRICS_FILE
-from cat_rs.step import device_values
+from cat_rs.step import cuda_graphs, device_values
 from cat_rs.training.bank import open_bank
 from cat_rs.training.captions import fill_template, pair_captions
 from cat_rs.training.config import TrainConfig
@@ -30,6 +30,9 @@ from cat_rs.training.output_folder import OutputFolder
 from cat_rs.training.samples import Samples
 from cat_rs.training.trackers import check_trackers
 from cat_rs.training.trainer import Trainer
+
+# Steps of a GPU whose figures are read at once, at least.
+READ_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,8 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     device = choose_device(config.device)
     if config.capture and not device_values.is_gpu(device):
         raise ConfigError(f"capture: expected a GPU to record on, got device {config.device}")
-    if config.teacher_draws and device_values.is_gpu(device):
-        raise ConfigError(f"teacher_draws: expected 0 on a GPU, got {config.teacher_draws}")
+    if config.capture and config.gradient_checkpointing and not cuda_graphs.RECORDS_CHECKPOINTING:
+        raise ConfigError("capture, gradient_checkpointing: expected one of them before PyTorch 2.10, got both")
     processes = Processes.init(device)
     device = processes.own_device(device)
     if not processes.is_main:
@@ -150,6 +153,11 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
                 grid = samples.draw(trainer.steps_done)
             log.add_pictures("samples", trainer.steps_done, np.stack([np.asarray(image) for image in grid.images]))
 
+        # To read figures of a GPU, or another rank's, is to wait for it.
+        reads_wait = device_values.is_gpu(device)
+        read_every = max(config.log_every, READ_EVERY) if reads_wait else config.log_every
+        meet_every = read_every if reads_wait and processes.world_size > 1 else 1
+
         with closing(log):
             if state is not None and processes.on_main(lambda: evaluations.resume(trainer.steps_done)):
                 processes.on_main(evaluate)
@@ -162,11 +170,13 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
                     step = trainer.steps_done
                     log.add(step, lr, figures)
                     last = step == config.steps
-                    signal_number = processes.all_reduce_max(guard.received or 0, device)
+                    signal_number = 0
+                    if last or step % meet_every == 0:
+                        signal_number = processes.all_reduce_max(guard.received or 0, device)
                     checkpoint_is_due = config.checkpoint_every > 0 and (last or step % config.checkpoint_every == 0)
                     save = signal_number > 0 or checkpoint_is_due
                     evaluation_is_due, samples_are_due = evaluations.is_due(step), samples.is_due(step)
-                    if save or last or evaluation_is_due or samples_are_due or step % config.log_every == 0:
+                    if save or last or evaluation_is_due or samples_are_due or step % read_every == 0:
                         _flush(log, output)
                     if save:
                         _, *others = processes.all_gather_object(trainer.rng_state_dict())

@@ -21,7 +21,7 @@ from cat_rs.training.sampler import BatchSampler
 class Trainer:
     """Advances a training by one optimizer step at a time; `state_dict` continues it bit for bit.
 
-    Noise, timesteps and latents are drawn from the trainer's own generator, so that two trainings with the same seed
+    Noise, timesteps and latents are drawn from the trainer's own generators, so that two trainings with the same seed
     see the same draws whatever their adapters draw; dropout uses torch's global generator.
 
     With several ranks, each takes its part of a batch that is `world_size` times as large, and draws noise, timesteps
@@ -56,6 +56,9 @@ class Trainer:
         self._from_bank = bank is not None
         self._device: torch.device = unet.device
         self._generator = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
+        # On the CPU they share one generator.
+        on_cpu = self._device.type == "cpu"
+        self._choices = self._generator if on_cpu else torch.Generator().manual_seed(config.seed + processes.rank)
         self._sampler = BatchSampler(len(dataset), config.batch_size * processes.world_size, config.seed)
         self._part = slice(config.batch_size * processes.rank, config.batch_size * (processes.rank + 1))
         self._step = CatStep(
@@ -70,7 +73,8 @@ class Trainer:
             snr_gamma=config.snr_gamma,
             noise_offset=config.noise_offset,
             accumulate=config.accumulate,
-            generator=self._generator,
+            grad_scaler=torch.amp.GradScaler(self._device.type) if self._dtype == torch.float16 else None,
+            generator=self._choices if self._from_bank else self._generator,
             teacher_bank=bank,
             capture=config.capture,
         )
@@ -128,6 +132,7 @@ class Trainer:
             "step": self._step.state_dict(),
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "order": self._sampler.state_dict(),
+            "choices": self._choices.get_state(),
             **self._global_rng_state(),
         }
 
@@ -137,15 +142,18 @@ class Trainer:
         self._step.load_state_dict(state["step"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
         self._sampler.load_state_dict(state["order"])
+        self._choices.set_state(state.get("choices", self._choices.get_state()))
         self._set_global_rng_state(state)
 
     def rng_state_dict(self) -> dict[str, Any]:
         """Return the part of `state_dict` that differs between ranks: the state of the random generators."""
-        return {"generator": self._generator.get_state(), **self._global_rng_state()}
+        generators = {"generator": self._generator.get_state(), "choices": self._choices.get_state()}
+        return {**generators, **self._global_rng_state()}
 
     def load_rng_state_dict(self, state: dict[str, Any]) -> None:
         """Continue to draw where `rng_state_dict` was called."""
         self._generator.set_state(state["generator"])
+        self._choices.set_state(state.get("choices", self._choices.get_state()))
         self._set_global_rng_state(state)
 
     def _global_rng_state(self) -> dict[str, Any]:
@@ -161,7 +169,7 @@ class Trainer:
 
     def _advance_batch(self) -> torch.Tensor:
         pictures = self._sampler.next_batch()[self._part]
-        batch = self._dataset.batch(pictures, self._generator, from_bank=self._from_bank)
+        batch = self._dataset.batch(pictures, self._generator, self._choices, from_bank=self._from_bank)
         latents = batch.latents if self._from_bank else batch.latents.to(self._dtype)
         metrics = self._step(latents, batch.cond, batch.cond_no_trigger)
         return torch.stack([value.float() for value in metrics])
