@@ -33,11 +33,18 @@ WAITING = {
     "aten::repeat_interleave",
     "aten::unique_consecutive",
 }
+# Wait where they copy from one device to another, unless told not to.
+COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
-def waits(func: Any, args: tuple[Any, ...]) -> str | None:
+def waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """The operation's name where it waits."""
     name = func._schema.name
+    if name in COPIES and not kwargs.get("non_blocking", name == "aten::copy_" and any(args[2:3])):
+        # The CPU's devices differ in no simulation: this sees fake tensors.
+        target = args[0].device if name == "aten::copy_" else kwargs.get("device") or args[0].device
+        source = args[1].device if name == "aten::copy_" else args[0].device
+        return f"{name} from {source} to {target}" if torch.device(target).type != source.type else None
     if name.startswith("aten::index") and any(
         isinstance(leaf, torch.Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1:2])
     ):
@@ -54,7 +61,7 @@ class NoWaiting(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = waits(func, args)
+        name = waits(func, args, kwargs or {})
         if name is not None:
             if self.strict:
                 raise RuntimeError(f"{name} waits for the device")
@@ -80,7 +87,7 @@ class Recorder(TorchDispatchMode):
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (name := waits(func, args)) is not None:
+        if (name := waits(func, args, kwargs or {})) is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}\nmore lines")
         return self.call(func, args, kwargs or {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -182,3 +183,11 @@ def test_a_cpu_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert not device_values.is_gpu(torch.device("cpu"))
     assert device_values.is_gpu(torch.device("cuda", 1))
+
+
+def test_memory_that_recorded_steps_write_to_stays() -> None:
+    optimizer = FlatAdamW(params_of())
+    sums = optimizer._sums.data_ptr(), weakref.ref(optimizer._sums)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    assert optimizer._sums.data_ptr() != sums[0]
+    assert sums[1]() is not None

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import cat_rs
 from cat_rs import CatFactorRamp, CatFactorRatio
 from cat_rs._native import _core
-from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
-from cat_rs.step import cuda_graphs
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.step import cuda_graphs, inputs, teacher_bank
+from cat_rs.step.conditions import Conditions
 from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow_matching
 from tests.cuda import reference_core
 from tests.cuda.simulation import NoWaiting, Recorder, SimulatedGraphs
@@ -141,14 +142,16 @@ def test_everything_is_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> 
     with FakeTensorMode(), torch.device("cuda"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         model = on_cuda(model)
-        ratio = CatFactorRatio(0.5)
+        with torch.device("cpu"):
+            ratio = CatFactorRatio(0.5)
         step = cat_step(model, snr_gamma=5.0, noise_offset=0.1, cat_factor=ratio, accumulate=2)
         one = [torch.empty(2, *shape) for shape in ((4, 8, 8), (5, CROSS), (5, CROSS))]
-        metrics = [
-            step(*one, sample_weight=torch.ones(2), mask=torch.ones(2, 1, 8, 8)),
-            step(*one, timesteps=torch.zeros(2, dtype=torch.long), noise=torch.empty(2, 4, 8, 8)),
-        ]
-        places = {value.device for values in metrics for value in values} | {ratio.factor().device}
+        with NoWaiting(strict=True):
+            metrics = [
+                step(*one, sample_weight=torch.ones(2), mask=torch.ones(2, 1, 8, 8)),
+                step(*one, timesteps=torch.zeros(2, dtype=torch.long), noise=torch.empty(2, 4, 8, 8)),
+            ]
+        places = {value.device for values in metrics for value in values} | {torch.as_tensor(ratio.factor()).device}
         assert places == {torch.device("cuda", 0)}
         with pytest.raises(DeviceError, match="`latents` must be on cuda:0, got cpu"):
             step(torch.empty(2, 4, 8, 8, device="cpu"), *one[1:])
@@ -194,13 +197,49 @@ def test_a_condition_of_all_samples_is_one_tensor(capture: bool) -> None:
         step(**shifted_batch(0, shift, shift.clone()))
 
 
-def test_a_teacher_bank_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    model = add_lora(tiny_unet())
-    with FakeTensorMode():
-        model = on_cuda(model)
-        with pytest.raises(DeviceError, match="`teacher_bank` must be None for a model on cuda:0"):
-            cat_rs.CatStep(model, ddpm(), teacher_bank=cat_rs.TeacherBank.__new__(cat_rs.TeacherBank))
+def bank_of(model: torch.nn.Module) -> tuple[cat_rs.TeacherBank, torch.Tensor]:
+    """A bank of three pictures, and their conditions."""
+    generator = torch.Generator().manual_seed(0)
+    latents, cond = (torch.randn(3, *shape, generator=generator) for shape in ((4, 8, 8), (5, CROSS)))
+    return cat_rs.TeacherBank.build(model, ddpm(), latents, cond, draws=2, generator=generator), cond
+
+
+def stored_batch(number: int, cond: torch.Tensor) -> dict[str, Any]:
+    pictures = torch.tensor([number % 3, (number + 1) % 3])
+    return {"latents": pictures, "cond": cond[pictures] + 1, "cond_no_trigger": cond[pictures]}
+
+
+def test_a_step_with_a_bank_waits_for_nothing_but_the_first() -> None:
+    bank, cond = bank_of(model := unet_pair()[0])
+    step = cat_step(model, teacher_bank=bank, generator=torch.Generator())
+    step(**stored_batch(0, cond))
+    compared: list[str] = []
+    sampled = teacher_bank._sampled
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_bank, "_sampled", lambda tensor: compared.append("") or sampled(tensor))
+        step(**stored_batch(1, cond))
+        assert not compared
+        with pytest.raises(ShapeError, match=r"must have shape \[2, 5, 16\] as in the teacher bank"):
+            step(**{**stored_batch(1, cond), "cond": cond[:2, :3], "cond_no_trigger": cond[:2, :3]})
+    other = cat_step(unet_pair()[0], teacher_bank=bank)
+    with pytest.raises(InvalidValueError, match="must be what the teacher bank's predictions were made with"):
+        other(**{**stored_batch(0, cond), "cond_no_trigger": cond[:2] + 1})
+
+
+def test_stored_draws_go_to_the_model_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    bank, cond = bank_of(unet_pair()[0])
+    conditions = Conditions({"encoder_hidden_states": cond}, {"encoder_hidden_states": cond}, None)
+    one, nothing = torch.tensor([0, 1, 2]), None
+    with NoWaiting(strict=False) as mode:
+        drawn = inputs.draw_stored(
+            one, nothing, nothing, bank, conditions, nothing, torch.device("meta"), compare=False
+        )
+    # The indices' range alone, on the CPU.
+    assert set(mode.found) == {"aten::_local_scalar_dense"}
+    assert {tensor.device.type for tensor in drawn} == {"meta"}
+    assert len(pinned) == 4
 
 
 # The recorded step.
@@ -438,6 +477,62 @@ def test_weights_written_between_replays_count() -> None:
     compare(batches=batches, between=between, model_of=lambda: unet_pair(torch.bfloat16)[0])
 
 
+def _replace(model: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Gives the frozen weights other memory, as ``model.to`` and whoever sets a parameter do."""
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if not param.requires_grad:
+                setattr(module, name, torch.nn.Parameter(change(param.detach()), requires_grad=False))
+
+
+def test_frozen_weights_in_other_memory_count() -> None:
+    def between(step: Step, number: int) -> None:
+        if number in (STEPS - 2, 2 * STEPS):
+            _replace(step.model, lambda weight: 1.1 * weight)
+
+    step = compare(between=between, batches=[batch(n) for n in range(3 * STEPS)], graphs=3)
+    # The graphs of the old memory are gone.
+    assert len(step._captured._graphs._recordings) == 1
+
+
+def test_frozen_weights_written_in_place_count() -> None:
+    def between(step: Step, number: int) -> None:
+        if number == STEPS - 2:
+            for param in step.model.parameters():
+                if not param.requires_grad:
+                    param.mul_(1.1)
+
+    compare(between=between)
+
+
+def test_buffers_in_other_memory_count() -> None:
+    def model_of() -> torch.nn.Module:
+        model = unet_pair()[0]
+        model.register_buffer("shift", torch.zeros(1))
+        model.conv_in.register_forward_hook(lambda module, given, output: output + model.shift)
+        return model
+
+    def between(step: Step, number: int) -> None:
+        if number == STEPS - 2:
+            step.model.shift = step.model.shift + 0.5
+
+    compare(between=between, model_of=model_of, batches=[batch(n) for n in range(2 * STEPS)], graphs=2)
+
+
+def test_a_group_added_after_a_recording_is_a_new_graph() -> None:
+    def between(step: Step, number: int) -> None:
+        if number == STEPS - 2:
+            step.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "lr": 0.5})
+
+    compare(between=between, batches=[batch(n) for n in range(2 * STEPS)], graphs=2)
+
+
+def test_a_float16_adapter_with_a_scaler_is_refused() -> None:
+    model = unet_pair(torch.float16)[0]
+    with pytest.raises(DtypeError, match=r"adapter in float32 with a grad_scaler.*, got .*lora_A.* in float16"):
+        cat_step(model, grad_scaler=torch.amp.GradScaler("cpu"))
+
+
 def test_old_graphs_notice_new_weights() -> None:
     step = cat_step(unet_pair()[0], capture=True)
     run(step, [batch(n) for n in range(STEPS)])
@@ -532,6 +627,23 @@ def test_a_form_too_many_is_refused() -> None:
         step(**batch(3, 3))
     assert all(torch.equal(param, before[name]) for name, param in lora_parameters(step.model).items())
     step(**batch(4, 2))
+
+
+def test_replays_equal_eager_steps_with_a_bank() -> None:
+    bank, cond = bank_of(unet_pair()[0])
+    compare(
+        lambda: {"teacher_bank": bank, "generator": torch.Generator().manual_seed(2)},
+        [stored_batch(n, cond) for n in range(STEPS)],
+    )
+
+
+def test_replays_equal_eager_steps_with_gradient_checkpointing() -> None:
+    def model_of() -> torch.nn.Module:
+        model = unet_pair()[0].train()
+        model.enable_gradient_checkpointing()
+        return model
+
+    compare(model_of=model_of)
 
 
 def test_conditions_may_be_functions() -> None:

@@ -121,6 +121,27 @@ def test_the_gradient_is_scaled_before_it_is_rounded() -> None:
     assert norms[1] == pytest.approx(expected, rel=0.05)
 
 
+def test_small_errors_keep_their_gradient_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (4, 4, 128, 128)
+    model = unet_pair()[0]
+    trained = next(param for param in model.parameters() if param.requires_grad)
+    errors = (1e-3 * (torch.rand(2 * shape[0], *shape[1:]) + 0.5)).half()
+
+    def predict(model: torch.nn.Module, latents: torch.Tensor, *_: Any) -> torch.Tensor:
+        # The base predicts 0, the student the errors.
+        return (errors if torch.is_grad_enabled() else errors[:4] * 0) + 0 * trained.sum().half()
+
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.autograd, "backward", lambda student, grad: given.append(grad))
+    step = cat_step(model, predict=predict, cat_factor=0.7, accumulate=2, grad_scaler=torch.amp.GradScaler("cpu"))
+    cond = torch.zeros(4, 1, 1)
+    step(torch.zeros(shape, dtype=torch.float16), cond, cond, noise=torch.zeros(shape, dtype=torch.float16))
+    gradient = given[0][4:].double()
+    exact = 2 * 0.7 * 2.0**16 / 2 / gradient.numel() * errors[4:].double()
+    assert gradient.all()
+    assert ((gradient - exact) / exact).abs().max() <= 2e-3
+
+
 def test_an_overflow_skips_the_step_and_lowers_the_scale() -> None:
     model, _ = unet_pair()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=1)

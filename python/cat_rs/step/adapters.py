@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cat_rs.arguments import check, check_module
-from cat_rs.errors import AdapterError, InvalidValueError
+from cat_rs.errors import AdapterError, DtypeError, InvalidValueError
 from cat_rs.step import collectives
 from cat_rs.step.optimizer import FlatAdamW
 from cat_rs.unwrap import unwrap_model
@@ -43,6 +43,15 @@ class Adapters:
                 raise InvalidValueError(f"CatStep: `{argument}` must be another module, got one that was given before")
             for name, param in _adapter_parameters(argument, encoder).items():
                 self.parameters[f"{argument}.{name}"] = param
+
+    def check_no_float16(self) -> None:
+        """Refuses parameters whose gradients a GradScaler does not unscale."""
+        for name, param in self.parameters.items():
+            if param.dtype == torch.float16:
+                raise DtypeError(
+                    "CatStep: `model` must have its adapter in float32 with a grad_scaler, which unscales no float16 "
+                    f"gradient, got {name} in float16: diffusers.training_utils.cast_training_params(model)"
+                )
 
     def make_optimizer(self, *arguments: Any, **options: Any) -> FlatAdamW:
         """Patches the modules; returns their parameters' FlatAdamW, whose low-precision copies their layers use."""

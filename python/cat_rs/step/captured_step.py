@@ -23,6 +23,7 @@ class CapturedStep:
     """Forward and backward as one CUDA graph, with the optimizer step where nothing has to happen between them.
 
     Args:
+        model: The model whose forward is recorded.
         optimizer: Optimizer of the parameters that train.
         device: Device of the model.
         max_captures: Largest number of input signatures.
@@ -30,7 +31,12 @@ class CapturedStep:
     """
 
     def __init__(
-        self, optimizer: FlatAdamW, device: torch.device, max_captures: int, text_encoders: Sequence[torch.nn.Module]
+        self,
+        model: torch.nn.Module,
+        optimizer: FlatAdamW,
+        device: torch.device,
+        max_captures: int,
+        text_encoders: Sequence[torch.nn.Module],
     ) -> None:
         if not device_values.is_gpu(device):
             raise InvalidValueError(f"CatStep: `capture` must be False for a model on {device}, got True")
@@ -42,6 +48,8 @@ class CapturedStep:
             )
         self._optimizer = optimizer
         self._graphs = CapturedFunctions("CatStep", device, max_captures)
+        self._places = _places_of(model)
+        self._addresses: list[int] = []
 
     def __call__(
         self, forward_backward: ForwardBackward, inputs: StepInputs, settings: tuple[Any, ...], *, with_update: bool
@@ -68,6 +76,11 @@ class CapturedStep:
             return (loss, parts, torch.as_tensor(self._optimizer.launch())) if with_update else (loss, parts)
 
         self._optimizer.before_launch()
+        addresses = [0 if (tensor := table.get(name)) is None else tensor.data_ptr() for table, name in self._places]
+        if addresses != self._addresses:
+            # Graphs read weights where they were.
+            self._graphs.forget()
+            self._addresses = addresses
         variant = (with_update, self._optimizer.active_spans, autocast, *settings)
         loss, parts, *norm = self._graphs(function, inputs, variant)
         if not with_update:
@@ -75,3 +88,16 @@ class CapturedStep:
             return loss, parts, None
         self._optimizer.after_launch(norm[0])
         return loss, parts, norm[0]
+
+
+def _places_of(model: torch.nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """The tables that hold the model's parameters and buffers, and their names there."""
+    tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+    return [(table, name) for table in tables for name, tensor in table.items() if _has_address(tensor)]
+
+
+def _has_address(tensor: torch.Tensor | None) -> bool:
+    try:
+        return tensor is not None and tensor.data_ptr() != 0
+    except RuntimeError:  # sharded by FSDP
+        return False

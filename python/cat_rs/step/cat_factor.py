@@ -81,36 +81,47 @@ class CatFactorRatio:
         self.ratio = ratio
         self.maximum = maximum
         self.decay = decay
-        # Means of L_diff and L_cat, on the terms' device: nothing waits for a GPU.
-        self._means = torch.zeros(2, dtype=torch.float64)
+        # Means of L_diff and L_cat: where they begin, and since then, on the terms' device, so that nothing waits.
+        self._start = [0.0, 0.0]
+        self._means: torch.Tensor | None = None
 
     def __call__(self, step: int) -> float:
         """The factor of the coming step."""
         return float(self.factor())
 
-    def factor(self) -> torch.Tensor:
-        """The factor of the coming step, a 0-dim float64 tensor on the device of the terms."""
-        diffusion, cat = self._means.unbind()
-        # Both means start at zero, so their common bias cancels.
-        wanted = self.ratio * diffusion
-        return torch.where(wanted < self.maximum * cat, wanted / cat, self.maximum)
+    def factor(self) -> float | torch.Tensor:
+        """The factor of the coming step: a 0-dim float64 tensor on the device of the terms; a number before the first.
+
+        Both means start at zero, so their common bias cancels.
+        """
+        if self._means is None:
+            diffusion, cat = self._start
+            return self.ratio * diffusion / cat if self.ratio * diffusion < self.maximum * cat else self.maximum
+        wanted, mean = self.ratio * self._means[0], self._means[1]
+        return torch.where(wanted < self.maximum * mean, wanted / mean, self.maximum)
 
     def update(self, diffusion: float | torch.Tensor, cat: float | torch.Tensor) -> None:
         """Updates the means with a step's terms; terms that are not finite are left out."""
         terms = torch.stack([_term("diffusion", diffusion), _term("cat", cat)])
-        means = self._means.to(terms.device)
+        means = self._means_on(terms.device)
         self._means = torch.where(terms.isfinite().all(), self.decay * means + (1 - self.decay) * terms, means)
+
+    def _means_on(self, device: torch.device) -> torch.Tensor:
+        if self._means is not None:
+            return self._means.to(device)
+        # A kernel takes a number by value; a copy from the host would wait.
+        return torch.stack([torch.full((), mean, dtype=torch.float64, device=device) for mean in self._start])
 
     def state_dict(self) -> dict[str, Any]:
         """The means."""
-        diffusion, cat = self._means.tolist()
+        diffusion, cat = self._start if self._means is None else self._means.tolist()
         return {"diffusion": diffusion, "cat": cat}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where :meth:`state_dict` was called."""
         with refusing("CatFactorRatio", "state_dict", "what state_dict() returned", state_dict):
-            means = [float(state_dict["diffusion"]), float(state_dict["cat"])]
-        self._means = torch.tensor(means, dtype=torch.float64, device=self._means.device)
+            self._start = [float(state_dict["diffusion"]), float(state_dict["cat"])]
+        self._means = None
 
 
 def _term(argument: str, term: float | torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from cat_rs.arguments import check, refusing
 from cat_rs.errors import AdapterError
 from cat_rs.ops.cat_loss import student_loss
 from cat_rs.ops.noising import noising
-from cat_rs.step import collectives, inputs
+from cat_rs.step import collectives, device_values, inputs
 from cat_rs.step.accumulation import Accumulation
 from cat_rs.step.adapters import Adapters
 from cat_rs.step.captured_step import CapturedStep
@@ -87,13 +87,15 @@ class CatStep:
             :meth:`state_dict` the names of their parameters begin with ``text_encoders[0].`` and so on.
         unbatched: Keys of conditioning tensors without a batch dimension. Needed only where the first dimension of
             such a tensor may equal B by chance: see ``cond``.
-        grad_scaler: Scales the gradient for float16 autocast (``torch.amp.GradScaler("cpu")``); the step unscales it,
-            skips where it is not finite, and calls ``update()``. Saved with the state.
-        generator: Draws noise and timesteps, on the model's device; by default torch's global one. Saved with the
-            state.
+        grad_scaler: Scales the gradient for a model in float16 or float16 autocast (``torch.amp.GradScaler("cpu")``);
+            without one, small errors, which the preservation term is made of, have no gradient in float16. The step
+            unscales it, skips where it is not finite, and calls ``update()``. Saved with the state. The adapter must
+            not be in float16, in which PyTorch unscales nothing.
+        generator: Draws noise and timesteps, on the model's device; by default torch's global one. With a teacher bank
+            it chooses among the stored draws, on the CPU. Saved with the state.
         teacher_bank: Stored draws of noise, timestep and base prediction, instead of fresh ones: the step then takes
-            indices of the bank's pictures, and skips the base model's forward. On the CPU; not with ``text_encoders``
-            or ``noise_offset``.
+            indices of the bank's pictures, and skips the base model's forward. The bank is on the CPU, whatever the
+            model's device. Not with ``text_encoders`` or ``noise_offset``.
         process_group: The ranks that train this adapter together; by default all, if torch.distributed is
             initialized. A group of this rank alone trains alone.
         capture: On CUDA: records the step as a CUDA graph, which one launch replays. The first three steps with an
@@ -158,6 +160,8 @@ class CatStep:
         self._adapters = Adapters(model, text_encoders)
         self.model, self.text_encoders = self._adapters.model, self._adapters.text_encoders
         self.trainable = self._adapters.parameters
+        if grad_scaler is not None:
+            self._adapters.check_no_float16()
         device = next(iter(self.trainable.values())).device
         inputs.check_options(device, accumulate, noise_offset, generator, teacher_bank, self.text_encoders)
         self.cat_factor, self.snr_gamma, self.noise_offset = cat_factor, snr_gamma, noise_offset
@@ -165,6 +169,8 @@ class CatStep:
         self._schedule = NoiseSchedule(scheduler, prediction_type, device)
         self._schedule.check_snr_gamma(snr_gamma)
         self._teacher_bank = teacher_bank
+        # On a GPU, for whose values a step would wait, in the first one alone.
+        self._compares_conditions = True
         if teacher_bank is not None:
             teacher_bank.check_model(self.model, self._schedule)
         self._predict = predict or denoiser_predict(self.model)
@@ -179,7 +185,9 @@ class CatStep:
         )
         # cat_factor, and the factor of the gradient.
         self._factors = DeviceValues([0.0, 1.0], device)
-        self._captured = CapturedStep(self.optimizer, device, max_captures, self.text_encoders) if capture else None
+        self._captured = None
+        if capture:
+            self._captured = CapturedStep(self.model, self.optimizer, device, max_captures, self.text_encoders)
         self.steps_done = 0
         self._accumulation = Accumulation()
 
@@ -239,7 +247,10 @@ class CatStep:
         if self._teacher_bank is None:
             drawn = inputs.draw(latents, noise, timesteps, self._schedule, self.noise_offset, self.generator)
         else:
-            drawn = inputs.draw_stored(latents, noise, timesteps, self._teacher_bank, conditions, self.generator)
+            bank, generator, device = self._teacher_bank, self.generator, self._schedule.device
+            compare = self._compares_conditions or not device_values.is_gpu(device)
+            drawn = inputs.draw_stored(latents, noise, timesteps, bank, conditions, generator, device, compare=compare)
+            self._compares_conditions = False
         given = StepInputs(*drawn, sample_weight, mask, conditions)
         self._factors.write([cat_factor, 1.0 / self.accumulate])
         if self._captured is None:
@@ -277,10 +288,11 @@ class CatStep:
             got = "a prediction without a gradient: call the step outside of torch.no_grad()"
             raise AdapterError(f"CatStep: `model` must compute what its adapter changes, got {got}")
         cat_factor, grad_factor = self._factors.tensor.unbind()
+        if self.grad_scaler is not None:
+            # In the kernel: small errors would leave no gradient in float16 that could be scaled.
+            grad_factor = self.grad_scaler.scale(grad_factor)
         loss, parts, grad = student_loss(student, target, base_pred, weight, given.mask, cat_factor, grad_factor)
         del base_pred  # not kept during the backward pass
-        if self.grad_scaler is not None:
-            grad = self.grad_scaler.scale(grad)
         # Autocast is for forward passes: the backward of each operation runs in the dtype of its forward.
         with torch.autocast(grad.device.type, enabled=False):
             torch.autograd.backward(student, grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ __all__ = ["CapturedFunctions"]
 
 # Eager calls before a recording, in which libraries choose their algorithms and kernels are compiled.
 WARM_UP = 3
+TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# Recomputing activations saves and restores the state of the random numbers, which a recording before refuses.
+RECORDS_CHECKPOINTING = TORCH_VERSION >= (2, 10)
 
 Outputs = tuple[torch.Tensor, ...]
-# Graphs whose recording failed: PyTorch's allocator may still ask them whether they are recording.
+# Graphs whose recording failed: PyTorch's allocators may still ask them whether they are recording.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
@@ -78,29 +82,46 @@ class CudaGraphs:
         """
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
-        reason: Exception | None = None
+        outputs: list[Outputs] = []
+        # Texts alone are kept of errors, whose tracebacks hold all that was computed before.
+        reasons: list[str] = []
         with torch.cuda.device(self._device):
             try:
                 # As torch.compile does: other threads, of data loaders for example, may go on meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     try:
-                        outputs = function()
+                        outputs.append(function())
                     except Exception as error:
-                        reason = error
+                        reasons.append(_first_line(error))
                         raise
             except Exception as error:
-                # PyTorch does not end a recording that the driver gave up: neither stream nor allocator are reset.
-                torch.cuda.set_stream(current)
-                _ABANDONED.append(graph)
-                with contextlib.suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-                raise NotCapturable(_first_line(reason or error)) from error
+                reasons.append(_first_line(error))
+            if reasons:
+                outputs.clear()
+                self._clean_up(graph, current)
+                raise NotCapturable(reasons[0])
 
         def replay() -> Outputs:
             graph.replay()
-            return outputs
+            return outputs[0]
 
         return replay
+
+    def _clean_up(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+        """Puts PyTorch in order after a recording that failed: it does not end one that the driver gave up."""
+        torch.cuda.set_stream(stream)
+        # An error where the recording ended after all: then the graph gives its memory back.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            torch._C._cuda_releasePool(self._device.index, self._pool)
+        graph.reset()
+        _ABANDONED.append(graph)
+        if TORCH_VERSION < (2, 13):
+            # The generator believes that it is still being recorded, and draws no more. Its state's copy does.
+            generator = torch.cuda.default_generators[self._device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _first_line(error: Exception) -> str:
@@ -158,6 +179,10 @@ class CapturedFunctions:
     def __reduce__(self) -> tuple[Any, ...]:
         # A recording holds the addresses of what it was made with: a copy records anew.
         return type(self), (self._owner, self._device, self._limit)
+
+    def forget(self) -> None:
+        """Drops all recordings, and the memory that they keep."""
+        self._recordings.clear()
 
     def __call__(self, function: Callable[[Any], Outputs], inputs: Any, variant: Any) -> Outputs:
         """Returns the function's outputs in new tensors.
@@ -236,7 +261,7 @@ class CapturedFunctions:
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True
-        self._recordings.clear()
+        self.forget()
         warnings.warn(
             f"{self._owner}: capture=True has no effect, every step runs eagerly: it {reason}",
             RuntimeWarning,

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["DeviceValues", "is_gpu"]
+__all__ = ["DeviceValues", "is_gpu", "send"]
 
 
 def is_gpu(device: torch.device) -> bool:
     """Whether the device works through a queue, so that reading one of its values waits for all work before it."""
     return device.type == "cuda"
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device; where it comes from the CPU, nobody waits for its copy."""
+    if tensor.device == device or not is_gpu(device):
+        return tensor
+    # PyTorch hands the pinned memory out again only when the copy has been made.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class DeviceValues:

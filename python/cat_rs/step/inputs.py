@@ -10,6 +10,7 @@ import torch
 
 from cat_rs.arguments import check, check_memory, check_tensor
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
+from cat_rs.step import device_values
 from cat_rs.step.conditions import Conditions
 from cat_rs.step.noise_schedule import NoiseSchedule
 
@@ -61,11 +62,10 @@ def check_options(
     """Checks the options of CatStep that concern its inputs."""
     check("CatStep", "accumulate", accumulate, "an integer of at least 1", lambda calls: int(calls) == calls >= 1)
     check("CatStep", "noise_offset", noise_offset, "a finite number", math.isfinite)
-    check_generator("CatStep", generator, device)
+    # With a bank it only chooses among the stored draws.
+    check_generator("CatStep", generator, device if teacher_bank is None else torch.device("cpu"))
     if teacher_bank is not None:
         check("CatStep", "teacher_bank", teacher_bank, "a TeacherBank or None", lambda it: callable(it.check_model))
-        if device.type != "cpu":
-            raise DeviceError(f"CatStep: `teacher_bank` must be None for a model on {device}: banks are on the CPU")
         if text_encoders or noise_offset:
             raise InvalidValueError(
                 "CatStep: `text_encoders` and `noise_offset` must not be given with a teacher bank, whose base "
@@ -139,12 +139,25 @@ def draw_stored(
     bank: TeacherBank,
     conditions: Conditions,
     generator: torch.Generator | None,
+    device: torch.device,
+    *,
+    compare: bool,
 ) -> Draws:
-    """Reads a stored draw of each picture, and checks that the conditions are those of the bank."""
+    """Reads a stored draw of each picture to the device, and checks that the conditions are those of the bank.
+
+    Args:
+        compare: Whether to compare the conditions' values too, for which a GPU is waited for.
+    """
     if noise is not None or timesteps is not None:
         raise InvalidValueError(
             "CatStep: `noise` and `timesteps` must not be given with a teacher bank, which holds them"
         )
     if conditions.no_trigger is not None:
-        bank.check_cond(pictures, conditions.no_trigger)
-    return bank.draw(pictures, generator)
+        bank.check_cond(pictures, conditions.no_trigger, compare=compare)
+    latents, noise, drawn_timesteps, base_pred = bank.draw(pictures, generator)
+    return (
+        device_values.send(latents, device),
+        device_values.send(noise, device),
+        device_values.send(drawn_timesteps, device),
+        device_values.send(base_pred, device),
+    )

@@ -121,7 +121,7 @@ class NoiseSchedule:
             return weights * sample_weight
 
     def table(self) -> torch.Tensor:
-        """The numbers that decide z_t at each timestep, 1-dim."""
+        """The numbers that decide z_t at each timestep, 1-dim, on the CPU."""
         if self.alphas_cumprod is not None:
-            return self.alphas_cumprod
-        return torch.cat([self.timesteps, torch.tensor([float(self.num_train_timesteps)])])
+            return self.alphas_cumprod.cpu()
+        return torch.cat([self.timesteps.cpu(), torch.tensor([float(self.num_train_timesteps)])])

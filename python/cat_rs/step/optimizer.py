@@ -140,6 +140,7 @@ class FlatAdamW(torch.optim.Optimizer):
         # weight_decay, max_grad_norm; the sums of squared gradients; how many steps were skipped.
         self._settings: list[DeviceValues] = []
         self._sums = torch.zeros(0, dtype=torch.float64)
+        self._earlier_sums: list[torch.Tensor] = []
         self._skipped = torch.zeros((), dtype=torch.int64)
 
     @property
@@ -187,6 +188,8 @@ class FlatAdamW(torch.optim.Optimizer):
                 self._copied.update({param: (flat, index) for index, param in enumerate(flat.params)})
             self._flats.append(flat)
             self._settings.append(DeviceValues(self._settings_of(group), flat.master.device))
+            # Steps recorded before write to the sums of their time.
+            self._earlier_sums.append(self._sums)
             self._sums = torch.zeros(len(self._flats), dtype=torch.float64, device=flat.master.device)
             self._skipped = self._skipped.to(flat.master.device)
             self.state.update(flat.state_of())

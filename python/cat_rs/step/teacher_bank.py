@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +101,9 @@ class TeacherBank:
         """Draws noise and timesteps and predicts with the base model: P * K forwards.
 
         Args:
-            model: The model that will be trained, its adapter on or off, or the base model alone; on the CPU.
+            model: The model that will be trained, its adapter on or off, or the base model alone.
             scheduler: As of :class:`CatStep`.
-            latents: x, [P, ...], in the model's dtype, scaled as the model expects.
+            latents: x, [P, ...], in the model's dtype, scaled as the model expects; on the CPU.
             cond_no_trigger: The pictures' prompts without the trigger, in the form that :class:`CatStep` takes, with
                 batch dimension P.
             draws: K.
@@ -241,10 +240,10 @@ class TeacherBank:
                 f"({self._metadata['model'][:12]})"
             )
 
-    def check_cond(self, pictures: torch.Tensor, cond_no_trigger: Mapping[str, Any]) -> None:
+    def check_cond(self, pictures: torch.Tensor, cond_no_trigger: Mapping[str, Any], *, compare: bool = True) -> None:
         """Refuses conditions other than those that these pictures' predictions were made with.
 
-        A sample of each picture's condition is compared.
+        A sample of each picture's condition is compared, or with ``compare=False`` its names and shapes alone.
 
         Raises:
             InvalidValueError, ShapeError: They differ by more than rounding.
@@ -263,6 +262,8 @@ class TeacherBank:
                     f"CatStep: `cond_no_trigger{name}` must have shape {expected} as in the teacher bank, got "
                     f"{list(tensor.shape)}"
                 )
+            if not compare:
+                continue
             row = _first_difference(_sampled(tensor), self._tensors[f"cond{name}"][pictures])
             if row is not None:
                 raise InvalidValueError(
@@ -317,6 +318,7 @@ class TeacherBank:
         # PEFT is imported only where a model with its layers is trained.
         from cat_rs.peft import adapter_disabled
 
+        device = next(model.parameters()).device
         chunks: Any = torch.arange(self.pictures * self.draws).split(batch_size)
         if progress:
             from tqdm import tqdm
@@ -329,9 +331,9 @@ class TeacherBank:
             rates = schedule.rates(timesteps, len(chunk))
             noisy, _ = noising(latents, noise, *rates, schedule.prediction_type)
             with torch.no_grad(), adapter_disabled(model):
-                own = map_tensors(itemgetter(pictures), cond)
-                base = predicted("TeacherBank.build", predict, model, noisy, timesteps, own)
-            stored = base.to(self.dtype)
+                own = map_tensors(lambda tensor, rows=pictures: tensor[rows.to(tensor.device)].to(device), cond)
+                base = predicted("TeacherBank.build", predict, model, noisy.to(device), timesteps.to(device), own)
+            stored = base.to("cpu", self.dtype)
             if not stored.isfinite().all():
                 raise InvalidValueError(
                     f"TeacherBank.build: `model` must predict finite numbers that fit {self.dtype}, got others for "
@@ -387,7 +389,9 @@ def _check_index(what: str, index: torch.Tensor, count: int) -> None:
     check_memory(op, argument, index)
     if index.dtype != torch.int64:
         raise DtypeError(f"{what} must be int64 indices, got {index.dtype}")
-    with refusing(op, argument, "a dense tensor on the CPU", index):
+    if index.device.type != "cpu":
+        raise DeviceError(f"{what} must be indices on the CPU, got {index.device}")
+    with refusing(op, argument, "a dense tensor", index):
         if index.dim() != 1 or index.numel() == 0:
             raise ShapeError(f"{what} must have shape [B] with B >= 1, got {list(index.shape)}")
         low, high = int(index.min()), int(index.max())
