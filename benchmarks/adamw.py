@@ -20,14 +20,14 @@ CHECKED_STEPS = 5
 Parameters = list[torch.nn.Parameter]
 
 
-def torch_step(params: Parameters, **flags: bool) -> Callable[[], None]:
-    """clip_grad_norm_, AdamW and zero_grad of PyTorch."""
+def torch_step(params: Parameters, *, set_to_none: bool = True, **flags: bool) -> Callable[[], None]:
+    """clip_grad_norm_, AdamW and zero_grad of PyTorch; without gradients, the next step would do nothing."""
     optimizer = torch.optim.AdamW(params, **SETTINGS, **flags)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM, foreach=True)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=set_to_none)
 
     return step
 

@@ -9,6 +9,7 @@ import torch
 import cat_rs
 from benchmarks import harness, models
 from benchmarks import lora_linear as cpu_lora_linear
+from benchmarks.gpu.kernels import name_of
 from benchmarks.gpu.meter import Bench, measure, rotating, rotations
 from benchmarks.harness import OURS, Case, Contender
 
@@ -25,14 +26,22 @@ def lora_linear(bench: Bench) -> None:
     for name, config in configs.items():
         shapes = models.linear_shapes(config)
         for batch in BATCHES[:1] if bench.quick or bench.smoke else BATCHES:
-            ratios = {shape: _layer(bench, name, shape, batch) for shape in sorted(shapes, key=str)}
+            ratios = {}
+            for shape in sorted(shapes, key=str):
+                if bench.leaves_out(f"{name}, batch {batch}, from {shape} on,"):
+                    break
+                ratios[shape] = _layer(bench, name, shape, batch)
+            if not ratios:
+                continue
             mean = [cpu_lora_linear.geometric_mean(column) for column in zip(*ratios.values(), strict=True)]
             where = f"lora_linear {name}, batch {batch}: PEFT / cat_rs"
             bench.report.add_value(f"{where}, geometric mean of {len(ratios)} shapes", *mean)
             worst = min(ratios, key=lambda shape: ratios[shape][0])
             bar = BATCH_1_BAR if batch == 1 else BAR
             bench.report.add_value(f"{where}, worst shape ({worst})", *ratios[worst], bar=bar)
-    bench.report.note("Layer, adapter and input are bfloat16. Shapes: tokens of one sample x in -> out.")
+    bench.report.note(
+        f"Layer, adapter and input are {name_of(bench.meter.low_precision)}. Shapes: tokens of one sample x in -> out."
+    )
     bench.report.note(
         "no dx: the layer's input needs no gradient (the text, and the layers before the first adapter)."
     )
@@ -43,7 +52,7 @@ def lora_linear(bench: Bench) -> None:
 def _layer(bench: Bench, model: str, shape: models.LinearShape, batch: int) -> tuple[float, ...]:
     """The ratio of the medians, and the 20th and 80th percentile of those of the rounds."""
     compiled = not bench.quick
-    modules, layers = zip(*models.lora_layers(shape, torch.bfloat16, 2 + compiled), strict=True)
+    modules, layers = zip(*models.lora_layers(shape, bench.meter.low_precision, 2 + compiled), strict=True)
     for module in modules:
         module.to(bench.device)
     cat_rs.patch_peft(modules[1])
@@ -54,7 +63,7 @@ def _layer(bench: Bench, model: str, shape: models.LinearShape, batch: int) -> t
         contenders[COMPILED] = torch.compile(layers[2], dynamic=False, backend="eager" if bench.smoke else "inductor")
 
     def inputs() -> tuple[torch.Tensor, torch.Tensor]:
-        options: dict[str, Any] = {"device": bench.device, "dtype": torch.bfloat16}
+        options: dict[str, Any] = {"device": bench.device, "dtype": bench.meter.low_precision}
         x = torch.randn(batch, shape.tokens, shape.in_features, **options).requires_grad_(shape.input_grad)
         return x, torch.randn(batch, shape.tokens, shape.out_features, **options)
 
@@ -81,7 +90,9 @@ def _layer(bench: Bench, model: str, shape: models.LinearShape, batch: int) -> t
         bench.report.repeats,
         sample_seconds=1e-3,
     )
-    bench.report.add_times(Case("forward+backward", "bfloat16", f"{model}, batch {batch}, {shape}"), samples)
+    bench.report.add_times(
+        Case("forward+backward", name_of(bench.meter.low_precision), f"{model}, batch {batch}, {shape}"), samples
+    )
     rounds = [a / b for a, b in zip(samples["peft"], samples[OURS], strict=True)]
     low, _, high = harness.quantiles(rounds)
     return harness.quantiles(samples["peft"])[1] / harness.quantiles(samples[OURS])[1], low, high

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import subprocess
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,11 +40,17 @@ class Meter:
     Attributes:
         device: The device.
         cache: Bytes of its last cache.
+        memory: Bytes of its memory.
+        low_precision: The dtype of 16 bits that it is fast in.
     """
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.cache = int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+        properties = torch.cuda.get_device_properties(self.device)
+        self.cache = int(properties.L2_cache_size)
+        self.memory = int(properties.total_memory)
+        # Before compute capability 8.0, bfloat16 is emulated.
+        self.low_precision = torch.bfloat16 if properties.major >= 8 else torch.float16
 
     def seconds(self, run: Callable[[], Any], calls: int) -> float:
         """Of one call, by the device's clock."""
@@ -93,17 +101,44 @@ class Bench:
         report: Where the section's figures go.
         quick: Whether to leave out what takes longest.
         smoke: Whether to run at sizes that prove nothing, to see that it runs.
+        deadline: The time, by :func:`time.monotonic`, from which on nothing more is begun.
     """
 
     meter: Meter
     report: harness.Report
     quick: bool
     smoke: bool
+    deadline: float = math.inf
 
     @property
     def device(self) -> torch.device:
         """The meter's."""
         return self.meter.device
+
+    def leaves_out(self, what: str, needed: int = 0) -> bool:
+        """Whether a case is left out, with a note that says why: for lack of time, or of so many bytes of memory."""
+        if needed > self.meter.memory:
+            reason = f"needs {needed / 2**30:.0f} GiB of {self.meter.memory / 2**30:.0f}"
+        elif time.monotonic() >= self.deadline:
+            reason = "the time of a quick run is over"
+        else:
+            return False
+        self.report.note(f"{what} was left out: {reason}.")
+        return True
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions of float32 are float32's, as what they are compared with."""
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed
 
 
 def rotations(moved: int, cache: int) -> int:
@@ -125,7 +160,14 @@ def copy_contender(moved: int, meter: Meter) -> Contender:
 
 
 def measure(
-    meter: Meter, contenders: Sequence[Contender], repeats: int, *, warm_up: int = 3, sample_seconds: float = 5e-3
+    meter: Meter,
+    contenders: Sequence[Contender],
+    repeats: int,
+    *,
+    warm_up: int = 3,
+    sample_seconds: float = 5e-3,
+    least_calls: int = 1,
+    most_seconds: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds an operation of each contender, one sample a round in which all take turns.
 
@@ -135,15 +177,20 @@ def measure(
         repeats: Rounds.
         warm_up: Calls before.
         sample_seconds: An operation faster than this is repeated until a sample takes about this long.
+        least_calls: Of an operation between two looks at the clock.
+        most_seconds: No round begins when the others took longer.
     """
     calls = {}
     for contender in contenders:
         for _ in range(max(warm_up - 1, 0)):
             contender.run()
         seconds = meter.seconds(contender.run, 1)
-        calls[contender.name] = min(max(math.ceil(sample_seconds / max(seconds, 1e-9)), 1), 1000)
+        calls[contender.name] = min(max(math.ceil(sample_seconds / max(seconds, 1e-9)), least_calls), 1000)
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in range(repeats):
+    began = time.monotonic()
+    for number in range(repeats):
+        if number and time.monotonic() - began > most_seconds:
+            break
         for contender in contenders:
             samples[contender.name].append(meter.seconds(contender.run, calls[contender.name]))
     return samples

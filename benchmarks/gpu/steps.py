@@ -1,12 +1,13 @@
 """Training steps of U-Nets with random weights: what people run today, and CatStep, eager and recorded.
 
 Each contender has the device to itself, so that its peak memory is its own: the model is made anew for each, with the
-same weights.
+same weights. All take turns, once forwards and once backwards, so that a device that warms up slows all alike.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,18 +19,28 @@ from torch.nn import functional as F
 
 import cat_rs
 from benchmarks import harness, models
-from benchmarks.gpu.meter import Bench, Peak, measure
+from benchmarks.gpu.kernels import name_of
+from benchmarks.gpu.meter import Bench, Peak, measure, without_tf32
 from benchmarks.harness import Case, Contender
 from benchmarks.step import LR, MAX_GRAD_NORM, UPDATE_TOLERANCE, WEIGHT_DECAY, flat
 from cat_rs.step import cuda_graphs
 
+PLAIN_GRAPHS = "plain LoRA, peft, torch.compile with graphs"
+RECIPE_GRAPHS = "CAT, two models, torch.compile with graphs"
 PLAIN, COMPILED, RECIPE = "plain LoRA, peft", "plain LoRA, peft, torch.compile", "CAT, two models, three calls"
 OURS_EAGER, OURS_CAPTURED, FLOOR = "CAT, cat_rs", "CAT, cat_rs, captured", "floor: forwards and backward alone"
 PLAIN_BAR, FLOOR_BAR, MEMORY_BAR = ">= 2", "<= 1.05", "<= 0.5"
 # What CatStep runs eagerly before it records, and the recording.
 WARM_UP = cuda_graphs.WARM_UP + 2
 CHECKED_STEPS = WARM_UP + 2
-# Of the first step's loss: both round to bfloat16 at every layer, the recipe at another batch size.
+PROVIDERS = (PLAIN, COMPILED, PLAIN_GRAPHS, RECIPE, RECIPE_GRAPHS, OURS_EAGER, OURS_CAPTURED, FLOOR)
+COMPILING = (COMPILED, PLAIN_GRAPHS, RECIPE_GRAPHS)
+TURNS = 2
+# Steps between two looks at the clock.
+CALLS = 5
+# Of a contender's turn in a quick run.
+QUICK_SECONDS = 15
+# Of the first step's loss: both round to 16 bits at every layer, the recipe at another batch size.
 LOSS_TOLERANCE = 2e-2
 
 Step = Callable[[], torch.Tensor | None]
@@ -45,6 +56,7 @@ class Subject:
         batches: Batch sizes.
         recipe_bar: The authors' recipe / our captured step at batch 1.
         bars: Whether the other bars hold at batch 1.
+        memory: Bytes that a card needs, or no contender would run.
     """
 
     name: str
@@ -52,10 +64,11 @@ class Subject:
     batches: tuple[int, ...]
     recipe_bar: str
     bars: bool
+    memory: int
 
 
-SD15 = Subject("SD1.5 512 px", models.SD15, (1, 4), ">= 5", True)
-SDXL = Subject("SDXL 1024 px", models.SDXL, (1, 4), ">= 2", False)
+SD15 = Subject("SD1.5 512 px", models.SD15, (1, 4), ">= 5", True, 5 * 2**30)
+SDXL = Subject("SDXL 1024 px", models.SDXL, (1, 4), ">= 2", False, 20 * 2**30)
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,8 @@ class TorchStep:
             timesteps = torch.randint(
                 self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
             )
+        # Graphs of torch.compile may write to what the last step returned.
+        torch.compiler.cudagraph_mark_step_begin()
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         model_pred = self.call(noisy, timesteps, **given.cond, return_dict=False)[0]
         loss = F.mse_loss(model_pred.float(), noise.float(), reduction="mean")
@@ -190,9 +205,16 @@ def make(provider: str, config: dict[str, Any], given: Inputs, backend: str = "i
     unet = models.add_lora(unet_of(config, device, dtype))
     if provider == PLAIN:
         return TorchStep(unet, None)
-    if provider == COMPILED:
+    if provider in COMPILING:
         torch._dynamo.reset()
-        return TorchStep(unet, None, torch.compile(unet, dynamic=False, backend=backend))
+        # Without the compiler there is nothing to choose.
+        mode = "reduce-overhead" if provider != COMPILED and backend == "inductor" else None
+        base = unet_of(config, device, dtype) if provider == RECIPE_GRAPHS else None
+        call, base_call = (
+            None if each is None else torch.compile(each, dynamic=False, backend=backend, mode=mode)
+            for each in (unet, base)
+        )
+        return TorchStep(unet, base_call, call)
     if provider == RECIPE:
         return TorchStep(unet, unet_of(config, device, dtype))
     if provider == FLOOR:
@@ -204,16 +226,14 @@ def make(provider: str, config: dict[str, Any], given: Inputs, backend: str = "i
 def check(bench: Bench) -> None:
     """A tiny U-Net in float32: the adapters after some steps, of which the last are replays, are the recipe's."""
     given = inputs_of(models.TINY_SDXL, 2, bench.device, torch.float32)
-    allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     changes = {}
-    for provider in (RECIPE, OURS_EAGER, OURS_CAPTURED):
-        step = make(provider, models.TINY_SDXL, given)
-        start = flat(step.params)
-        for _ in range(CHECKED_STEPS):
-            step(given, drawn=False)
-        changes[provider] = flat(step.params) - start
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = allowed
+    with without_tf32():
+        for provider in (RECIPE, OURS_EAGER, OURS_CAPTURED):
+            step = make(provider, models.TINY_SDXL, given)
+            start = flat(step.params)
+            for _ in range(CHECKED_STEPS):
+                step(given, drawn=False)
+            changes[provider] = flat(step.params) - start
     for provider in (OURS_EAGER, OURS_CAPTURED):
         error = float((changes[provider] - changes[RECIPE]).norm() / changes[RECIPE].norm())
         if not error <= UPDATE_TOLERANCE:
@@ -236,7 +256,7 @@ def run(bench: Bench, provider: str, config: dict[str, Any], batch: int) -> Resu
     """One contender alone on the device; None, and a note, where it cannot run."""
     gc.collect()
     bench.meter.reset_peak()
-    given = inputs_of(config, batch, bench.device, torch.bfloat16)
+    given = inputs_of(config, batch, bench.device, bench.meter.low_precision)
     try:
         with warnings.catch_warnings():
             # A step that falls back to eager is none of those that are compared.
@@ -246,9 +266,17 @@ def run(bench: Bench, provider: str, config: dict[str, Any], batch: int) -> Resu
             step = make(provider, config, given, "eager" if bench.smoke else "inductor")
             # Making a model takes more than the model: it is made in float32.
             bench.meter.reset_peak()
-            loss = None if provider in (FLOOR, PLAIN, COMPILED) else float(step(given, drawn=False))
+            loss = float(step(given, drawn=False)) if provider in (RECIPE, OURS_EAGER, OURS_CAPTURED) else None
             contender = Contender(provider, lambda: step(given))
-            samples = measure(bench.meter, [contender], bench.report.repeats, warm_up=WARM_UP, sample_seconds=0)
+            samples = measure(
+                bench.meter,
+                [contender],
+                math.ceil(bench.report.repeats / TURNS),
+                warm_up=WARM_UP,
+                sample_seconds=0,
+                least_calls=1 if bench.smoke else CALLS,
+                most_seconds=QUICK_SECONDS if bench.quick else math.inf,
+            )
     except (torch.OutOfMemoryError, RuntimeWarning, cuda_graphs.NotCapturable, TorchDynamoException) as error:
         reason = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).splitlines()[0]
         bench.report.note(f"{provider}, batch {batch}, did not run: {reason}")
@@ -257,24 +285,35 @@ def run(bench: Bench, provider: str, config: dict[str, Any], batch: int) -> Resu
 
 
 def compare(bench: Bench, subject: Subject) -> None:
-    """All contenders, one after the other; ``quick`` has batch size 1 and does not compile."""
+    """All contenders, in turns; ``quick`` has batch size 1 and does not compile."""
+    if bench.leaves_out(subject.name, subject.memory):
+        return
     check(bench)
     config = subject.config
     if bench.smoke:
         config = models.TINY_SDXL if "addition_embed_type" in subject.config else models.TINY
     for batch in subject.batches[:1] if bench.quick else subject.batches:
-        results = {}
-        for provider in (PLAIN, COMPILED, RECIPE, OURS_EAGER, OURS_CAPTURED, FLOOR):
-            if provider == COMPILED and bench.quick:
-                continue
-            result = run(bench, provider, config, batch)
-            if result is not None:
-                results[provider] = result
+        providers = [provider for provider in PROVIDERS if not (bench.quick and provider in COMPILING)]
+        results: dict[str, Result] = {}
+        for _ in range(TURNS):
+            failed = []
+            for provider in providers:
+                if bench.leaves_out(f"{provider}, batch {batch}"):
+                    continue
+                result = run(bench, provider, config, batch)
+                if result is None:
+                    failed.append(provider)
+                elif provider in results:
+                    results[provider].seconds.extend(result.seconds)
+                else:
+                    results[provider] = result
+            providers = [provider for provider in reversed(providers) if provider not in failed]
         _check_losses(subject, batch, results)
         _report(bench, subject, batch, results)
     bench.report.note(
-        "Each contender alone on the device, one after the other. U-Net and adapter in bfloat16, rank "
-        f"{models.RANK}; no gradient checkpointing. Peak memory: of tensors, from the made model on."
+        "Each contender alone on the device, all in turn, once forwards and once backwards. U-Net and adapter in "
+        f"{name_of(bench.meter.low_precision)}, rank {models.RANK}; no gradient checkpointing. Peak memory: of "
+        "tensors, from the made model on."
     )
     bench.report.note(
         f"{PLAIN}: as diffusers' training scripts, without their logging, which waits for the device in every step. "
@@ -296,7 +335,7 @@ def _check_losses(subject: Subject, batch: int, results: Mapping[str, Result]) -
 
 
 def _report(bench: Bench, subject: Subject, batch: int, results: Mapping[str, Result]) -> None:
-    case = Case("step", "bfloat16", f"{subject.name}, batch {batch}")
+    case = Case("step", name_of(bench.meter.low_precision), f"{subject.name}, batch {batch}")
     bench.report.add_times(case, {name: result.seconds for name, result in results.items()})
     for name, result in results.items():
         for metric, value in (("peak memory", result.peak.allocated), ("peak reserved", result.peak.reserved)):
@@ -315,6 +354,8 @@ def _report(bench: Bench, subject: Subject, batch: int, results: Mapping[str, Re
     ratio("authors' recipe / cat_rs eager", RECIPE, OURS_EAGER, None)
     ratio("plain LoRA, peft / CAT, cat_rs captured", PLAIN, OURS_CAPTURED, optional(PLAIN_BAR))
     ratio("plain LoRA, torch.compile / CAT, cat_rs captured", COMPILED, OURS_CAPTURED, None)
+    ratio("plain LoRA, torch.compile with graphs / CAT, cat_rs captured", PLAIN_GRAPHS, OURS_CAPTURED, None)
+    ratio("authors' recipe, torch.compile with graphs / cat_rs captured", RECIPE_GRAPHS, OURS_CAPTURED, None)
     ratio("cat_rs captured / floor", OURS_CAPTURED, FLOOR, FLOOR_BAR)
     if RECIPE in results and OURS_CAPTURED in results:
         peaks = [[float(results[name].peak.allocated)] for name in (OURS_CAPTURED, RECIPE)]

@@ -75,8 +75,8 @@ def info_with(monkeypatch: pytest.MonkeyPatch, *gpus: tuple[str, tuple[int, int]
 def test_info_names_the_build_that_an_old_card_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = info_with(monkeypatch, ("Tesla T4", (7, 5)), ("Tesla V100", (7, 0)), ("Tesla P100", (6, 0)))
     assert shown == (
-        "driver for CUDA 13.0, NVRTC 13.0; not usable on Tesla V100 (compute 7.0), Tesla P100 (compute 6.0): this NVRTC "
-        "compiles from 7.5 on, so install a PyTorch build for CUDA 12.6"
+        "driver for CUDA 13.0, NVRTC 13.0; not usable on Tesla V100 (compute 7.0), Tesla P100 (compute 6.0): this "
+        "NVRTC compiles from 7.5 on, so install a PyTorch build for CUDA 12.6"
     )
     assert info_with(monkeypatch, ("NVIDIA T4", (7, 5)), ("B300", (10, 3))) == "driver for CUDA 13.0, NVRTC 13.0"
 

@@ -124,7 +124,7 @@ def test_a_failed_recording_leaves_nothing_behind(cuda: Cuda, invalid: bool) -> 
     graphs = CudaGraphs(torch.device("cuda", 0))
     gc.disable()
     try:
-        with pytest.raises(NotCapturable, match="^no recording, please$"):
+        with pytest.raises(NotCapturable, match=r"^no recording, please$"):
             graphs.record(failing(cuda))
     finally:
         gc.enable()
@@ -135,7 +135,7 @@ def test_a_failed_recording_leaves_nothing_behind(cuda: Cuda, invalid: bool) -> 
 
 def test_a_recording_that_the_driver_gave_up_is_not_capturable(cuda: Cuda) -> None:
     cuda.invalid = True
-    with pytest.raises(NotCapturable, match="^operation would make the legacy stream depend"):
+    with pytest.raises(NotCapturable, match=r"^operation would make the legacy stream depend"):
         CudaGraphs(torch.device("cuda", 0)).record(lambda: (torch.zeros(1),))
     assert (cuda.stream, cuda.recording, cuda.users) == ("own", False, 0)
 

@@ -24,6 +24,8 @@ class CpuMeter:
 
     device = torch.device("cpu")
     cache = 1000
+    memory = 2**40
+    low_precision = torch.bfloat16
 
     def __init__(self) -> None:
         self.resets = 0
@@ -103,7 +105,7 @@ def test_steps_run_and_are_checked(name: str, tmp_path: Path) -> None:
     assert status == 0
     section = content["sections"][name]
     providers = {steps.PLAIN, steps.RECIPE, steps.OURS_EAGER, steps.OURS_CAPTURED, steps.FLOOR}
-    providers |= set() if quick else {steps.COMPILED}
+    providers |= set() if quick else set(steps.COMPILING)
     assert {row["provider"] for row in section["rows"]} == providers
     assert not [note for note in section["notes"] if "did not run" in note]
     batches = {row["shape"].split(", ")[1] for row in section["rows"]}
@@ -111,8 +113,8 @@ def test_steps_run_and_are_checked(name: str, tmp_path: Path) -> None:
     whats = " ".join(ratio["what"] for ratio in section["ratios"])
     assert "captured / floor" in whats
     assert "peak memory" in whats
-    # The check, and for each batch size the captured step and the floor.
-    assert SimulatedGraphs.made == 1 + 2 * len(batches)
+    # The check, and for each batch size and turn the captured step and the floor.
+    assert SimulatedGraphs.made == 1 + 2 * steps.TURNS * len(batches)
 
 
 def test_a_step_that_cannot_be_recorded_is_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +213,70 @@ def test_inputs_take_turns_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(3):
         call()
     assert seen == ["a", "b", "a"]
+
+
+def test_every_set_of_adamw_has_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stepped: list[bool] = []
+    step = torch.optim.AdamW.step
+
+    def noting(optimizer: Any, *arguments: Any) -> Any:
+        stepped.extend(param.grad is not None for group in optimizer.param_groups for param in group["params"])
+        return step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    assert run(tmp_path, "--only", "adamw")[0] == 0
+    assert stepped
+    assert all(stepped)
+
+
+def test_noising_is_checked_against_the_float64_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Rates from a table in bfloat16, as diffusers has them: more than rounding away from the true ones.
+    rates = kernels.NoiseSchedule.rates
+
+    def rounded(schedule: Any, timesteps: torch.Tensor, batch: int) -> Any:
+        return tuple(rate.bfloat16().float() * 1.02 for rate in rates(schedule, timesteps, batch))
+
+    monkeypatch.setattr(kernels.NoiseSchedule, "rates", rounded)
+    assert run(tmp_path, "--only", "noising")[0] == 1
+
+
+def test_a_small_card_gets_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuMeter, "memory", 1000)
+    status, content = run(tmp_path, "--only", "cat_loss", "adamw", "noising", "similarity", "step_sdxl")
+    assert status == 0
+    for name, section in content["sections"].items():
+        assert not section["rows"], name
+        assert any("was left out: needs" in note for note in section["notes"]), name
+
+
+def test_a_quick_run_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "QUICK_SECONDS", 0)
+    status, content = run(tmp_path, "--quick")
+    assert status == 0
+    notes = [note for section in content["sections"].values() for note in section["notes"]]
+    assert notes == [f"{name} was left out: the time of a quick run is over." for name in script.SECTIONS]
+    monkeypatch.setattr(script, "QUICK_SECONDS", 1000)
+    begun: list[str] = []
+    monkeypatch.setattr(script, "SECTIONS", {"adamw": lambda bench: begun.append(bench.report.name)})
+    run(tmp_path, "--quick")
+    assert begun == ["adamw"]
+
+
+def test_rounds_end_in_time_and_samples_are_of_several_steps() -> None:
+    calls: list[int] = []
+    contender = Contender("a", lambda: calls.append(0))
+    most: Any = {"most_seconds": -1.0, "least_calls": 5, "sample_seconds": 0}
+    samples = meter.measure(CpuMeter(), [contender], 9, warm_up=1, **most)  # type: ignore[arg-type]
+    assert len(samples["a"]) == 1
+    assert len(calls) == 1 + 5
+
+
+def test_tf32_is_off_and_on_again() -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    with meter.without_tf32():
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert not torch.backends.cudnn.allow_tf32
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
 
 
 def test_contenders_take_turns() -> None:

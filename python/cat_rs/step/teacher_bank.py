@@ -5,6 +5,7 @@ Shape letters: P pictures, K draws a picture, B batch, [...] one latent.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -331,7 +332,7 @@ class TeacherBank:
             rates = schedule.rates(timesteps, len(chunk))
             noisy, _ = noising(latents, noise, *rates, schedule.prediction_type)
             with torch.no_grad(), adapter_disabled(model):
-                own = map_tensors(lambda tensor, rows=pictures: tensor[rows.to(tensor.device)].to(device), cond)
+                own = map_tensors(functools.partial(_rows_on, device, pictures), cond)
                 base = predicted("TeacherBank.build", predict, model, noisy.to(device), timesteps.to(device), own)
             stored = base.to("cpu", self.dtype)
             if not stored.isfinite().all():
@@ -380,6 +381,11 @@ def _check_latents(latents: torch.Tensor, latents_std: torch.Tensor | None) -> N
             f"TeacherBank.build: `latents_std` must have latents' shape and dtype {list(latents.shape)} "
             f"{latents.dtype}, got {list(latents_std.shape)} {latents_std.dtype}"
         )
+
+
+def _rows_on(device: torch.device, rows: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of a tensor, wherever it is, on a device."""
+    return tensor[rows.to(tensor.device)].to(device)
 
 
 def _check_index(what: str, index: torch.Tensor, count: int) -> None:
