@@ -598,11 +598,12 @@ mod tests {
             KnownModules::from([(component.to_owned(), modules.iter().map(|name| (*name).to_owned()).collect())])
         };
         let tensors = || pair("diffusion_model.blocks.0.self_attn.q", 4, 4);
-        let adapter = layers_of(tensors(), &names("transformer", &["blocks.0.self_attn.q"])).unwrap();
+        let adapter = layers_of("test", tensors(), &names("transformer", &["blocks.0.self_attn.q"])).unwrap();
         assert_eq!(places(&adapter), ["transformer.blocks.0.self_attn.q"]);
-        let adapter = layers_of(tensors(), &names("unet", &["blocks.0.self_attn.q"])).unwrap();
+        let adapter = layers_of("test", tensors(), &names("unet", &["blocks.0.self_attn.q"])).unwrap();
         assert_eq!(places(&adapter), ["unet.blocks.0.self_attn.q"]);
-        let error = layers_of(tensors(), &names("transformer", &["blocks.0.attn1.to_q"])).unwrap_err().to_string();
+        let error =
+            layers_of("test", tensors(), &names("transformer", &["blocks.0.attn1.to_q"])).unwrap_err().to_string();
         assert!(error.contains("unknown names: `blocks.0.self_attn.q`; what diffusers reads"), "{error}");
     }
 
