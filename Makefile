@@ -9,7 +9,8 @@ python := $(VENV)/bin/python
 with_torch := $(python) scripts/torch_env.py
 rust_sources := $(shell find src -type f) Cargo.toml Cargo.lock build.rs .cargo/config.toml
 
-.PHONY: help build test test-rust test-python fuzz mutants lint format docs demo notebook bench wheel test-wheel clean distclean
+.PHONY: help build test test-rust test-python test-gpu fuzz mutants lint format docs demo notebook bench wheel test-wheel
+.PHONY: clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +18,7 @@ help:
 	@echo "make demo         personalize the bundled model without and with CAT, compare; writes demo/"
 	@echo "make notebook     execute examples/quickstart.ipynb and save it with its outputs"
 	@echo "make test         build, then the Rust and the Python tests"
+	@echo "make test-gpu     build, then the tests that need an NVIDIA GPU; writes benchmarks/results/gpu_tests.md"
 	@echo "make fuzz         random calls of everything, in child processes: ARGS=\"--seconds 600\""
 	@echo "make mutants      plant random faults in the Python code, and list those that no test notices; takes hours"
 	@echo "make lint         formatting, clippy, ruff, mypy, and the stub file against the module"
@@ -52,6 +54,9 @@ test-rust: build
 
 test-python: build
 	$(python) -m pytest $(ARGS)
+
+test-gpu: build
+	$(python) scripts/test_gpu.py $(ARGS)
 
 fuzz: build
 	$(python) -m tests.fuzz $(ARGS)

@@ -109,11 +109,18 @@ class TorchStep:
         unet: With an adapter.
         base: The base model; None trains plain LoRA.
         call: What is called for the U-Net; by default itself.
+        graphs: Whether torch.compile records graphs.
     """
 
     def __init__(
-        self, unet: torch.nn.Module, base: torch.nn.Module | None, call: Callable[..., Any] | None = None
+        self,
+        unet: torch.nn.Module,
+        base: Callable[..., Any] | None,
+        call: Callable[..., Any] | None = None,
+        *,
+        graphs: bool = False,
     ) -> None:
+        self.graphs = graphs
         self.base, self.call, self.scheduler = base, unet if call is None else call, models.scheduler()
         self.params = models.adapter(unet)
         self.optimizer = torch.optim.AdamW(self.params, lr=LR, weight_decay=WEIGHT_DECAY)
@@ -125,8 +132,9 @@ class TorchStep:
             timesteps = torch.randint(
                 self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
             )
-        # Graphs of torch.compile may write to what the last step returned.
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.graphs:
+            # They may write to what the last step returned.
+            torch.compiler.cudagraph_mark_step_begin()
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         model_pred = self.call(noisy, timesteps, **given.cond, return_dict=False)[0]
         loss = F.mse_loss(model_pred.float(), noise.float(), reduction="mean")
@@ -214,7 +222,7 @@ def make(provider: str, config: dict[str, Any], given: Inputs, backend: str = "i
             None if each is None else torch.compile(each, dynamic=False, backend=backend, mode=mode)
             for each in (unet, base)
         )
-        return TorchStep(unet, base_call, call)
+        return TorchStep(unet, base_call, call, graphs=mode is not None)
     if provider == RECIPE:
         return TorchStep(unet, unet_of(config, device, dtype))
     if provider == FLOOR:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.gpu.meter import without_tf32
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as lora
 
@@ -25,7 +26,11 @@ from cat_rs.ops.operator import stream_of
 from tests import references
 from tests.tolerances import assert_close, max_abs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # PyTorch makes its context when a library is first called, and says so.
+    pytest.mark.filterwarnings("ignore:.*no current CUDA context:UserWarning"),
+]
 if not torch.cuda.is_available():
     pytest.skip("there is no NVIDIA GPU that PyTorch can use", allow_module_level=True)
 
@@ -55,6 +60,13 @@ LAYOUTS: dict[str, Place] = {
     "misaligned": misaligned,
     "strided": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
 }
+
+
+@pytest.fixture(autouse=True)
+def _exact() -> Iterator[None]:
+    """No TF32."""
+    with without_tf32():
+        yield
 
 
 @contextmanager
@@ -191,6 +203,16 @@ def test_student_loss(preserve: bool) -> None:
     assert_close(grad.cpu(), twin.grad)
 
 
+def test_small_errors_keep_their_float16_gradients() -> None:
+    errors = on_gpu((1e-3 * (torch.rand(8, 4, 128, 128) + 0.5)).half())
+    zero = torch.zeros_like(errors[:4])
+    scale = on_gpu(torch.tensor(2.0**16, dtype=F64, device="cpu"))
+    gradient = student_loss(errors, zero, zero, None, None, 0.7, scale)[2][4:].double()
+    exact = 2 * 0.7 * 2.0**16 / gradient.numel() * errors[4:].double()
+    assert gradient.all()
+    assert ((gradient - exact) / exact).abs().max() <= 2e-3
+
+
 @pytest.mark.usefixtures("_where")
 @pytest.mark.parametrize("layout", by_id(LAYOUTS))
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F16, F32), (F64, F16)], ids=str)
@@ -296,6 +318,7 @@ def test_a_graph_replays_steps_and_losses_with_new_numbers() -> None:
         return total
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()
     torch.cuda.current_stream().wait_stream(side)

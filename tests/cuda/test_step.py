@@ -19,7 +19,7 @@ import cat_rs
 from cat_rs import CatFactorRamp, CatFactorRatio
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
-from cat_rs.step import cuda_graphs, inputs, teacher_bank
+from cat_rs.step import cuda_graphs, device_values, inputs, teacher_bank
 from cat_rs.step.conditions import Conditions
 from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow_matching
 from tests.cuda import reference_core
@@ -168,6 +168,30 @@ def on_cuda(model: torch.nn.Module) -> torch.nn.Module:
             fake = torch.empty(param.shape, device="cuda")
             setattr(module, name, torch.nn.Parameter(fake, requires_grad=param.requires_grad))
     return model
+
+
+@pytest.mark.parametrize(("capability", "warns"), [((7, 5), True), ((6, 0), True), ((8, 0), False), ((12, 0), False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bfloat16_on_a_card_that_emulates_it_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], warns: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    warns = warns and dtype == torch.bfloat16
+    text = rf"^CatStep: .* compute capability {capability[0]}\.\d emulates slowly: use float16 with a grad_scaler"
+    with pytest.warns(RuntimeWarning, match=text) if warns else contextlib.nullcontext():
+        device_values.warn_of_slow_bfloat16("CatStep", torch.device("cuda", 0), [torch.zeros(1, dtype=dtype)])
+
+
+def test_a_step_asks_whether_its_dtype_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[torch.dtype]] = []
+    monkeypatch.setattr(
+        device_values,
+        "warn_of_slow_bfloat16",
+        lambda op, device, tensors: asked.append({tensor.dtype for tensor in tensors}),
+    )
+    cat_step(unet_pair(torch.bfloat16)[0])
+    assert asked == [{torch.bfloat16}]
 
 
 def shifted(

@@ -163,6 +163,7 @@ class CatStep:
         if grad_scaler is not None:
             self._adapters.check_no_float16()
         device = next(iter(self.trainable.values())).device
+        device_values.warn_of_slow_bfloat16("CatStep", device, self.model.parameters())
         inputs.check_options(device, accumulate, noise_offset, generator, teacher_bank, self.text_encoders)
         self.cat_factor, self.snr_gamma, self.noise_offset = cat_factor, snr_gamma, noise_offset
         self.accumulate, self.grad_scaler, self.generator = accumulate, grad_scaler, generator

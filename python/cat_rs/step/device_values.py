@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["DeviceValues", "is_gpu", "send"]
+__all__ = ["DeviceValues", "is_gpu", "send", "warn_of_slow_bfloat16"]
 
 
 def is_gpu(device: torch.device) -> bool:
     """Whether the device works through a queue, so that reading one of its values waits for all work before it."""
     return device.type == "cuda"
+
+
+def warn_of_slow_bfloat16(op: str, device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
+    """Warns where a card below compute capability 8.0 would emulate the tensors' bfloat16."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8 and any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        warnings.warn(
+            f"{op}: `model` is in bfloat16, which a card of compute capability {major}.{minor} emulates slowly: use "
+            "float16 with a grad_scaler",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
