@@ -148,8 +148,8 @@ def main() -> int:
         "# Memory of a CAT step, counted",
         "",
         f"`python -m benchmarks.gpu.memory`: GiB, 16-bit weights, rank {models.RANK}, one picture (with and without",
-        "the trigger a batch of 2). Without values and without a GPU: weights, adapter and what autograd keeps. A kernel's",
-        "own memory, fragments and the driver come on top.",
+        "the trigger a batch of 2). Counted on tensors without values: weights, adapter and what autograd keeps. What",
+        "kernels need while they run, fragments and the driver come on top.",
         "",
         *harness.table(header, lines()),
     ]
