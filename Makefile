@@ -10,7 +10,7 @@ with_torch := $(python) scripts/torch_env.py
 rust_sources := $(shell find src -type f) Cargo.toml Cargo.lock build.rs .cargo/config.toml
 
 .PHONY: help build test test-rust test-python test-gpu fuzz mutants lint format docs demo notebook bench wheel test-wheel
-.PHONY: clean distclean
+.PHONY: release-check clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench        the benchmarks of README, on an idle machine"
 	@echo "make wheel        a wheel in dist/ for one PyTorch and one Python: TORCH=$(TORCH) PYTHON=$(PYTHON)"
 	@echo "make test-wheel   the same, then the Python tests with that wheel installed"
+	@echo "make release-check  version, tag and changelog agree; wheel and source archive work beside every PyTorch"
 	@echo "make clean        remove what was built; make distclean: the environments too"
 	@echo
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=DIR the environment, ARGS=... are passed to demo, notebook, bench,"
@@ -99,6 +100,12 @@ wheel:
 test-wheel:
 	@sh scripts/check_tools.sh $(PYTHON)
 	$(PYTHON) scripts/wheel.py $(TORCH) --test
+
+release-check:
+	@sh scripts/check_tools.sh $(PYTHON)
+	test -x build/tools/bin/python || $(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet "build>=1.2" "maturin>=1.9,<2" packaging
+	build/tools/bin/python scripts/release_check.py $(ARGS)
 
 clean:
 	rm -rf target dist demo build/*/source build/*/target build/*/wheel python/cat_rs/_core.*.so $(VENV)/.built

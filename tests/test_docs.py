@@ -246,9 +246,10 @@ def test_blocks_run(block: Block, adapter_dir: Path) -> None:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.usefixtures("reader")
-def test_getting_started_needs_nothing_else() -> None:
-    """Its blocks, one after the other, define every name themselves."""
+def test_getting_started_needs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks, one after the other on the bundled model, define every name themselves."""
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(ROOT / "examples")
     (page,) = (page for page in RUNNING if page and page[0].page == "docs/getting-started.md")
     names: dict[str, Any] = {}
     for block in page:

@@ -369,6 +369,7 @@ def test_earlier_run_is_not_overwritten_unasked(configure: Configure, tmp_path: 
     (tmp_path / "adapter" / "notes.txt").write_text("mine")
     quiet(configure(overwrite=True, steps=1, checkpoint_every=0))
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "README.md",
         "metrics.jsonl",
         "notes.txt",
         "pytorch_lora_weights.safetensors",
