@@ -800,3 +800,15 @@ def test_a_simulated_recording_has_the_extensions_work() -> None:
 def test_a_simulated_recording_must_not_wait() -> None:
     with pytest.raises(cuda_graphs.NotCapturable, match="not permitted when stream is capturing: aten::_local_scalar"):
         SimulatedGraphs(torch.device("cpu")).record(lambda: (torch.ones(()) * math.floor(torch.ones(()).item()),))
+
+
+def test_a_simulated_wait_is_a_copy_between_devices_too() -> None:
+    source, target = torch.ones(2), torch.empty(2, device="meta")
+    with NoWaiting(strict=False) as mode:
+        source.to("meta")
+        target.copy_(source)
+        assert mode.found == ["aten::_to_copy from cpu to meta", "aten::copy_ from cpu to meta"]
+        source.to("meta", non_blocking=True)
+        target.copy_(source, non_blocking=True)
+        source.to(torch.float64).copy_(source)
+        assert len(mode.found) == 2

@@ -32,7 +32,7 @@ from cat_rs.training import (
 from cat_rs.training.checkpoint import load_state
 from cat_rs.training.log import TrainingLog
 from cat_rs.training.trainer import Trainer
-from tests.cuda.simulation import SimulatedGraphs, simulate_gpu
+from tests.cuda.simulation import NoWaiting, SimulatedGraphs, simulate_gpu
 
 pytest.importorskip("diffusers")
 
@@ -481,6 +481,23 @@ def test_a_gpus_figures_are_read_in_batches(configure: Configure, monkeypatch: p
     # Steps 3, 4 with its checkpoint, 6 and 8, with its own and as the last.
     assert waiting == [3, 1, 2, 2]
     assert [json.loads(line)["step"] for line in result.metrics.read_text().splitlines()] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"cat_ratio": 0.3, "snr_gamma": 5.0, "accumulate": 2}], ids=["plain", "ratio"]
+)
+def test_a_step_of_a_training_waits_for_nothing(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    simulate_gpu(monkeypatch)
+    advance = Trainer.advance
+
+    def strictly(trainer: Trainer) -> torch.Tensor:
+        with NoWaiting(strict=True):
+            return advance(trainer)
+
+    monkeypatch.setattr(Trainer, "advance", strictly)
+    quiet(configure(**settings))
 
 
 def test_float16_trains_with_a_scaled_loss(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
