@@ -121,13 +121,13 @@ pub fn check_dense(op: &'static str, argument: &'static str, tensor: &Tensor, on
     if negated != 0 {
         return layout("a plain tensor", "a lazily negated view (call .resolve_neg())".into());
     }
-    if extent == 0 {
-        return Ok(());
-    }
     // SAFETY: as above; what the wrappers of function transforms have in place of memory is an error.
     let data = unsafe { at_data_ptr(pointer) };
     if take_torch_error(op).is_err() {
         return layout("a tensor with memory of its own", "a wrapper around one (of torch.func?)".into());
+    }
+    if extent == 0 {
+        return Ok(());
     }
     let (mut bytes, mut offset) = (0, 0);
     // SAFETY: as above; libtorch's handle of a tensor is a pointer to it.
@@ -211,7 +211,30 @@ fn data_pointer(op: &'static str, tensor: &Tensor) -> Result<*mut libc::c_void> 
     // SAFETY: the pointer is a live tensor owned by `tensor`.
     let data = unsafe { at_data_ptr(tensor.as_ptr().cast_mut()) };
     take_torch_error(op)?;
+    if data.is_null() && tensor.numel() > 0 {
+        // Arguments have memory, see `check_dense`; what libtorch makes has none in a mode that only looks at shapes.
+        let expected = "a tensor with memory: call the operation outside of FakeTensorMode";
+        return Err(CatError::Layout { op, argument: "result", expected, got: "one without".into() });
+    }
     Ok(data)
+}
+
+/// A CPU tensor of those bytes. tch's own functions copy them without asking whether there is memory.
+pub fn from_bytes(op: &'static str, data: &[u8], shape: &[i64], kind: Kind) -> Result<Tensor> {
+    let tensor = Tensor::f_empty(shape, (kind, Device::Cpu)).during(op)?;
+    let (place, expected) = (data_pointer(op, &tensor)?, tensor.numel() * kind.elt_size_in_bytes());
+    if data.len() != expected {
+        return Err(CatError::torch_message(op, &format!("expected {expected} bytes of a tensor, got {}", data.len())));
+    }
+    // SAFETY: the tensor is new and has memory for that many bytes.
+    unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), place.cast(), data.len()) };
+    Ok(tensor)
+}
+
+/// A CPU tensor of float64 values, [N].
+pub fn from_values(op: &'static str, values: &[f64]) -> Result<Tensor> {
+    let data: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+    from_bytes(op, &data, &[values.len() as i64], Kind::Double)
 }
 
 /// The memory of a contiguous CPU tensor of any dtype.

@@ -52,6 +52,11 @@ def params() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.zeros(3))]
 
 
+def step(**arguments: Any) -> cat_rs.StepMetrics:
+    cond = tensor((2, 2, 16))
+    return make.cat_step()(**{"latents": tensor((2, 4, 4, 4)), "cond": cond, "cond_no_trigger": cond, **arguments})
+
+
 REFUSED: dict[str, Case] = {
     # Operations and statistics.
     "factor-text": (lambda: cat_rs.cat_loss(**LATENTS, cat_factor="a"), "`cat_factor` must be a number, got 'a'"),  # type: ignore[arg-type]
@@ -76,6 +81,10 @@ REFUSED: dict[str, Case] = {
         lambda: cat_rs.snr_weights(freed(torch.tensor([1])), torch.rand(9), 5.0),
         "`timesteps` must have 8 bytes of memory, got a tensor with 0",
     ),
+    "snr-escaped": (
+        lambda: cat_rs.snr_weights(torch.tensor([1]), make.escaped(torch.rand(9)), 5.0),
+        "`alphas_cumprod` must be a plain tensor, got one that outlived its torch.func call",
+    ),
     "snr-gamma": (lambda: cat_rs.snr_weights(torch.tensor([1]), torch.rand(9), "a"), "`gamma` must be > 0, got 'a'"),  # type: ignore[arg-type]
     "objects": (
         lambda: cat_rs.similarity(np.zeros((2, 2), dtype=object), np.zeros((2, 2))),
@@ -98,6 +107,21 @@ REFUSED: dict[str, Case] = {
     "conv-overflow": (
         core("frozen_conv2d_forward", **{**GRID, "padding": (2**62, 2**62)}, x=tensor((2, 8, 4, 4)), bias=None),
         r"`padding` must be small enough for sizes below 2\^63",
+    ),
+    "conv-no-batch": (
+        core("frozen_conv2d_backward", **GRID, grad=tensor((0, 6, 4, 4)), size=(4, 4)),
+        r"`grad` must have shape \[1, 6, 4, 4\], got \[0, 6, 4, 4\]",
+    ),
+    "up-inference": (
+        core(
+            "lora_up_forward",
+            y=inference(tensor((2, 6))),
+            hidden=tensor((2, 2)),
+            lora_b=tensor((6, 2)),
+            scaling=0.5,
+            channels_second=False,
+        ),
+        "`y` must be a tensor that may be written, got an inference tensor",
     ),
     "conv-empty": (
         core("frozen_conv2d_forward", **{**GRID, "weight": tensor((0, 8, 3, 3))}, x=tensor((2, 8, 4, 4)), bias=None),
@@ -153,6 +177,7 @@ REFUSED: dict[str, Case] = {
         lambda: cat_rs.FlatAdamW([torch.nn.Parameter(torch.eye(3).to_sparse())]),
         "`params` must be dense, got one of layout torch.sparse_coo",
     ),
+    "optimizer-model": (lambda: cat_rs.FlatAdamW(torch.nn.Linear(2, 2)), "`params` must be parameters or groups"),  # type: ignore[arg-type]
     "optimizer-freed": (
         lambda: cat_rs.FlatAdamW([freed(torch.ones(3)).requires_grad_()]),
         "`params` must have 12 bytes of memory",
@@ -162,6 +187,23 @@ REFUSED: dict[str, Case] = {
     "generator": (lambda: make.cat_step(generator=3), "`generator` must be a torch.Generator or None, got 3"),
     "predict": (lambda: make.cat_step(predict=3), "`predict` must be a function or None, got 3"),
     "encoders": (lambda: make.cat_step(text_encoders=3), "`text_encoders` must be a sequence of modules, got 3"),
+    "step-latents": (
+        lambda: step(latents=tensor((2, 4, 4, 4), torch.int16)),
+        "`latents` must have dtype float32, .*, got int16",
+    ),
+    "step-sync": (lambda: step(sync_gradients=torch.ones(0)), "`sync_gradients` must be True, False or None, got"),
+    "step-fake": (
+        lambda: step(mask=make.fake(torch.ones(2, 1, 4, 4))),
+        "`mask` must be a plain dense tensor, got a Fake",
+    ),
+    "step-nested": (
+        lambda: step(cond=make.jagged(tensor((2, 2, 16)))),
+        "`cond` must be a plain dense tensor, got a NestedTensor",
+    ),
+    "step-escaped": (
+        lambda: step(timesteps=make.escaped(torch.ones(2, dtype=torch.int64))),
+        "`timesteps` must be a plain dense tensor, got one of torch.func",
+    ),
     "step-state": (lambda: make.cat_step().load_state_dict([]), "`state_dict` must be what state_dict"),  # type: ignore[arg-type]
     "patch": (lambda: cat_rs.patch_peft(None), "`model` must be a torch.nn.Module, got None"),  # type: ignore[arg-type]
     "unpatch": (lambda: cat_rs.unpatch_peft("a"), "`model` must be a torch.nn.Module, got 'a'"),  # type: ignore[arg-type]
@@ -175,6 +217,22 @@ REFUSED: dict[str, Case] = {
     "save-state": (lambda: cat_rs.save_lora(make.path(), 3), "`model_or_state` must be a module, a LoraFile or"),  # type: ignore[arg-type]
     "save-dtype": (lambda: cat_rs.save_lora(make.path(), make.state(), dtype="a"), "`dtype` must be a floating dtype"),  # type: ignore[arg-type]
     "save-metadata": (lambda: cat_rs.save_lora(make.path(), make.state(), metadata=3), "`metadata` must be a mapping"),  # type: ignore[arg-type]
+    "load-list": (lambda: make.lora_file().load_into(make.bare_unet(), adapter_name=["a"]), "`adapter_name` must be"),  # type: ignore[arg-type]
+    "load-component": (
+        lambda: cat_rs.load_lora(make.adapter_file(), model=make.model()),
+        "`model` or `component`: expected layers of transformer, got only unet",
+    ),
+    "save-nothing": (lambda: cat_rs.save_lora(make.path(), {}), "`model_or_state` must have tensors of a LoRA, got"),
+    "kps-wrapped": (
+        lambda: cat_rs.kps(*[make.dispatching(torch.ones(2, 2))] * 4),
+        "base_no_trigger .*'a': must be a plain torch.Tensor, got a tests.fuzz.make.Dispatching",
+    ),
+    "bank-draws-huge": (
+        lambda: cat_rs.TeacherBank.build(
+            make.model(), make.scheduler(), tensor((2, 4, 4, 4)), tensor((2, 2, 16)), draws=2**62
+        ),
+        "`draws` must be few enough for the memory, got 4611686018427387904",
+    ),
     "bank-draws": (
         lambda: cat_rs.TeacherBank.build(
             make.model(), make.scheduler(), tensor((2, 4, 4, 4)), tensor((2, 2, 16)), draws="a"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import cat_rs
 from cat_rs._native import _core
-from cat_rs.errors import AdapterError
+from cat_rs.errors import AdapterError, LayoutError
 
 Calls = dict[str, tuple[Callable[..., Any], dict[str, Any]]]
 
@@ -62,7 +62,13 @@ def calls() -> Calls:
         "scale_gradients": (_core.scale_gradients, {"first": draw(3), "second": draw(3), "factor": torch.tensor(2.0)}),
         "student_loss": (
             _core.student_loss,
-            {"student": draw(4, 4, 3, 3), "target": draw(2, 4, 3, 3), "base": draw(2, 4, 3, 3), **weights, **numbers},
+            {
+                "student": draw(4, 4, 3, 3),
+                "target": draw(2, 4, 3, 3),
+                "base_pred": draw(2, 4, 3, 3),
+                **weights,
+                **numbers,
+            },
         ),
         "noising": (
             _core.noising,
@@ -343,3 +349,21 @@ def test_save_lora_gathers_what_is_sharded(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SAVE_SHARDED, str(tmp_path / "a.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["cat_loss", "noising", "paired_similarity", "cross_similarity"])
+def test_results_without_memory_are_an_error(name: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    function, arguments = calls()[name]
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(LayoutError, match="outside of FakeTensorMode"):
+        function(**arguments)
+
+
+def test_files_are_not_read_without_memory(tmp_path: Path) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    state = {"unet.mid_block.x.lora_A.weight": torch.ones(1, 4), "unet.mid_block.x.lora_B.weight": torch.ones(4, 1)}
+    path = cat_rs.save_lora(tmp_path / "a.safetensors", state)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(LayoutError, match="outside of FakeTensorMode"):
+        cat_rs.load_lora(path)

@@ -320,5 +320,5 @@ def test_unusable_triggers_are_refused(trigger: TriggerWords) -> None:
 def test_unusable_captions_and_class_words_are_refused() -> None:
     with pytest.raises(PromptError, match="caption: expected a text, got NoneType"):
         remove_trigger(None, "sks")  # type: ignore[arg-type]
-    with pytest.raises(PromptError, match="class_word: expected a text or None, got 3"):
+    with pytest.raises(PromptError, match="class_word: expected a text or None, got int"):
         remove_trigger("sks", "sks", 3)  # type: ignore[arg-type]

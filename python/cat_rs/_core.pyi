@@ -56,7 +56,7 @@ def scale_gradients(first: Tensor | None, second: Tensor | None, factor: Tensor,
 def student_loss(
     student: Tensor,
     target: Tensor,
-    base: Tensor | None,
+    base_pred: Tensor | None,
     sample_weight: Tensor | None,
     mask: Tensor | None,
     cat_factor: float | Tensor,

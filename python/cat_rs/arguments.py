@@ -6,7 +6,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ __all__ = [
     "check",
     "check_memory",
     "check_module",
+    "check_no_mode",
     "check_path",
+    "check_plain",
     "check_tensor",
     "refusing",
     "shown",
@@ -67,7 +69,7 @@ def check_module(op: str, argument: str, value: object) -> None:
 def check_path(op: str, argument: str, value: Any) -> None:
     """Refuses what names no file: another type, or a text that the file system has no bytes for."""
     with refusing(op, argument, "a path", value):
-        if b"\0" in os.fsencode(value):
+        if b"\0" in os.fsencode(Path(value)):
             raise ValueError("a zero byte ends a path")
 
 
@@ -77,11 +79,37 @@ def check_tensor(op: str, argument: str, value: object) -> None:
         raise DtypeError(f"{op}: `{argument}` must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_no_mode(op: str) -> None:
+    """Refuses to make tensors, which are to have memory, in a mode that only looks at shapes."""
+    made = torch.empty(0)
+    if type(made) is not torch.Tensor or made.is_meta:
+        got = type(made).__name__ if type(made) is not torch.Tensor else "torch.device('meta')"
+        raise LayoutError(f"{op}: must be called outside of FakeTensorMode and torch.device('meta'), got {got}")
+
+
+def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Refuses a tensor that computes in its own way: fake, sharded, nested, sparse, or one of torch.func."""
+    got = None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        got = "one of torch.func (vmap, grad, jvp ...): call it outside"
+    elif type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        got = f"a {type(tensor).__name__}"
+    elif tensor.layout != torch.strided or tensor.is_nested:
+        got = f"one of layout {tensor.layout}"
+    if got is not None:
+        raise LayoutError(f"{op}: `{argument}` must be a plain dense tensor, got {got}")
+    check_memory(op, argument, tensor)
+
+
 def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor whose storage was freed, as FSDP frees that of parameters: PyTorch does not survive reading it.
 
-    For operations that are PyTorch's own; this package's kernels check what they read.
+    For operations that are PyTorch's own; this package's kernels check what they read. A tensor of torch.func that
+    outlived its transformation is refused too.
     """
+    functorch = torch._C._functorch
+    if functorch.maybe_current_level() is None and functorch.is_functorch_wrapped_tensor(tensor):
+        raise LayoutError(f"{op}: `{argument}` must be a plain tensor, got one that outlived its torch.func call")
     try:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         needed = (tensor.storage_offset() + extent) * tensor.element_size() if tensor.numel() else 0

@@ -84,7 +84,7 @@ def kps(
             intervals.append(
                 bootstrap_interval(values, "harmonic_mean", clusters=numbers, resamples=resamples, seed=seed)
             )
-        except CatRsError as error:
+        except (CatRsError, TypeError) as error:
             raise type(error)(f"kps of base_{kind} (a) and adapted_{kind} (b): {error}") from error
         means.append(harmonic_mean(values))
         groups.append((values, numbers))

@@ -181,7 +181,8 @@ def _class_words(trigger_words: TriggerWords, class_word: str | None) -> dict[st
         try:
             given = dict.fromkeys(trigger_words)
         except TypeError as error:
-            raise PromptError(f"trigger_words: expected one or several texts, got {trigger_words!r}") from error
+            got = type(trigger_words).__name__
+            raise PromptError(f"trigger_words: expected one or several texts, got {got}") from error
     if not given:
         raise PromptError("trigger_words: expected at least one trigger word, got none")
     class_words = {}
@@ -189,9 +190,10 @@ def _class_words(trigger_words: TriggerWords, class_word: str | None) -> dict[st
         folded = without_marks(fold(trigger)[0]) if isinstance(trigger, str) else ""
         if not folded:
             raise PromptError(f"trigger_words: expected words, got {trigger!r}")
+        for word in (own_class, class_word):
+            if not isinstance(word, str | None):
+                raise PromptError(f"class_word: expected a text or None, got {type(word).__name__}")
         word = own_class or class_word or ""
-        if not isinstance(word, str):
-            raise PromptError(f"class_word: expected a text or None, got {word!r}")
         class_words[folded] = word.strip() or None
     return class_words
 

@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 
 use super::{check_named, Metadata, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{bytes, contiguous, dtype_name};
+use crate::tensor::{bytes, contiguous, dtype_name, from_bytes};
 
 const READ: &str = "load_lora";
 const WRITE: &str = "write_safetensors";
@@ -56,7 +56,7 @@ pub fn read(path: &Path) -> Result<(NamedTensors, Metadata)> {
         let size =
             view.shape().iter().map(|&length| i64::try_from(length)).collect::<std::result::Result<Vec<_>, _>>();
         let size = size.map_err(|_| not_safetensors(path, &format!("`{name}` has a size beyond 2^63")))?;
-        tensors.push((name.to_owned(), Tensor::f_from_data_size(view.data(), &size, *kind).during(READ)?));
+        tensors.push((name.to_owned(), from_bytes(READ, view.data(), &size, *kind)?));
     }
     tensors.sort_by(|(left, _), (right, _)| left.cmp(right));
     Ok((tensors, metadata))

@@ -11,7 +11,7 @@ use super::names::{
 };
 use super::{check_named, Adapter, Family, Format, KnownModules, Layer, NamedTensors};
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::dtype_name;
+use crate::tensor::{dtype_name, from_bytes};
 
 const READ: &str = "load_lora";
 const WRITE: &str = "save_lora";
@@ -372,7 +372,7 @@ fn to_kohya(layers: &[Layer], family: Family) -> Result<NamedTensors> {
             let text = format!("`{name}.alpha` must be a finite number in float32, got {alpha}");
             return Err(CatError::adapter(WRITE, text));
         }
-        let alpha = Tensor::f_from_slice(&[alpha as f32]).and_then(|tensor| tensor.f_view([0i64; 0])).during(WRITE)?;
+        let alpha = from_bytes(WRITE, &(alpha as f32).to_ne_bytes(), &[], Kind::Float)?;
         tensors.push((format!("{name}.lora_down.weight"), down));
         tensors.push((format!("{name}.lora_up.weight"), up));
         tensors.push((format!("{name}.alpha"), alpha));

@@ -97,13 +97,13 @@ pub fn scale_gradients(
 
 /// See `cat_rs.ops.cat_loss.student_loss`. Returns (total, [diffusion, cat], gradient).
 #[pyfunction]
-#[pyo3(signature = (student, target, base, sample_weight, mask, cat_factor, scale, stream = 0))]
+#[pyo3(signature = (student, target, base_pred, sample_weight, mask, cat_factor, scale, stream = 0))]
 #[allow(clippy::too_many_arguments)]
 pub fn student_loss(
     py: Python<'_>,
     student: PyTensor,
     target: PyTensor,
-    base: Option<PyTensor>,
+    base_pred: Option<PyTensor>,
     sample_weight: Option<PyTensor>,
     mask: Option<PyTensor>,
     cat_factor: PyFactor,
@@ -113,7 +113,7 @@ pub fn student_loss(
     let loss = StudentLoss {
         student: detached(py, student)?,
         target: target.0,
-        base: optional(base),
+        base: optional(base_pred),
         sample_weight: optional(sample_weight),
         mask: optional(mask),
         stream,

@@ -3,13 +3,27 @@
 use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 
-use super::convert::argument;
+use super::convert::{argument, Expected};
 use super::{interruptible, released};
 use crate::ops;
 use crate::ops::statistics::{Bootstrap, Group, Numbers, Statistic};
 
 type Values<'py> = PyReadonlyArray1<'py, f64>;
 type Clusters<'py> = Option<PyReadonlyArray1<'py, i64>>;
+
+type Groups<'py> = Vec<(Values<'py>, Clusters<'py>)>;
+
+impl Expected for Groups<'_> {
+    const EXPECTED: &'static str = "a sequence of (float64 array, int64 array or None)";
+}
+
+impl Expected for [Values<'_>; 2] {
+    const EXPECTED: &'static str = "two float64 arrays";
+}
+
+impl Expected for [Clusters<'_>; 2] {
+    const EXPECTED: &'static str = "two of int64 array or None";
+}
 
 fn numbers<'a>(argument: &'static str, values: &'a Values<'_>) -> PyResult<Numbers<'a, f64>> {
     Ok(Numbers { argument, values: values.as_slice()? })
@@ -39,7 +53,7 @@ pub fn harmonic_mean(py: Python<'_>, values: PyReadonlyArray1<'_, f64>) -> PyRes
 #[pyo3(signature = (groups, *, harmonic, confidence, resamples, seed))]
 pub fn bootstrap_interval(
     py: Python<'_>,
-    groups: Vec<(Values<'_>, Clusters<'_>)>,
+    #[pyo3(from_py_with = argument)] groups: Groups<'_>,
     harmonic: bool,
     #[pyo3(from_py_with = argument)] confidence: f64,
     #[pyo3(from_py_with = argument)] resamples: i64,
@@ -81,9 +95,9 @@ pub fn bootstrap_difference(
 #[pyo3(signature = (a, b, clusters, *, confidence, resamples, seed))]
 pub fn kps_difference(
     py: Python<'_>,
-    a: [Values<'_>; 2],
-    b: [Values<'_>; 2],
-    clusters: [Clusters<'_>; 2],
+    #[pyo3(from_py_with = argument)] a: [Values<'_>; 2],
+    #[pyo3(from_py_with = argument)] b: [Values<'_>; 2],
+    #[pyo3(from_py_with = argument)] clusters: [Clusters<'_>; 2],
     #[pyo3(from_py_with = argument)] confidence: f64,
     #[pyo3(from_py_with = argument)] resamples: i64,
     #[pyo3(from_py_with = argument)] seed: u64,

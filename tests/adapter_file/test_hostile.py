@@ -53,11 +53,13 @@ def test_patterns_that_are_none_name_the_file(pattern: str, tmp_path: Path) -> N
         (CONFIG | {"lora_alpha": 10**400}, "lora_alpha of .* must be a finite number"),
         (CONFIG | {"lora_alpha": float("nan")}, "lora_alpha of .* must be a finite number"),
         (CONFIG | {"lora_alpha": "8"}, "lora_alpha of .* must be a finite number, got '8'"),
+        (CONFIG | {"lora_dropout": "a"}, r"lora_dropout must be in \[0, 1\], got 'a'"),
+        (CONFIG | {"use_rslora": []}, "use_rslora must be true or false, got"),
         (CONFIG | {"alpha_pattern": [1]}, "alpha_pattern must be an object"),
         (CONFIG | {"alpha_pattern": {"to_q": {}}}, "lora_alpha of .* must be a finite number"),
         ("\0", "expected a text in UTF-8"),
     ],
-    ids=["deep", "digits", "twice", "huge", "nan", "text", "patterns", "pattern", "no-text"],
+    ids=["deep", "digits", "twice", "huge", "nan", "text", "dropout", "rslora", "patterns", "pattern", "no-text"],
 )
 def test_wrong_settings_name_the_file(config: Mapping[str, Any] | str, message: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=f"^{tmp_path}.*{message}"):

@@ -198,7 +198,7 @@ def test_unusable_models_are_named(tiny_pipeline_dir: Path, tiny_dinov2_dir: Pat
     assert isinstance(load_encoder(tiny_dinov2_dir), Dinov2Encoder)
     without_processor = shutil.copytree(tiny_dinov2_dir, tmp_path / "dino")
     (without_processor / "preprocessor_config.json").unlink()
-    with pytest.raises(EvaluationFileError, match="expected a CLIP, SigLIP or DINOv2 model with its processor in"):
+    with pytest.raises(EvaluationFileError, match="expected a CLIP, SigLIP or DINOv2 model with its processor, got"):
         load_encoder(without_processor)
 
 

@@ -76,16 +76,16 @@ def _over(options: argparse.Namespace, batches: int, started: float) -> bool:
 def _add_calls(report: Report, found: list[targets.Target], seed: int, options: argparse.Namespace) -> None:
     rng = random.Random(seed)
     calls = [random_call(found, rng) for _ in range(min(BATCH, options.calls or BATCH))]
-    reproduction = (lambda call, _: _command(call)) if options.as_found else _reproduction
+    reproduction = (lambda call, *_: _command(call)) if options.as_found else _reproduction
     for call, outcome in zip(calls, run_all(calls, evaluate), strict=True):
-        report.add(call.target.name, outcome, functools.partial(reproduction, call, outcome))
+        report.add(call.target.name, outcome, functools.partial(reproduction, call, outcome, seed))
 
 
-def _reproduction(call: Call, outcome: Outcome) -> str:
+def _reproduction(call: Call, outcome: Outcome, seed: int) -> str:
     """The simplest call that ends in the same way."""
     wanted = outcome.group()[:2]
     if run_alone(call, evaluate).group()[:2] != wanted:
-        return f"not when run alone: {_command(call)}"
+        return f"only after the others of --seed {seed} --calls {BATCH}: {_command(call)}"
     simpler = iter(call.simpler())
     while (candidate := next(simpler, None)) is not None:
         found = run_alone(candidate, evaluate)

@@ -82,6 +82,7 @@ def run(files: Sequence[MutatedFile]) -> Iterator[Outcome]:
 
 
 def _read(file: MutatedFile) -> Outcome:
+    make.begun[0] = False
     path = file.write()
     make.begun[0] = True
     try:
@@ -154,7 +155,7 @@ def _changed_json(text: bytes, rng: random.Random) -> bytes:
 def _changed(value: Any, rng: random.Random) -> Any:
     """One value somewhere within replaced, added or taken out; JSON within strings too."""
     if isinstance(value, str) and value.startswith("{") and rng.random() < 0.7:
-        return _changed_json(value.encode("utf-8", "surrogatepass"), rng).decode("utf-8", "surrogatepass")
+        return _changed_json(value.encode("utf-8", "surrogatepass"), rng).decode("utf-8", "replace")
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(sorted(value))
         kind = rng.random()

@@ -101,7 +101,7 @@ def _in_a_child(work: Sequence[Any], run: Callable[[Any], Outcome], memory: int)
             if finished < len(work) and sys.exc_info()[0] is GeneratorExit:
                 os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        text = said.read_text(errors="replace")[-3000:] if said.exists() else ""
+        text = said.read_text(errors="replace")[-8000:] if said.exists() else ""
         shutil.rmtree(folder, ignore_errors=True)
     if finished < len(work):
         # What PyTorch does not survive while an argument is made is not this package's.

@@ -81,8 +81,8 @@ def is_clear(target: Target, error: BaseException, text: str) -> bool:
         return True
     if _MEMORY.search(text):
         return True
-    builtin = type(error) in (TypeError, ValueError, OverflowError)
-    if not (isinstance(error, CatRsError) or builtin):
+    own = isinstance(error, CatRsError) or hasattr(error, "__notes__")
+    if not own and type(error) not in (TypeError, ValueError, OverflowError):
         return False
     return bool(_EXPECTED.search(text) and _GOT.search(text) and _names_argument(target, text))
 
@@ -91,11 +91,13 @@ def _names_argument(target: Target, text: str) -> bool:
     names = {each.name for each in target.parameters} | _OF_OBJECTS
     # A reader of files names the file.
     named = (re.search(rf"\b{re.escape(name)}\b", text, re.IGNORECASE) for name in names)
-    return any(named) or "/" in text
+    return any(named) or "/" in text or "outside of FakeTensorMode" in text
 
 
-_OF_OBJECTS = frozenset(("params", "model", "scheduler", "latents", "pictures", "encoder"))
-"""What an object was made of, and its methods may complain of."""
+_OF_OBJECTS = frozenset(
+    ("params", "model", "scheduler", "latents", "pictures", "encoder", "lr", "betas", "eps", "weight_decay")
+)
+"""What an object or a parameter group was made of, and its methods may complain of."""
 
 
 def _place(error: Any) -> str:

@@ -67,7 +67,9 @@ class Report:
         parts = []
         for (name, *_), group in order[:most]:
             outcome = group.outcome
-            said = "\n".join(f"    {line}" for line in outcome.text.strip().splitlines()[:6])
+            # A process that dies tells more than an exception.
+            lines = outcome.text.strip().splitlines()[: 60 if outcome.kind == "crash" else 6]
+            said = "\n".join(f"    {line}" for line in lines)
             place = f" in {outcome.place}" if outcome.place else ""
             parts.append(
                 f"{outcome.kind.upper()} {name}, {group.count} times: {outcome.error or 'no answer'}{place}\n{said}\n"

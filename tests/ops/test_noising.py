@@ -172,6 +172,13 @@ def test_snr_weights_at_the_ends_of_a_schedule(prediction_type: str) -> None:
     assert weights.tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_timesteps_of_any_integer_dtype_are_indices(dtype: torch.dtype) -> None:
+    alphas = torch.tensor([0.9, 0.5, 0.25])
+    expected = snr_weights(torch.tensor([1, 0, 1]), alphas, 0.5)
+    assert torch.equal(snr_weights(torch.tensor([1, 0, 1], dtype=dtype), alphas, 0.5), expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [

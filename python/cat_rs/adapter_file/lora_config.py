@@ -23,11 +23,12 @@ def with_alphas(layers: Iterable[Layer], configs: Mapping[str, Mapping[str, Any]
     """The layers with the alphas of their component's LoraConfig; r, so that the scale is 1, where there is none.
 
     Raises:
-        AdapterError: An alpha is no number, or a pattern of ``alpha_pattern`` no regular expression.
+        AdapterError: A setting has another type, or a pattern of ``alpha_pattern`` is no regular expression.
     """
     found = []
     for component, group in groupby(layers, lambda layer: layer.component):
         config, part = configs.get(component, {}), list(group)
+        _check_settings(config)
         patterns = _alphas_by_pattern(config, [layer.module for layer in part])
         for layer in part:
             alpha = layer.alpha
@@ -35,6 +36,16 @@ def with_alphas(layers: Iterable[Layer], configs: Mapping[str, Mapping[str, Any]
                 alpha = _number(layer, patterns.get(layer.module, config.get("lora_alpha", layer.rank)))
             found.append(layer._replace(alpha=alpha))
     return found
+
+
+def _check_settings(config: Mapping[str, Any]) -> None:
+    """Refuses settings that PEFT would take, and fail with."""
+    for name in ("use_rslora", "use_dora", "lora_bias"):
+        if not isinstance(config.get(name, False), bool):
+            raise AdapterError(f"load_lora: {name} must be true or false, got {shown(config[name])}")
+    dropout = config.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise AdapterError(f"load_lora: lora_dropout must be in [0, 1], got {shown(dropout)}")
 
 
 def _alphas_by_pattern(config: Mapping[str, Any], modules: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,13 +58,13 @@ class LoraFile:
             AdapterError: The file has no such part, or a layer does not fit the model; the model is unchanged.
         """
         check_module("load_lora", "model", model)
-        check("load_lora", "adapter_name", adapter_name, "a text without a dot", lambda it: it and "." not in it)
+        check("load_lora", "adapter_name", adapter_name, "a text without a dot", re.compile(r"[^.]+").fullmatch)
         check("load_lora", "component", component, "a text or None", lambda it: it is None or type(it) is str)
         model = unwrap_model(model)
         component = self._component_for(model) if component is None else component
         if component not in self.state:
             got = f"got only {', '.join(self.state)}"
-            raise AdapterError(f"load_lora: `component`: expected layers of {component}, {got}")
+            raise AdapterError(f"load_lora: `model` or `component`: expected layers of {component}, {got}")
         layers = fitting(model, list(layers_of(self, component)))
         put_in(model, layers, self.configs.get(component, {}), adapter_name)
 

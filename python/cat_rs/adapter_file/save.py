@@ -25,7 +25,7 @@ from cat_rs.adapter_file.model import (
 from cat_rs.adapter_file.paths import COMPONENTS, DIFFUSERS_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 from cat_rs.arguments import check, check_module, check_path, refusing
 from cat_rs.atomic import write_bytes
-from cat_rs.errors import InvalidValueError
+from cat_rs.errors import AdapterError, InvalidValueError
 from cat_rs.unwrap import unwrap_model
 
 FORMATS = ("diffusers", "peft", "kohya")
@@ -89,7 +89,11 @@ def save_lora(
         denoiser = unwrap_model(model_or_state)
     elif model_or_state is not None:
         with refusing("save_lora", "model_or_state", "a module, a LoraFile or tensors by name", model_or_state):
-            _, found, layers = parse(dict(model_or_state), {}, None, saving=True)
+            given = dict(model_or_state)
+        if not given:
+            raise AdapterError("save_lora: `model_or_state` must have tensors of a LoRA, got none")
+        with refusing("save_lora", "model_or_state", "tensors by name", model_or_state):
+            _, found, layers = parse(given, {}, None, saving=True)
             layers = with_alphas(layers, {})
         family = family or found
     models = {"text_encoder": text_encoder, "text_encoder_2": text_encoder_2}

@@ -191,7 +191,7 @@ def load_encoder(
             processor = getattr(transformers, processor_class).from_pretrained(path, **from_cache)
     except (OSError, ValueError) as error:
         raise EvaluationFileError(
-            f"encoder: expected a CLIP, SigLIP or DINOv2 model with its processor in {path}: {refusal or error}"
+            f"encoder: expected a CLIP, SigLIP or DINOv2 model with its processor, got {path}: {refusal or error}"
         ) from error
     if kind not in _MODELS:
         raise EvaluationInputError(f"encoder: expected a model of the kind {', '.join(_MODELS)}, got {kind} in {path}")

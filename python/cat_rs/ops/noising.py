@@ -76,7 +76,7 @@ def snr_weights(
     _check_tables(timesteps, alphas_cumprod)
     check("snr_weights", "gamma", gamma, "> 0", lambda gamma: gamma > 0)
     try:
-        alphas = alphas_cumprod[timesteps]
+        alphas = alphas_cumprod[timesteps.to(torch.int64)]  # as an index, uint8 would be a mask
     except IndexError as error:
         got = f"{int(timesteps.min())}..{int(timesteps.max())}"
         expected = f"in 0..{len(alphas_cumprod) - 1}"

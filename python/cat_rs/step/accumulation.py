@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from cat_rs.arguments import check
 from cat_rs.errors import InvalidValueError
 
 __all__ = ["Accumulation"]
@@ -31,13 +32,15 @@ class Accumulation:
         Raises:
             InvalidValueError: The caller accumulates where the step does not, or accelerate counts otherwise.
         """
+        expected = "True, False or None"
+        check("CatStep", "sync_gradients", sync_gradients, expected, lambda it: it is None or isinstance(it, bool))
         if sync_gradients is not None:
             if accumulate == 1 and not sync_gradients:
                 raise InvalidValueError(
                     "CatStep: `sync_gradients` must be True with accumulate=1, got False: give accumulate the number "
                     "of accelerate's gradient_accumulation_steps"
                 )
-            return bool(sync_gradients)
+            return sync_gradients
         due = self.calls + 1 >= accumulate
         theirs = _accelerates_flag()
         self._accelerate_accumulates |= theirs is False

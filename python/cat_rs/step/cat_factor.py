@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from cat_rs.arguments import as_float, check, check_memory, refusing
+from cat_rs.arguments import as_float, check, check_plain, refusing
 from cat_rs.errors import ShapeError
 
 __all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor", "factor_after"]
@@ -126,7 +126,7 @@ class CatFactorRatio:
 
 def _term(argument: str, term: float | torch.Tensor) -> torch.Tensor:
     if isinstance(term, torch.Tensor):
-        check_memory("CatFactorRatio", argument, term)
+        check_plain("CatFactorRatio", argument, term)
     with refusing("CatFactorRatio", argument, "a number or a 0-dim tensor", term):
         tensor = torch.as_tensor(term, dtype=torch.float64)
     if tensor.dim() != 0:

@@ -242,6 +242,7 @@ class CatStep:
             The step's metrics. Where ``grad_norm`` is not finite, the adapter was left as it was.
         """
         update_due = self._accumulation.is_due(self.accumulate, sync_gradients)
+        inputs.check_tensors("CatStep", sample_weight=sample_weight, mask=mask)
         cat_factor = factor_after(self._cat_factor, self.steps_done)
         preserve = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
         conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=preserve)

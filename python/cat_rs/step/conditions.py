@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cat_rs.arguments import check_memory, refusing, shown
+from cat_rs.arguments import check_plain, refusing, shown
 from cat_rs.errors import InvalidValueError, ShapeError
 from cat_rs.step import device_values, pytree
 from cat_rs.step.adapters import Adapters
@@ -67,7 +67,7 @@ def _evaluate(name: str, cond: Cond | Callable[[], Cond], trains_text: bool) -> 
     with refusing("CatStep", name, "a nested mapping of the model's keyword arguments", kwargs):
         tensors = list(pytree.tensors(kwargs))
     for tensor in tensors:
-        check_memory("CatStep", name, tensor)
+        check_plain("CatStep", name, tensor)
     if torch.is_grad_enabled():
         has_grad = any(tensor.requires_grad for tensor in tensors)
         if trains_text and not has_grad:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cat_rs.arguments import check, check_memory, check_tensor
+from cat_rs.arguments import check, check_plain, check_tensor
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.step import device_values
 from cat_rs.step.conditions import Conditions
@@ -82,11 +82,11 @@ def check_generator(op: str, generator: torch.Generator | None, device: torch.de
 
 
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
-    """Refuses what is no tensor, or one whose memory was freed; None is nothing to check."""
+    """Refuses what is no tensor, or none with memory of its own; None is nothing to check."""
     for name, tensor in tensors.items():
         if tensor is not None:
             check_tensor(op, name, tensor)
-            check_memory(op, name, tensor)
+            check_plain(op, name, tensor)
 
 
 def draw(
@@ -100,7 +100,7 @@ def draw(
     """Checks the latents, and draws noise and timesteps where they are not given."""
     check_tensor("CatStep", "latents", latents)
     check_tensors("CatStep", latents=latents, noise=noise, timesteps=timesteps)
-    if not latents.is_floating_point():
+    if latents.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise DtypeError(
             "CatStep: `latents` must have dtype float32, float64, bfloat16 or float16, got "
             f"{str(latents.dtype).removeprefix('torch.')}; picture indices need a teacher_bank"

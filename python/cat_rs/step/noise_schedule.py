@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from cat_rs.arguments import check, check_memory, check_tensor, refusing, shown
+from cat_rs.arguments import check, check_tensor, refusing, shown
 from cat_rs.errors import DeviceError, InvalidValueError, ShapeError
 from cat_rs.ops.noising import snr_weights
 from cat_rs.step import device_values
@@ -81,7 +81,9 @@ class NoiseSchedule:
         if timesteps.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise InvalidValueError(f"CatStep: `timesteps` must be integers, got {timesteps.dtype}")
         self._check_range(timesteps, len(self.alphas_cumprod) - 1)
-        return self.signal_rates[timesteps], self.noise_rates[timesteps]
+        # As an index, uint8 would be a mask.
+        indices = timesteps.to(torch.int64)
+        return self.signal_rates[indices], self.noise_rates[indices]
 
     @staticmethod
     def _check_range(timesteps: torch.Tensor, last: int) -> None:
@@ -108,9 +110,6 @@ class NoiseSchedule:
         self.check_snr_gamma(snr_gamma)
         if snr_gamma is None or self.alphas_cumprod is None:
             return sample_weight
-        if sample_weight is not None:
-            check_tensor("CatStep", "sample_weight", sample_weight)
-            check_memory("CatStep", "sample_weight", sample_weight)
         weights = snr_weights(timesteps, self.alphas_cumprod, snr_gamma, self.prediction_type)
         if sample_weight is None:
             return weights

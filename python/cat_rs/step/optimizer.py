@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cat_rs.arguments import check, check_memory, check_tensor, refusing
+from cat_rs.arguments import check, check_memory, check_no_mode, check_tensor, refusing
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
 from cat_rs.ops.operator import LOW_PRECISION
@@ -117,6 +117,7 @@ class FlatAdamW(torch.optim.Optimizer):
         process_group: Any = None,
         low_precision: torch.dtype | None = None,
     ) -> None:
+        check_no_mode("FlatAdamW")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         _check_settings(defaults)
         check("FlatAdamW", "max_grad_norm", max_grad_norm, "> 0 or None", lambda limit: limit is None or limit > 0)
@@ -128,6 +129,9 @@ class FlatAdamW(torch.optim.Optimizer):
         self.process_group = process_group
         self._low_precision = low_precision
         self._reset()
+        if not isinstance(params, torch.Tensor):  # which PyTorch refuses
+            with refusing("FlatAdamW", "params", "parameters or groups of them", params):
+                params = list(params)
         super().__init__(params, defaults)
 
     def _reset(self) -> None:

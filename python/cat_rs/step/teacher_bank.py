@@ -16,8 +16,17 @@ from typing import Any, NamedTuple
 import torch
 
 from cat_rs.adapter_file.disk import TensorParts, write_safetensors
-from cat_rs.arguments import check, check_memory, check_module, check_path, check_tensor, refusing, shown
-from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
+from cat_rs.arguments import (
+    check,
+    check_memory,
+    check_module,
+    check_no_mode,
+    check_path,
+    check_tensor,
+    refusing,
+    shown,
+)
+from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.noising import noising
 from cat_rs.step.conditions import Cond, as_kwargs
 from cat_rs.step.denoiser import Predict, denoiser_predict, predicted
@@ -124,6 +133,7 @@ class TeacherBank:
             OSError: The file cannot be written; nothing is left behind.
         """
         op = "TeacherBank.build"
+        check_no_mode(op)
         check_module(op, "model", model)
         for name, value in (("draws", draws), ("batch_size", batch_size)):
             check(op, name, value, "an integer of at least 1", lambda value: int(value) == value >= 1)
@@ -139,7 +149,8 @@ class TeacherBank:
         cond = as_kwargs("cond_no_trigger", cond_no_trigger)
         pictures = len(latents)
         cond_tensors = _batched_tensors(cond, pictures)
-        timesteps = schedule.draw(pictures * draws, generator).reshape(pictures, draws)
+        with refusing(op, "draws", "few enough for the memory", draws):
+            timesteps = schedule.draw(pictures * draws, generator).reshape(pictures, draws)
         tensors = {
             "base": torch.empty((pictures, draws, *latents.shape[1:]), dtype=dtype, device="meta"),
             # A copy in the memory order that a file has, which is the order that noise is drawn in.
@@ -184,6 +195,7 @@ class TeacherBank:
                 noise from its seeds.
             OSError: The file cannot be read.
         """
+        check_no_mode("TeacherBank.load")
         check_path("TeacherBank.load", "path", path)
         tensors, metadata = _read(path)
         bank = cls(tensors, metadata)
@@ -366,8 +378,6 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[s
 def _check_latents(latents: torch.Tensor, latents_std: torch.Tensor | None) -> None:
     check_tensor("TeacherBank.build", "latents", latents)
     check_tensors("TeacherBank.build", latents=latents, latents_std=latents_std)
-    if latents.layout != torch.strided or latents.is_nested:
-        raise LayoutError(f"TeacherBank.build: `latents` must be dense, got a tensor of layout {latents.layout}")
     if latents.dim() < 2 or latents.numel() == 0:
         raise ShapeError(
             f"TeacherBank.build: `latents` must have shape [P, ...] with P >= 1, got {list(latents.shape)}"

@@ -15,7 +15,7 @@ use super::{compute_kind, threads};
 use crate::cuda::{Scalar, Stream};
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
-    address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
+    from_values, address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
     dtype_name, elements, elements_mut, numbers,
 };
 
@@ -113,7 +113,7 @@ impl LossValues {
     pub fn parts(&self) -> Result<Tensor> {
         match self {
             Self::Cpu(CpuValues { diffusion, cat, kind, .. }) => {
-                Tensor::f_from_slice(&[*diffusion, *cat]).during(OP)?.f_to_kind(*kind).during(OP)
+                from_values(OP, &[*diffusion, *cat])?.f_to_kind(*kind).during(OP)
             }
             Self::Gpu(values) => Ok(values.parts.shallow_clone()),
         }
@@ -349,7 +349,7 @@ fn expand_mask(mask: &Tensor, shape: &[i64], on: Device, kind: Kind) -> Result<(
     const NAME: &str = "mask";
     check_dense(OP, NAME, mask, on)?;
     check_constant(OP, NAME, mask)?;
-    if mask.f_kind().during(OP)? != Kind::Bool {
+    if !mask.f_kind().is_ok_and(|kind| kind == Kind::Bool) {
         check_float(OP, NAME, mask, on)?;
     }
     let got = mask.size();

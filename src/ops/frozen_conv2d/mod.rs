@@ -110,7 +110,7 @@ impl Convolution {
             return Err(CatError::value(OP, "size", "two integers >= 1", format!("{size:?}")));
         }
         let [rows, columns] = self.output_size(size, kernel)?;
-        let batch = grad.size().first().copied().unwrap_or(0);
+        let batch = grad.size().first().copied().unwrap_or(0).max(1);
         check_shape(OP, "grad", grad, &[batch, out, rows, columns])?;
         let grad = grad.f_reshape([batch, out, -1]).during(OP)?.f_transpose(1, 2).during(OP)?;
         let (grad, weight) = (grad.f_reshape([-1, out]).during(OP)?, self.matrix(out)?);

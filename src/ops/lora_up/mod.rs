@@ -27,6 +27,10 @@ impl UpProjection {
     /// Adds scaling B h onto y.
     pub fn add_to(&self, y: &mut Tensor, hidden: &Tensor) -> Result<()> {
         self.check("y", y, hidden)?;
+        if y.f_is_inference().during(OP)? {
+            let got = "an inference tensor (call .clone())".into();
+            return Err(CatError::Layout { op: OP, argument: "y", expected: "a tensor that may be written", got });
+        }
         if let Some(mut rows) = self.rows(y)? {
             return add_product(OP, &mut rows, plain(&self.as_rows(hidden)?), transposed(&self.lora_b), self.scaling);
         }

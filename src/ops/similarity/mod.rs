@@ -11,7 +11,7 @@ use self::cuda::Similarities;
 use super::{compute_kind, threads};
 use crate::cuda::Stream;
 use crate::error::{CatError, Result, TorchContext};
-use crate::tensor::{check_float, contiguous, device_of, numbers, strided_elements};
+use crate::tensor::{check_float, contiguous, device_of, from_values, numbers, strided_elements};
 
 const OP: &str = "similarity";
 
@@ -105,7 +105,7 @@ fn with_rows(a: &Tensor, b: &Tensor, kernel: impl Fn(Kind, Rows, Rows) -> Result
         // Sound rows whose squares leave the range of f32.
         values = kernel(Kind::Double, a_rows, b_rows)?;
     }
-    Tensor::f_from_slice(&values).during(OP)?.f_to_kind(kind).during(OP)
+    from_values(OP, &values)?.f_to_kind(kind).during(OP)
 }
 
 /// As `with_rows`, on a GPU.
