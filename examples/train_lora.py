@@ -40,8 +40,9 @@ def parse_args():
 class PictureFolder(Dataset):
     def __init__(self, folder, resolution):
         self.folder = Path(folder)
-        lines = (self.folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        self.rows = [json.loads(line) for line in lines]
+        # Lines end at "\n" only: a caption may hold other characters that str.splitlines splits at.
+        with (self.folder / "metadata.jsonl").open(encoding="utf-8-sig", newline="\n") as lines:
+            self.rows = [json.loads(line) for line in lines if line.strip()]
         self.size = (resolution, resolution)
 
     def __len__(self):

@@ -25,7 +25,8 @@ def parse_args():
     parser.add_argument("--data", required=True, help="folder of pictures with captions in metadata.jsonl")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--resolution", type=int, help="the model's own if not given")
-    parser.add_argument("--trigger", nargs=2, required=True, metavar=("WORD", "CLASS"), help="such as: sks fruit")
+    parser.add_argument("--trigger_word", required=True, help="such as: sks")
+    parser.add_argument("--class_word", required=True, help="such as: fruit")
     parser.add_argument("--cat_factor", type=float, default=1.0)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--max_train_steps", type=int, default=400)
@@ -42,8 +43,9 @@ def parse_args():
 class PictureFolder(Dataset):
     def __init__(self, folder, resolution):
         self.folder = Path(folder)
-        lines = (self.folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        self.rows = [json.loads(line) for line in lines]
+        # Lines end at "\n" only: a caption may hold other characters that str.splitlines splits at.
+        with (self.folder / "metadata.jsonl").open(encoding="utf-8-sig", newline="\n") as lines:
+            self.rows = [json.loads(line) for line in lines if line.strip()]
         self.size = (resolution, resolution)
 
     def __len__(self):
@@ -97,7 +99,8 @@ def main():
         for pixels, captions in train_dataloader:
             with accelerator.accumulate(unet):
                 latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-                embeds = encode([*captions, *(remove_trigger(caption, *args.trigger)[0] for caption in captions)])
+                no_trigger = [remove_trigger(caption, args.trigger_word, args.class_word)[0] for caption in captions]
+                embeds = encode([*captions, *no_trigger])
                 noise = torch.randn_like(latents)
                 timesteps = torch.randint(len(noise_scheduler), (len(latents),), device=latents.device)
                 noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)

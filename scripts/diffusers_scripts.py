@@ -17,12 +17,16 @@ ELISION = "-..."
 
 def changes() -> dict[str, str]:
     """Name of a script -> its changes, as the page shows them."""
-    return dict(re.findall(r"(?ms)^## [^\n`]*`([^`\n]+)`[^\n]*\n.*?^```diff\n(.*?)^```$", PAGE.read_text(encoding="utf-8")))
+    return dict(
+        re.findall(r"(?ms)^## [^\n`]*`([^`\n]+)`[^\n]*\n.*?^```diff\n(.*?)^```$", PAGE.read_text(encoding="utf-8"))
+    )
 
 
 def line_counts() -> dict[str, tuple[int, int]]:
     """Name of a script -> how many lines the page says are added and removed."""
-    found = re.findall(r"(?m)^## [^\n`]*`([^`\n]+)`, (\d+) lines added, (\d+) removed$", PAGE.read_text(encoding="utf-8"))
+    found = re.findall(
+        r"(?m)^## [^\n`]*`([^`\n]+)`, (\d+) lines added, (\d+) removed$", PAGE.read_text(encoding="utf-8")
+    )
     return {name: (int(added), int(removed)) for name, added, removed in found}
 
 

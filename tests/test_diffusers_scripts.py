@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-
 from scripts import diffusers_scripts
+
 from tests.test_docs import FENCED
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -41,7 +41,7 @@ def run_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         output = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         arguments = ["--data", "examples/emoji_model/concepts/pineapple", "--output_dir", str(output), "--rank", "4"]
         if script != PLAIN:
-            arguments += ["--trigger", "sks", "fruit"]
+            arguments += ["--trigger_word", "sks", "--class_word", "fruit"]
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [script, *arguments, "--max_train_steps", str(steps), *options])
         AcceleratorState._reset_state(reset_partial_state=True)
