@@ -151,7 +151,8 @@ def test_python_imports_go_one_way() -> None:
     may_use = {
         "errors.py": set(),
         "arguments.py": {"errors"},
-        "_native.py": {"_core"},
+        "_native.py": {"_core", "composed"},
+        "dtypes.py": set(),
         "_version.py": set(),
         "options.py": {"errors", "text_files"},
         "processes.py": {"errors", "options"},
@@ -183,9 +184,16 @@ def test_an_operation_uses_none_but_what_all_share() -> None:
         assert parts <= {"_native", "arguments", "errors", "ops"}, f"{file} uses {parts}"
 
 
+def test_what_runs_without_an_extension_needs_only_the_ground() -> None:
+    used = parts_used("composed")
+    assert used <= {"arguments", "dtypes", "errors"}, used
+
+
 def test_operations_have_the_same_name_everywhere() -> None:
     operations = {folder.name for folder in (CRATE / "ops").iterdir() if folder.is_dir()}
     assert {file.stem for file in (PACKAGE / "ops").glob("*.py")} == operations | {"__init__", "operator"}
+    others = {"__init__", "adapter_file", "checks", "names"}
+    assert {file.stem for file in (PACKAGE / "composed").glob("*.py")} == operations | others
     assert {file.stem for file in (ROOT / "tests/ops").glob("test_*.py")} == {f"test_{name}" for name in operations}
     assert operations <= {file.stem for file in (CRATE / "python").glob("*.rs")}
     assert operations <= {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
@@ -273,7 +281,7 @@ def test_modules_of_a_package_use_only_floors_below(package: str, floors: tuple[
 
 def test_a_step_needs_no_training_and_no_evaluation() -> None:
     used = parts_used("step")
-    assert used <= {"arguments", "errors", "ops", "unwrap", "adapter_file", "peft"}, used
+    assert used <= {"arguments", "dtypes", "errors", "ops", "unwrap", "adapter_file", "peft"}, used
 
 
 def test_adapter_files_need_only_the_ground() -> None:

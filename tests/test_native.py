@@ -1,9 +1,10 @@
-"""The extension module: refused beside another PyTorch, and as its stub file says."""
+"""The extension module and its twin on PyTorch's own operations: which one runs, and as the stub file says."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib.machinery
 import inspect
 import json
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 import cat_rs
-from cat_rs import _core
+from cat_rs import _native, composed
+from cat_rs._native import _core
+from tests.backends import about_kernels
 
 PACKAGE = Path(cat_rs.__file__).parent
 INSTALLED = ".".join(torch.__version__.split("+")[0].split(".")[:2])
@@ -23,38 +26,37 @@ INSTALLED = ".".join(torch.__version__.split("+")[0].split(".")[:2])
 
 # One fresh interpreter for all cases: importing PyTorch is what takes time.
 IMPORT_CASES = f"""
-import importlib.metadata, json, sys
+import json, os, sys, warnings
 import torch
 
 sys.path.insert(0, {str(PACKAGE.parent)!r})
 installed = torch.__version__
 
 
-def no_metadata(name):
-    raise importlib.metadata.PackageNotFoundError(name)
-
-
-def attempt(requirements, version):
-    importlib.metadata.requires = no_metadata if requirements is None else lambda name: requirements
-    torch.__version__ = version
-    try:
-        import cat_rs
-        error = None
-    except ImportError as refused:
-        error = str(refused)
-    loaded = "cat_rs._core" in sys.modules
+def attempt(version, backend=""):
+    os.environ["CAT_RS_BACKEND"], torch.__version__ = backend, version
+    error = why = loss = None
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            import cat_rs
+            from cat_rs import _native
+            why = _native.WHY_COMPOSED
+            loss = float(cat_rs.cat_loss(*[torch.full((1, 2), float(n)) for n in range(4)]))
+        except ImportError as refused:
+            error = str(refused)
     for name in [name for name in sys.modules if name.startswith("cat_rs")]:
         del sys.modules[name]
-    return {{"error": error, "loaded": loaded}}
+    texts = [str(warning.message) for warning in seen if "cat_rs" in str(warning.message)]
+    return {{"error": error, "why": why, "loss": loss, "warnings": texts}}
 
 
 print(json.dumps({{
-    "pin": attempt(["numpy>=1.24", "torch==1.7.*", "torchvision==0.1"], installed),
-    "marker": attempt(["torch ==1.7.*; python_version > '3'"], installed),
-    "exact": attempt(["torch==1.7.1"], installed),
-    "patch-release": attempt(["torch=={INSTALLED}.*"], "{INSTALLED}.99"),
-    "built-with": attempt(None, "9.99.1+cpu"),
-    "source-tree": attempt(None, installed),
+    "another": attempt("9.99.1+cpu"),
+    "patch-release": attempt("{INSTALLED}.99"),
+    "installed": attempt(installed),
+    "forced": attempt(installed, "torch"),
+    "unknown": attempt(installed, "cuda"),
 }}))
 """
 
@@ -68,30 +70,50 @@ def import_results() -> dict[str, dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def assert_names_both(error: str, built: str, installed: str) -> None:
-    assert f"built for PyTorch {built}" in error
-    assert f"PyTorch {installed} is installed" in error
-    assert f'pip install "torch=={built}.*"' in error
+@about_kernels
+def test_beside_another_pytorch_its_own_operations_run_and_one_warning_says_why() -> None:
+    result = import_results()["another"]
+    (warning,) = result["warnings"]
+    assert result["why"] in warning
+    assert "9.99.1" in warning
+    assert INSTALLED in warning
+    assert result["loss"] == 1.0 + 1.0
 
 
-@pytest.mark.parametrize("case", ["pin", "marker", "exact"])
-def test_refuses_another_pytorch_by_its_metadata(case: str) -> None:
-    result = import_results()[case]
-    assert_names_both(result["error"], "1.7", torch.__version__)
-    # Beside another PyTorch the extension may lack symbols, or crash.
-    assert not result["loaded"]
+@about_kernels
+@pytest.mark.parametrize("case", ["patch-release", "installed"])
+def test_the_extension_runs_beside_its_own_minor(case: str) -> None:
+    assert import_results()[case] == {"error": None, "why": None, "loss": 2.0, "warnings": []}
 
 
-def test_refuses_another_pytorch_by_what_it_was_built_with() -> None:
-    # No distribution metadata, as in a source tree: the extension itself knows.
-    assert_names_both(import_results()["built-with"]["error"], INSTALLED, "9.99.1+cpu")
+def test_pytorchs_own_operations_can_be_asked_for() -> None:
+    result = import_results()["forced"]
+    assert result == {"error": None, "why": "CAT_RS_BACKEND=torch", "loss": 2.0, "warnings": []}
+    assert "must be torch or unset, got 'cuda'" in import_results()["unknown"]["error"]
 
 
-@pytest.mark.parametrize("case", ["patch-release", "source-tree"])
-def test_imports_beside_its_own_minor(case: str) -> None:
-    assert import_results()[case] == {"error": None, "loaded": True}
+def test_a_wheel_with_extensions_for_many_is_read_by_the_installed_minor(tmp_path: Path) -> None:
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    tagged = {minor: tmp_path / f"_core_torch{minor.replace('.', '_')}{suffix}" for minor in ("2.12", "2.13")}
+    for file in tagged.values():
+        file.touch()
+    (tmp_path / "_core_torch2_14.cpython-39-x86_64-linux-gnu.so").touch()
+    assert _native._extension_file(tmp_path, "2.12") == tagged["2.12"]
+    assert _native._extension_file(tmp_path, "2.13") == tagged["2.13"]
+    assert _native._extension_file(tmp_path, "2.14") is None
+    with pytest.raises(
+        ImportError, match=r"no extension for PyTorch 2\.14\.1\+cpu .*\(for 2\.12 and 2\.13 and 2\.14\)"
+    ):
+        _native._load(tmp_path, "2.14.1+cpu")
+    built = tmp_path / f"_core{suffix}"
+    built.touch()
+    assert _native._extension_file(tmp_path, "2.14") == built
+    # One that does not load, as where PyTorch lacks its symbols.
+    with pytest.raises(ImportError, match=r"does not load beside PyTorch 2\.14\.1"):
+        _native._load(tmp_path, "2.14.1+cpu")
 
 
+@about_kernels
 def test_build_info_is_complete() -> None:
     info = _core.build_info()
     assert {"version", "torch", "simd"} <= set(info)
@@ -104,14 +126,29 @@ def _stub_functions() -> dict[str, ast.FunctionDef]:
     return {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
+# What only an extension can say.
+BUILD_FUNCTIONS = {"build_info", "compile_kernels", "cuda_versions"}
+
+
+@about_kernels
 def test_the_stub_lists_the_modules_functions() -> None:
     assert set(_stub_functions()) == {name for name in dir(_core) if not name.startswith("_")}
 
 
-@pytest.mark.parametrize("name", sorted(_stub_functions()))
-def test_the_stub_has_the_functions_arguments(name: str) -> None:
+def test_both_implementations_have_the_same_functions() -> None:
+    assert set(composed.__all__) == set(_stub_functions()) - BUILD_FUNCTIONS
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *(pytest.param(_core, name, marks=about_kernels, id=name) for name in sorted(_stub_functions())),
+        *(pytest.param(composed, name, id=f"composed {name}") for name in composed.__all__),
+    ],
+)
+def test_the_stub_has_the_functions_arguments(module: Any, name: str) -> None:
     stub = _stub_functions()[name].args
-    parameters = inspect.signature(getattr(_core, name)).parameters.values()
+    parameters = inspect.signature(getattr(module, name)).parameters.values()
     keyword_only = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     assert [argument.arg for argument in stub.args] == positional

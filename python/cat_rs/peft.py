@@ -19,7 +19,7 @@ from cat_rs.frozen_layers import FrozenConv2d, FrozenLinear, patch_frozen, unpat
 from cat_rs.ops.frozen_linear import frozen_linear
 from cat_rs.ops.lora_linear import LoraLinearFunction, WeightCopyFunction, lora_linear
 from cat_rs.ops.lora_up import LoraUpFunction, lora_up_
-from cat_rs.ops.operator import LOW_PRECISION, rounded
+from cat_rs.ops.operator import KERNEL_DEVICES, LOW_PRECISION, rounded
 from cat_rs.unwrap import unwrap_model
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class _SwitchedLayer:
 
     def _compute_dtype(self, x: torch.Tensor, adapters: list[str]) -> torch.dtype | None:
         """The dtype in which the layer computes; None where PEFT converts on the way, or another device does."""
-        if x.device.type not in ("cpu", "cuda") or not (type(x) in _PLAIN_TENSORS or torch.compiler.is_compiling()):
+        if x.device.type not in KERNEL_DEVICES or not (type(x) in _PLAIN_TENSORS or torch.compiler.is_compiling()):
             return None
         return self._common_dtype(x.dtype, adapters)
 
@@ -184,7 +184,7 @@ class _SwitchedLayer:
         base, own = weight.dtype, {lora_A[name].weight.dtype for name in adapters}
         device = weight.device.type
         # Weights that are offloaded until a hook of their own layer fetches them are on no device.
-        if device not in ("cpu", "cuda") or any(lora_A[name].weight.device != weight.device for name in adapters):
+        if device not in KERNEL_DEVICES or any(lora_A[name].weight.device != weight.device for name in adapters):
             return None
         if torch.is_autocast_enabled(device):
             autocast = torch.get_autocast_dtype(device)
@@ -365,12 +365,15 @@ def _why_not_fused(layer: _SwitchedLayer, adapters: list[str]) -> str | None:
     return None
 
 
-def _why_not_in_one_dtype(layer: _SwitchedLayer, adapters: list[str]) -> str | None:
-    """What of the dtypes of the layer and of these adapters of its makes PEFT convert its input."""
-    base = layer.base_layer.weight.dtype
+def _why_left_to_peft(layer: _SwitchedLayer, adapters: list[str]) -> str | None:
+    """What of the device and the dtypes of the layer and of these adapters of its leaves it to PEFT."""
+    weight = layer.base_layer.weight
+    if weight.device.type not in (*KERNEL_DEVICES, "meta"):
+        return f"there are no kernels for {weight.device.type} here, as cat-rs info says"
+    base = weight.dtype
     for name in adapters:
         if layer._common_dtype(base, [name]) is None:
-            if layer.base_layer.weight.is_meta:
+            if weight.is_meta:
                 return "its weights are offloaded"
             own, other = (str(dtype).removeprefix("torch.") for dtype in (layer.lora_A[name].weight.dtype, base))
             return f"adapter {name!r} is in {own}, the base layer in {other}"
@@ -417,8 +420,8 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
     float16 computes in the base layer's dtype, where PEFT converts the input to float32; its gradients are float32
     (see :func:`cat_rs.lora_linear`). PEFT's own forward runs, call by call, where a layer is asked for something else:
     merged weights, DoRA and other variants, an adapter for each sample, an adapter in another dtype than these, a
-    layer with hooks, grouped convolutions, devices other than the CPU and CUDA. Calling it again picks up layers added
-    since.
+    layer with hooks, grouped convolutions, devices without kernels of this package (the CPU and NVIDIA GPUs have
+    them). Calling it again picks up layers added since.
 
     The model's frozen linear layers, with an adapter or without, run this package's float32 products on processors
     where PyTorch's are slower, and its large frozen convolutions run as one matrix product where their input is small:
@@ -458,7 +461,7 @@ def patch_peft(model: torch.nn.Module) -> PatchReport:
             continue
         layer._cat_rs_switch = switch
         adapters = layer._active()
-        reason = _why_not_fused(layer, adapters) or _why_not_in_one_dtype(layer, adapters)
+        reason = _why_not_fused(layer, adapters) or _why_left_to_peft(layer, adapters)
         if reason is None:
             report.fused.append(name)
         else:

@@ -85,8 +85,9 @@ def test_pytorch_for_amd_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4.1")
     monkeypatch.setattr(_core, "cuda_versions", lambda: pytest.fail("looks for a CUDA driver"))
     assert collect()["CUDA kernels"] == "not usable: this PyTorch is for AMD GPUs (ROCm 6.4.1)"
-    with FakeTensorMode(), pytest.raises(DeviceError, match=r"got one on an AMD GPU \(PyTorch for ROCm 6.4.1\)"):
-        stream_of(torch.empty(1, device="cuda"))
+    # PyTorch's own operations run there.
+    with FakeTensorMode():
+        assert stream_of(torch.empty(1, device="cuda")) == 0
     assert stream_of(torch.zeros(1)) == 0
 
 

@@ -578,7 +578,10 @@ def test_a_bad_setting_of_a_group_is_named(name: str) -> None:
             torch.zeros(3, dtype=torch.complex64), DtypeError, "a float dtype, got torch.complex64", id="complex"
         ),
         pytest.param(
-            torch.zeros(3, device="meta"), DeviceError, "on the CPU or on CUDA, got a parameter on meta", id="meta"
+            torch.zeros(3, device="meta"),
+            DeviceError,
+            "on the CPU or an .*, got a parameter on meta",
+            id="meta",
         ),
     ],
 )
@@ -642,7 +645,7 @@ def test_a_state_of_another_algorithm_is_an_error(option: str) -> None:
         ),
         pytest.param(torch.zeros(1), ShapeError, r"`step` must have shape \[\], got \[1\]", id="shape"),
         pytest.param(torch.tensor(-1.0), InvalidValueError, "`step` must be a count >= 0, got -1", id="negative"),
-        pytest.param(torch.tensor(math.nan), InvalidValueError, "`step` must be a count >= 0, got NaN", id="nan"),
+        pytest.param(torch.tensor(math.nan), InvalidValueError, "`step` must be a count >= 0, got .a.", id="nan"),
     ],
 )
 def test_a_bad_step_count_changes_nothing(step: torch.Tensor, error: type[Exception], text: str) -> None:
@@ -760,7 +763,7 @@ def test_a_sum_of_squares_goes_where_it_belongs(index: int) -> None:
         ({"settings": settings_tensor(lr=math.inf)}, InvalidValueError, "`lr` must be a finite number >= 0, got inf"),
         ({"settings": settings_tensor(betas=(1.0, 0.9))}, InvalidValueError, r"`beta1` must be in \[0, 1\), got 1"),
         ({"settings": settings_tensor(betas=(0.5, -1))}, InvalidValueError, r"`beta2` must be in \[0, 1\), got -1"),
-        ({"settings": settings_tensor(eps=math.nan)}, InvalidValueError, "`eps` must be a finite .*, got NaN"),
+        ({"settings": settings_tensor(eps=math.nan)}, InvalidValueError, "`eps` must be a finite .*, got [Nn]a[Nn]"),
         ({"settings": settings_tensor(weight_decay=-1.0)}, InvalidValueError, "`weight_decay` must be a finite .* -1"),
         ({"settings": settings_tensor(max_grad_norm=0.0)}, InvalidValueError, "`max_grad_norm` must be > 0, got 0"),
         ({"settings": torch.zeros(5).double()}, ShapeError, r"`settings` must have shape \[6\], got \[5\]"),

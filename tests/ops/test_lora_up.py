@@ -233,7 +233,7 @@ BAD: dict[str, tuple[Case, type[Exception], str]] = {
     ),
     "B-dims": ({"lora_B": torch.ones(7, 3, 1)}, ShapeError, r"`lora_B` must have shape \[out, r\], got \[7, 3, 1\]"),
     "B-out": ({"lora_B": torch.ones(6, 3)}, ShapeError, r"`lora_B` must have shape \[7, 3\], got \[6, 3\]"),
-    "scaling-nan": ({"scaling": float("nan")}, InvalidValueError, "`scaling` must be a finite number, got NaN"),
+    "scaling-nan": ({"scaling": float("nan")}, InvalidValueError, "`scaling` must be a finite number, got [Nn]a[Nn]"),
 }
 
 

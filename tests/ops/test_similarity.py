@@ -15,6 +15,7 @@ from benchmarks import harness
 import cat_rs
 from cat_rs.errors import CatRsError, DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from tests import references
+from tests.backends import about_kernels
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = {"f32": F32, "f64": F64, "bf16": BF16, "f16": F16}
@@ -391,6 +392,7 @@ def _memory_cases() -> dict[str, Any]:
     }
 
 
+@about_kernels
 def test_memory_does_not_grow_with_the_width() -> None:
     for name, rows in _memory_cases().items():
         a, b = rows[:-1], rows[1:]

@@ -211,7 +211,7 @@ def test_bootstrap_depends_on_the_seed_alone() -> None:
     ("values", "text"),
     [
         pytest.param([0.5, -0.25], "must be >= 0 .* got -0.25 at index 1", id="negative"),
-        pytest.param([0.5, float("nan")], "must be finite, got NaN at index 1", id="nan"),
+        pytest.param([0.5, float("nan")], "must be finite, got [Nn]a[Nn] at index 1", id="nan"),
         pytest.param([float("inf"), 0.5], "must be finite, got inf at index 0", id="inf"),
     ],
 )
@@ -281,7 +281,7 @@ def test_bad_clusters_are_named(clusters: Any, error: type[CatRsError], text: st
     [
         pytest.param({"confidence": 0.0}, r"`confidence` must be in \(0, 1\), got 0", id="confidence-0"),
         pytest.param({"confidence": 1.0}, r"`confidence` must be in \(0, 1\), got 1", id="confidence-1"),
-        pytest.param({"confidence": float("nan")}, "`confidence` .* got NaN", id="confidence-nan"),
+        pytest.param({"confidence": float("nan")}, "`confidence` .* got [Nn]a[Nn]", id="confidence-nan"),
         pytest.param({"resamples": 1}, "`resamples` must be at least 2, got 1", id="resamples-1"),
         pytest.param({"resamples": -5}, "`resamples` must be at least 2, got -5", id="resamples-negative"),
         pytest.param({"seed": -1}, r"`seed` must be in 0\.\.2\*\*64 - 1, got -1", id="seed"),

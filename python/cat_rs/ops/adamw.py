@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cat_rs._native import _core
+from cat_rs._native import core_of
 from cat_rs.ops.operator import stream_of
 
 __all__ = ["adamw_step", "sum_of_squares"]
@@ -22,7 +22,7 @@ def sum_of_squares(grad: Tensor, sums: Tensor, index: int) -> None:
         ShapeError, DtypeError, DeviceError, LayoutError, InvalidValueError: Naming the argument, what was expected and
             what came.
     """
-    _core.sum_of_squares(grad, sums, index, stream=stream_of(grad))
+    core_of(grad).sum_of_squares(grad, sums, index, stream=stream_of(grad))
 
 
 def adamw_step(
@@ -61,7 +61,7 @@ def adamw_step(
         ShapeError, DtypeError, DeviceError, LayoutError, InvalidValueError: Naming the argument, what was expected and
             what came.
     """
-    _core.adamw_step(
+    core_of(param).adamw_step(
         param,
         grad,
         exp_avg,

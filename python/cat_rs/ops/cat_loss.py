@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cat_rs._native import _core
+from cat_rs._native import core_of
 from cat_rs.arguments import as_float, check_tensor
 from cat_rs.errors import ShapeError
 from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, reraise, stream_of
@@ -38,7 +38,7 @@ def _evaluate(
     wanted: Sequence[bool] = (False, False),
 ) -> Any:
     """The total, the terms, and the wanted gradients of both predictions times ``scale``."""
-    return _core.cat_loss(*tensors, *settings, scale, tuple(wanted), stream_of(tensors[0]))
+    return core_of(tensors[0]).cat_loss(*tensors, *settings, scale, tuple(wanted), stream_of(tensors[0]))
 
 
 def _as_tensor(terms: tuple[float, float] | Tensor, total: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class CatLossFunction(torch.autograd.Function):
             _, _, *grads = _evaluate(ctx.saved_tensors, ctx.settings, grad_total, ctx.needs_input_grad[:2])
         # Reading a number of a GPU would wait for it.
         elif grad_total.is_cuda or grad_total.item() != 1.0:
-            _core.scale_gradients(grads[0], grads[1], grad_total, stream_of(grad_total))
+            core_of(grad_total).scale_gradients(grads[0], grads[1], grad_total, stream_of(grad_total))
         return (*grads, None, None, None, None, None, None, None)
 
 
@@ -192,7 +192,9 @@ def student_loss(
     Raises:
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
-    return _core.student_loss(student, target, base, sample_weight, mask, cat_factor, scale, stream_of(student))
+    return core_of(student).student_loss(
+        student, target, base, sample_weight, mask, cat_factor, scale, stream_of(student)
+    )
 
 
 @torch.library.custom_op("cat_rs::cat_loss", mutates_args=())

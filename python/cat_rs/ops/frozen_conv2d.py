@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cat_rs._native import _core
+from cat_rs._native import WHY_COMPOSED, core_of
 from cat_rs.ops.operator import OWN_MATMUL_IS_FASTER
 
 __all__ = ["FrozenConv2dFunction", "frozen_conv2d", "max_output_positions"]
@@ -21,6 +21,8 @@ def max_output_positions(weights: int) -> int:
     What a convolution library spends on the layout of the weight grows with the weight; what the product spends more
     than it grows with the positions. Measured on Stable Diffusion 1.5's layers: see benchmarks/frozen_conv2d.py.
     """
+    if WHY_COMPOSED is not None:
+        return 0
     if OWN_MATMUL_IS_FASTER:
         return min(weights // 50_000, 256) if weights >= 3_500_000 else 0
     return 128 if weights >= 10_000_000 else 0
@@ -33,13 +35,20 @@ class FrozenConv2dFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.size, ctx.geometry = x.shape[-2:], geometry
-        return _core.frozen_conv2d_forward(x, weight, bias, *geometry)
+        return core_of(x).frozen_conv2d_forward(x, weight, bias, *geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return _core.frozen_conv2d_backward(grad, weight, ctx.size, *ctx.geometry), None, None, None, None, None
+        return (
+            core_of(grad).frozen_conv2d_backward(grad, weight, ctx.size, *ctx.geometry),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def frozen_conv2d(
@@ -80,7 +89,7 @@ def frozen_conv2d_operator(
     dilation: Sequence[int],
 ) -> Tensor:
     """See :func:`frozen_conv2d`."""
-    return _core.frozen_conv2d_forward(x, weight, bias, stride, padding, dilation).contiguous()
+    return core_of(x).frozen_conv2d_forward(x, weight, bias, stride, padding, dilation).contiguous()
 
 
 @frozen_conv2d_operator.register_fake
@@ -99,7 +108,7 @@ def _frozen_conv2d_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    return _core.frozen_conv2d_backward(grad, weight, size, stride, padding, dilation).contiguous()
+    return core_of(grad).frozen_conv2d_backward(grad, weight, size, stride, padding, dilation).contiguous()
 
 
 @_frozen_conv2d_backward.register_fake

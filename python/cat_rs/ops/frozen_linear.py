@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_rs._native import _core
+from cat_rs._native import core_of
 from cat_rs.ops.operator import OWN_MATMUL_IS_FASTER
 
 __all__ = ["FrozenLinearFunction", "frozen_linear"]
@@ -22,14 +22,14 @@ class FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _core.frozen_linear_forward(x, weight, bias)
+        return core_of(x).frozen_linear_forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: an operation that can be differentiated again
             return grad @ weight, None, None
-        return _core.frozen_linear_backward(grad, weight), None, None
+        return core_of(grad).frozen_linear_backward(grad, weight), None, None
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +47,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
     if x.requires_grad and torch.is_grad_enabled():
         return FrozenLinearFunction.apply(x, weight, bias)
-    return _core.frozen_linear_forward(x, weight, bias)
+    return core_of(x).frozen_linear_forward(x, weight, bias)
 
 
 def _runs_own_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

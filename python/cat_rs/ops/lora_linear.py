@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_rs._native import _core
+from cat_rs._native import core_of
 from cat_rs.arguments import as_float, check_tensor
 from cat_rs.errors import InvalidValueError
 from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, reraise, rounded
@@ -47,7 +47,7 @@ class LoraLinearFunction(torch.autograd.Function):
         copies: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         low_A, low_B = copies or (rounded(lora_A, x.dtype), rounded(lora_B, x.dtype))
-        y, hidden = _core.lora_linear_forward(x, weight, bias, low_A, low_B, scaling)
+        y, hidden = core_of(x).lora_linear_forward(x, weight, bias, low_A, low_B, scaling)
         ctx.save_for_backward(x, weight, lora_A, lora_B, low_A, low_B, hidden)
         ctx.scaling = scaling
         return y
@@ -65,7 +65,7 @@ class LoraLinearFunction(torch.autograd.Function):
             dA, dB = inner.T @ rows, scaling * (grad_rows.T @ (rows @ lora_A.T))
         else:
             wanted = (needs[0], needs[3], needs[4])
-            dx, dA, dB = _core.lora_linear_backward(grad, x, weight, low_A, low_B, hidden, scaling, wanted)
+            dx, dA, dB = core_of(x).lora_linear_backward(grad, x, weight, low_A, low_B, hidden, scaling, wanted)
         return dx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs[2] else None, dA, dB, None, None
 
 
@@ -122,7 +122,7 @@ def lora_linear_operator(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lora_linear`. Returns y and scaling * x A^T, [M, r]."""
-    return _core.lora_linear_forward(x, weight, bias, lora_A, lora_B, scaling)
+    return core_of(x).lora_linear_forward(x, weight, bias, lora_A, lora_B, scaling)
 
 
 @lora_linear_operator.register_fake
@@ -142,7 +142,7 @@ def _lora_linear_backward(
     scaling: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
-    gradients = _core.lora_linear_backward(grad, x, weight, lora_A, lora_B, hidden, scaling, tuple(wanted))
+    gradients = core_of(x).lora_linear_backward(grad, x, weight, lora_A, lora_B, hidden, scaling, tuple(wanted))
     return empty_for_none(gradients, (x, lora_A, lora_B))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_rs._native import _core
+from cat_rs._native import core_of
 from cat_rs.arguments import as_float, check_tensor
 from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, rounded
 
@@ -29,7 +29,7 @@ class LoraUpFunction(torch.autograd.Function):
         copy: Tensor | None,
     ) -> Tensor:
         low_B = rounded(lora_B, y.dtype) if copy is None else copy
-        _core.lora_up_forward(y, hidden, low_B, scaling, channels_second)
+        core_of(y).lora_up_forward(y, hidden, low_B, scaling, channels_second)
         ctx.mark_dirty(y)
         ctx.save_for_backward(hidden, lora_B, low_B)
         ctx.settings = scaling, channels_second
@@ -46,7 +46,7 @@ class LoraUpFunction(torch.autograd.Function):
             dh = scaling * (grad.movedim(channel, -1) @ lora_B).movedim(-1, channel)
             dB = scaling * grad.movedim(channel, 0).flatten(1) @ hidden.movedim(channel, 0).flatten(1).T
         else:
-            dh, dB = _core.lora_up_backward(grad, hidden, low_B, scaling, channels_second, wanted)
+            dh, dB = core_of(grad).lora_up_backward(grad, hidden, low_B, scaling, channels_second, wanted)
         return grad, dh, dB, None, None, None
 
 
@@ -82,7 +82,7 @@ def lora_up_(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, *, chann
 def lora_up_operator(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, channels_second: bool) -> Tensor:
     """See :func:`lora_up_`. Returns y + scaling * B h."""
     out = y.clone()
-    _core.lora_up_forward(out, hidden, lora_B, scaling, channels_second)
+    core_of(y).lora_up_forward(out, hidden, lora_B, scaling, channels_second)
     return out
 
 
@@ -95,7 +95,7 @@ def _(y: Tensor, *others: Any) -> Tensor:
 def _lora_up_backward(
     grad: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, channels_second: bool, wanted: Sequence[bool]
 ) -> list[Tensor]:
-    gradients = _core.lora_up_backward(grad, hidden, lora_B, scaling, channels_second, tuple(wanted))
+    gradients = core_of(grad).lora_up_backward(grad, hidden, lora_B, scaling, channels_second, tuple(wanted))
     dh, dB = empty_for_none(gradients, (hidden, lora_B))
     return [dh.contiguous(), dB]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_rs._native import _core
+from cat_rs._native import core_of
 from cat_rs.arguments import check, check_memory, check_tensor, shown
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.ops.operator import stream_of
@@ -47,7 +47,9 @@ def noising(
     check_tensor("noising", "latents", latents)
     if torch.compiler.is_compiling():
         return noising_operator(latents, noise, signal_rate, noise_rate, prediction_type, copies)
-    return _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream_of(latents))
+    return core_of(latents).noising(
+        latents, noise, signal_rate, noise_rate, prediction_type, copies, stream_of(latents)
+    )
 
 
 def snr_weights(
@@ -115,7 +117,7 @@ def noising_operator(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`noising`."""
     stream = stream_of(latents)
-    noisy, target = _core.noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream)
+    noisy, target = core_of(latents).noising(latents, noise, signal_rate, noise_rate, prediction_type, copies, stream)
     return noisy, target.clone() if target is noise else target
 
 

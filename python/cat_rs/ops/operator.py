@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from cat_rs._native import _core
-from cat_rs.errors import CatRsError, DeviceError, InvalidValueError
+from cat_rs._native import KERNEL_DEVICES, WHY_COMPOSED, _core
+from cat_rs.errors import CatRsError, InvalidValueError
 
 __all__ = [
+    "KERNEL_DEVICES",
     "LOW_PRECISION",
     "OWN_MATMUL_IS_FASTER",
     "empty_for_none",
@@ -31,7 +32,7 @@ __all__ = [
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 """The dtypes in which a layer computes with float32 weights rounded to them."""
 
-OWN_MATMUL_IS_FASTER = _core.build_info()["matmul"] == "cat-rs"
+OWN_MATMUL_IS_FASTER = WHY_COMPOSED is None and _core.build_info()["matmul"] == "cat-rs"
 """Whether this package's float32 products run faster than those of PyTorch's library on this processor."""
 
 
@@ -54,18 +55,9 @@ def reraise(op: str, error: RuntimeError, **tensors: Any) -> NoReturn:
 
 
 def stream_of(tensor: Tensor) -> int:
-    """The handle of PyTorch's current stream on the tensor's device, where its kernels go; 0 on the CPU.
-
-    Raises:
-        DeviceError: The tensor is on an AMD GPU, which PyTorch also calls cuda.
-    """
-    if not tensor.is_cuda:
+    """The handle of PyTorch's current stream on the tensor's device, where kernels for CUDA go; 0 elsewhere."""
+    if not tensor.is_cuda or torch.version.hip is not None:
         return 0
-    if torch.version.hip is not None:
-        raise DeviceError(
-            "cat_rs: tensors must be on the CPU or on an NVIDIA GPU, got one on an AMD GPU (PyTorch for ROCm "
-            f"{torch.version.hip}): the kernels are written in CUDA"
-        )
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 

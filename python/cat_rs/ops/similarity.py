@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from cat_rs._native import _core
+from cat_rs._native import core_of
 from cat_rs.arguments import refusing
 from cat_rs.errors import DtypeError
 from cat_rs.ops.operator import stream_of
@@ -36,7 +36,7 @@ def similarity(a: Array, b: Array) -> Array:
         InvalidValueError: A row is zero or not finite; the message names it.
     """
     first = _tensor("a", a)
-    return _like(_core.paired_similarity(first, _tensor("b", b), stream_of(first)), a, b)
+    return _like(core_of(first).paired_similarity(first, _tensor("b", b), stream_of(first)), a, b)
 
 
 def cross_similarity(a: Array, b: Array, reduce: str = "mean") -> Array:
@@ -54,7 +54,7 @@ def cross_similarity(a: Array, b: Array, reduce: str = "mean") -> Array:
         DeviceError, DtypeError, InvalidValueError, ShapeError: As :func:`similarity`.
     """
     first = _tensor("a", a)
-    return _like(_core.cross_similarity(first, _tensor("b", b), reduce, stream_of(first)), a, b)
+    return _like(core_of(first).cross_similarity(first, _tensor("b", b), reduce, stream_of(first)), a, b)
 
 
 def _tensor(argument: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:

@@ -9,7 +9,6 @@ import torch
 
 from cat_rs.arguments import check
 from cat_rs.errors import InvalidValueError
-from cat_rs.step import device_values
 from cat_rs.step.cuda_graphs import CapturedFunctions
 from cat_rs.step.inputs import StepInputs
 from cat_rs.step.optimizer import FlatAdamW
@@ -38,7 +37,7 @@ class CapturedStep:
         max_captures: int,
         text_encoders: Sequence[torch.nn.Module],
     ) -> None:
-        if not device_values.is_gpu(device):
+        if device.type != "cuda":
             raise InvalidValueError(f"CatStep: `capture` must be False for a model on {device}, got True")
         check("CatStep", "max_captures", max_captures, "at least 1", lambda captures: captures >= 1)
         if text_encoders:

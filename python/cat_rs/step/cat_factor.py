@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from cat_rs.arguments import as_float, check, check_plain, refusing
+from cat_rs.dtypes import wide_dtype
 from cat_rs.errors import ShapeError
 
 __all__ = ["CatFactor", "CatFactorRamp", "CatFactorRatio", "check_cat_factor", "factor_after"]
@@ -90,7 +91,7 @@ class CatFactorRatio:
         return float(self.factor())
 
     def factor(self) -> float | torch.Tensor:
-        """The factor of the coming step: a 0-dim float64 tensor on the device of the terms; a number before the first.
+        """The factor of the coming step: a 0-dim tensor on the device of the terms; a number before the first.
 
         Both means start at zero, so their common bias cancels.
         """
@@ -110,7 +111,7 @@ class CatFactorRatio:
         if self._means is not None:
             return self._means.to(device)
         # A kernel takes a number by value; a copy from the host would wait.
-        return torch.stack([torch.full((), mean, dtype=torch.float64, device=device) for mean in self._start])
+        return torch.stack([torch.full((), mean, dtype=wide_dtype(device), device=device) for mean in self._start])
 
     def state_dict(self) -> dict[str, Any]:
         """The means."""
@@ -128,7 +129,8 @@ def _term(argument: str, term: float | torch.Tensor) -> torch.Tensor:
     if isinstance(term, torch.Tensor):
         check_plain("CatFactorRatio", argument, term)
     with refusing("CatFactorRatio", argument, "a number or a 0-dim tensor", term):
-        tensor = torch.as_tensor(term, dtype=torch.float64)
+        tensor = torch.as_tensor(term)
+        tensor = tensor.to(wide_dtype(tensor.device))
     if tensor.dim() != 0:
         raise ShapeError(f"CatFactorRatio: `{argument}` must be a number or a 0-dim tensor, got {list(tensor.shape)}")
     return tensor

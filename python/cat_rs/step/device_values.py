@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from cat_rs.dtypes import wide_dtype
+
 __all__ = ["DeviceValues", "is_gpu", "send", "warn_of_slow_bfloat16"]
 
 
 def is_gpu(device: torch.device) -> bool:
     """Whether the device works through a queue, so that reading one of its values waits for all work before it."""
-    return device.type == "cuda"
+    return device.type != "cpu"
 
 
 def warn_of_slow_bfloat16(op: str, device: torch.device, tensors: Iterable[torch.Tensor]) -> None:
@@ -31,21 +33,21 @@ def warn_of_slow_bfloat16(op: str, device: torch.device, tensors: Iterable[torch
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device; where it comes from the CPU, nobody waits for its copy."""
-    if tensor.device == device or not is_gpu(device):
-        return tensor
+    if tensor.device == device or device.type != "cuda":
+        return tensor.to(device)
     # PyTorch hands the pinned memory out again only when the copy has been made.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class DeviceValues:
-    """float64 numbers on a device that the host sets without waiting.
+    """Numbers in the widest float dtype of a device that the host sets without waiting.
 
     Attributes:
         tensor: The numbers, [K], at an address that stays, which recorded graphs read.
     """
 
     def __init__(self, values: Sequence[float], device: torch.device) -> None:
-        self.tensor = torch.tensor(values, dtype=torch.float64, device=device)
+        self.tensor = torch.tensor(values, dtype=wide_dtype(device), device=device)
         self._written: list[float | None] = [float(value) for value in values]
 
     def write(self, values: Sequence[float | torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cat_rs.arguments import check, check_memory, check_no_mode, check_tensor, refusing
+from cat_rs.dtypes import wide_dtype
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, LayoutError, ShapeError
 from cat_rs.ops.adamw import adamw_step, sum_of_squares
 from cat_rs.ops.operator import LOW_PRECISION
@@ -36,8 +37,8 @@ def _check_param(param: torch.nn.Parameter) -> None:
     sharding = collectives.sharding_of(param)
     if sharding is not None:
         raise InvalidValueError(f"FlatAdamW: `params` must be whole on every rank, got {sharding}")
-    if param.device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"FlatAdamW: `params` must be on the CPU or on CUDA, got a parameter on {param.device}")
+    if param.is_meta:
+        raise DeviceError("FlatAdamW: `params` must be on the CPU or an accelerator, got a parameter on meta")
     if param.layout != torch.strided or param.is_nested:
         got = "a nested one" if param.is_nested else f"one of layout {param.layout}"
         raise LayoutError(f"FlatAdamW: `params` must be dense, got {got}")
@@ -83,7 +84,7 @@ class FlatAdamW(torch.optim.Optimizer):
     ``step()`` are then collective: every rank calls them.
 
     Args:
-        params: Parameters or parameter groups, dense, of a float dtype, all on the CPU or all on one CUDA device.
+        params: Parameters or parameter groups, dense, of a float dtype, all on the CPU or all on one accelerator.
         lr: Learning rate.
         betas: Decay rates of the moments.
         eps: Added to the denominator.
@@ -191,11 +192,12 @@ class FlatAdamW(torch.optim.Optimizer):
             if flat.copied:
                 self._copied.update({param: (flat, index) for index, param in enumerate(flat.params)})
             self._flats.append(flat)
-            self._settings.append(DeviceValues(self._settings_of(group), flat.master.device))
+            device = flat.master.device
+            self._settings.append(DeviceValues(self._settings_of(group), device))
             # Steps recorded before write to the sums of their time.
             self._earlier_sums.append(self._sums)
-            self._sums = torch.zeros(len(self._flats), dtype=torch.float64, device=flat.master.device)
-            self._skipped = self._skipped.to(flat.master.device)
+            self._sums = torch.zeros(len(self._flats), dtype=wide_dtype(device), device=device)
+            self._skipped = self._skipped.to(device)
             self.state.update(flat.state_of())
         return made
 
