@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# tch binds one PyTorch minor each. 2.15 builds with tch 0.26 and the additions of `variables`.
-TCH_FOR_TORCH = {"2.11": "0.24", "2.12": "0.25", "2.13": "0.26", "2.15": "0.26"}
+# tch is made for one PyTorch minor each. No tch is for 2.14 or 2.15, which build with tch 0.26; 2.15 also needs the
+# additions of `variables`.
+TCH_FOR_TORCH = {"2.11": "0.24", "2.12": "0.25", "2.13": "0.26", "2.14": "0.26", "2.15": "0.26"}
 
 
 def torch_minor() -> str:
@@ -46,7 +47,7 @@ def variables(minor: str, tch: str) -> dict[str, str]:
         fits = next((torch for torch, other in TCH_FOR_TORCH.items() if other == tch), "no known PyTorch")
         raise SystemExit(
             f"error: Cargo.lock holds tch {tch}, which is for PyTorch {fits}, but {sys.executable} has PyTorch "
-            f"{minor}. `make wheel TORCH={minor}` builds for another PyTorch ({', '.join(TCH_FOR_TORCH)})."
+            f"{minor}. `make wheel` builds for the others ({', '.join(TCH_FOR_TORCH)})."
         )
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:

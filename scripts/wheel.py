@@ -1,7 +1,7 @@
-"""Build a wheel of cat-rs for one PyTorch minor and the interpreter that runs this; optionally test it.
+"""Build one wheel of cat-rs for the interpreter that runs this, with an extension for each PyTorch; optionally test it.
 
-`python3.11 scripts/wheel.py 2.11 --test` writes dist/cat_rs-VERSION+torch2.11-cp311-cp311-linux_x86_64.whl. Work is
-done in build/cp311-torch2.11: a virtual environment, a copy of the sources with the versions moved, a target folder.
+`python3.11 scripts/wheel.py --test` writes dist/cat_rs-VERSION-cp311-cp311-linux_x86_64.whl. Work is done in
+build/cp311-torch2.11 and so on: a virtual environment, a copy of the sources with tch moved, a target folder.
 """
 
 import argparse
@@ -11,40 +11,63 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 from torch_env import ROOT, TCH_FOR_TORCH
 
 SOURCES = (".cargo", "src", "python", "scripts", "Cargo.toml", "Cargo.lock", "build.rs", "pyproject.toml")
 DOCUMENTS = ("README.md", "LICENSE-MIT", "LICENSE-APACHE")
+PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
+LARGEST_WHEEL = 8_000_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("torch", metavar="TORCH", choices=TCH_FOR_TORCH, help=", ".join(TCH_FOR_TORCH))
-    parser.add_argument("--test", action="store_true", help="install the wheel with its extras and run the tests")
+    known = ", ".join(TCH_FOR_TORCH)
+    parser.add_argument("torch", metavar="TORCH", nargs="*", help=f"PyTorch minors to build for (default: {known})")
+    parser.add_argument("--test", action="store_true", help="run the tests beside each of them")
     parser.add_argument("--jobs", help="compilers to run at once (default: Cargo's)")
     options = parser.parse_args()
-    folder = ROOT / "build" / f"cp{sys.version_info.major}{sys.version_info.minor}-torch{options.torch}"
-    python = prepare_environment(folder / "venv", options.torch)
-    prepare_sources(folder / "source", options.torch)
-    wheel = build(python, folder, options.jobs)
-    print(f"wrote {wheel.relative_to(ROOT)}", flush=True)
+    minors = options.torch or list(TCH_FOR_TORCH)
+    if not {*minors} <= {*TCH_FOR_TORCH}:
+        parser.error(f"TORCH must be of {known}, got {' '.join(minors)}")
+    wheels = {minor: build(minor, options.jobs) for minor in minors}
+    wheel = merge(wheels)
+    print(f"wrote {wheel.relative_to(ROOT)}, {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
+    if wheel.stat().st_size > LARGEST_WHEEL:
+        raise SystemExit(f"error: the wheel has more than {LARGEST_WHEEL / 1e6:.0f} MB")
     if options.test:
-        test(python, wheel)
+        for minor in minors:
+            test(interpreter(minor), wheel)
 
 
-def prepare_environment(folder: Path, torch: str) -> Path:
-    """A virtual environment with the PyTorch to build for; its interpreter."""
-    python = folder / "bin" / "python"
+def folder_of(torch: str) -> Path:
+    return ROOT / "build" / f"{PYTHON}-torch{torch}"
+
+
+def interpreter(torch: str) -> Path:
+    return folder_of(torch) / "venv" / "bin" / "python"
+
+
+def build(torch: str, jobs: str | None) -> Path:
+    """A wheel with the extension for one PyTorch."""
+    folder, python = folder_of(torch), interpreter(torch)
     if not python.exists():
-        venv.create(folder, with_pip=True)
-    run(python, "-m", "pip", "install", f"torch=={torch}.*", "maturin>=1.9,<2", "setuptools")
-    return python
+        venv.create(folder / "venv", with_pip=True)
+    run(python, "-m", "pip", "install", f"torch=={torch}.*", "maturin>=1.9,<2", "setuptools", "wheel")
+    prepare_sources(folder / "source", torch)
+    staging = folder / "wheel"
+    shutil.rmtree(staging, ignore_errors=True)
+    environment = {"CARGO_TARGET_DIR": str(folder / "target"), **({"CARGO_BUILD_JOBS": jobs} if jobs else {})}
+    options = ("--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", staging)
+    run(python, "-m", "pip", "wheel", *options, folder / "source", environment=environment)
+    (wheel,) = staging.glob("*.whl")
+    return wheel
 
 
 def prepare_sources(folder: Path, torch: str) -> None:
-    """A copy of the sources whose pins and Cargo.lock are those of `torch`; the work tree stays as it is."""
+    """A copy of the sources whose Cargo.lock has the tch for `torch`; the work tree stays as it is."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     # New times of change: by the old ones Cargo would miss what was edited while the last build ran.
@@ -54,30 +77,26 @@ def prepare_sources(folder: Path, torch: str) -> None:
             shutil.copytree(ROOT / name, folder / name, ignore=ignore, copy_function=shutil.copy)
         else:
             shutil.copy(ROOT / name, folder / name)
-    replace(folder / "pyproject.toml", r"torch==\d+\.\d+\.\*", f"torch=={torch}.*")
-    # A local version: wheels for several PyTorch minors can lie side by side.
-    replace(folder / "Cargo.toml", r'(?m)^(version = "[^"+]+)"$', rf'\1+torch{torch}"')
     for package in ("pyo3-tch", "tch"):
         run("cargo", "update", "-p", package, "--precise", f"{TCH_FOR_TORCH[torch]}.0", cwd=folder)
 
 
-def replace(path: Path, pattern: str, replacement: str) -> None:
-    text, count = re.subn(pattern, replacement, path.read_text(encoding="utf-8"))
-    if count == 0:
-        raise SystemExit(f"error: {path.name} has nothing that matches {pattern}")
-    path.write_text(text, encoding="utf-8")
-
-
-def build(python: Path, folder: Path, jobs: str | None) -> Path:
-    """The wheel's path in dist/."""
-    staging = folder / "wheel"
-    shutil.rmtree(staging, ignore_errors=True)
-    environment = {"CARGO_TARGET_DIR": str(folder / "target"), **({"CARGO_BUILD_JOBS": jobs} if jobs else {})}
-    options = ("--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", staging)
-    run(python, "-m", "pip", "wheel", *options, folder / "source", environment=environment)
-    (wheel,) = staging.glob("*.whl")
+def merge(wheels: dict[str, Path]) -> Path:
+    """One wheel in dist/ with the extensions of all, each named for its PyTorch."""
+    first = next(iter(wheels))
+    folder = folder_of(first) / "merged"
+    shutil.rmtree(folder, ignore_errors=True)
+    for minor, wheel in wheels.items():
+        with zipfile.ZipFile(wheel) as archive:
+            (extension,) = (name for name in archive.namelist() if re.fullmatch(r"cat_rs/_core\.[^/]*\.so", name))
+            names = archive.namelist() if minor == first else [extension]
+            archive.extractall(folder, names)
+        file = folder / extension
+        file.rename(file.with_name(file.name.replace("_core.", f"_core_torch{minor.replace('.', '_')}.")))
     (ROOT / "dist").mkdir(exist_ok=True)
-    return Path(shutil.copy2(wheel, ROOT / "dist"))
+    # It writes the list of files and their hashes anew.
+    run(interpreter(first), "-m", "wheel", "pack", folder, "--dest-dir", ROOT / "dist")
+    return ROOT / "dist" / wheels[first].name
 
 
 def test(python: Path, wheel: Path) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cat_rs._native import _core
+from cat_rs._native import KERNEL_DEVICES, WHY_COMPOSED, _core
+from cat_rs._version import __version__
 
 _PACKAGES = ("numpy", "diffusers", "transformers", "peft", "safetensors", "accelerate")
 _DTYPES = "float32 float64 bfloat16 float16"
@@ -39,11 +40,20 @@ def run(_settings: Settings) -> None:
 def collect() -> dict[str, str]:
     """Return every fact: name -> value."""
     packages = {name: _version(name) for name in _PACKAGES}
-    operations = {f"operation {name}": f"cpu and cuda: {dtypes}" for name, dtypes in _OPERATIONS.items()}
+    operations = {f"operation {name}": _runs_on(dtypes) for name, dtypes in _OPERATIONS.items()}
     return _build() | _machine() | packages | operations
 
 
+def _runs_on(dtypes: str) -> str:
+    """Say where an operation has kernels, and what runs elsewhere."""
+    if not KERNEL_DEVICES:
+        return f"PyTorch's own operations: {dtypes}"
+    return f"kernels on {' and '.join(KERNEL_DEVICES)}, PyTorch's own operations elsewhere: {dtypes}"
+
+
 def _build() -> dict[str, str]:
+    if WHY_COMPOSED is not None:
+        return {"cat-rs": __version__, "PyTorch": str(torch.__version__), "kernels": f"none: {WHY_COMPOSED}"}
     build = _core.build_info()
     return {
         "cat-rs": build["version"],

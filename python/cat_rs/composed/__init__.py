@@ -4,7 +4,13 @@ What each computes is documented on the public functions of cat_rs; `_core.pyi` 
 """
 
 from cat_rs.composed.adamw import adamw_step, sum_of_squares
-from cat_rs.composed.adapter_file import adapter_layers, adapter_tensors, read_safetensors, write_safetensors
+from cat_rs.composed.adapter_file import (
+    adapter_layers,
+    adapter_tensors,
+    names_that_fit,
+    read_safetensors,
+    write_safetensors,
+)
 from cat_rs.composed.cat_loss import cat_loss, scale_gradients, student_loss
 from cat_rs.composed.frozen_conv2d import frozen_conv2d_backward, frozen_conv2d_forward
 from cat_rs.composed.frozen_linear import frozen_linear_backward, frozen_linear_forward
@@ -32,6 +38,7 @@ __all__ = [
     "lora_linear_forward",
     "lora_up_backward",
     "lora_up_forward",
+    "names_that_fit",
     "noising",
     "paired_similarity",
     "read_safetensors",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from cat_rs.composed.names import (
 from cat_rs.dtypes import FLOAT_DTYPES, FLOAT_NAMES
 from cat_rs.errors import AdapterError, CatRsError, InvalidValueError
 
-__all__ = ["adapter_layers", "adapter_tensors", "read_safetensors", "write_safetensors"]
+__all__ = ["adapter_layers", "adapter_tensors", "names_that_fit", "read_safetensors", "write_safetensors"]
 
 _READ, _WRITE = "load_lora", "save_lora"
 _WRITE_FILE = "write_safetensors"
@@ -49,6 +51,8 @@ _DTYPES = {
     torch.uint8: "U8",
 }
 _DTYPE_NAMES = "float64, float32, float16, bfloat16 or integers"
+# The longest header that safetensors reads.
+_LONGEST_HEADER = 100_000_000
 # How many names an error lists.
 _LISTED = 8
 # How to read what only diffusers has tables for.
@@ -86,6 +90,10 @@ class _Layer(NamedTuple):
     def kohya_alpha(self) -> float:
         return float(self.rank) if self.alpha is None else self.alpha
 
+    @property
+    def kohya_scale(self) -> float:
+        return self.kohya_alpha / self.rank
+
 
 def read_safetensors(path: Path) -> tuple[list[tuple[str, Tensor]], dict[str, str]]:
     """The tensors of a safetensors file, by name, and its metadata."""
@@ -94,25 +102,39 @@ def read_safetensors(path: Path) -> tuple[list[tuple[str, Tensor]], dict[str, st
     _encoded(path)
     damaged = f"{_READ}: {os.fspath(path)}: expected a whole safetensors file, but"
     # safe_open's own errors do not tell a missing file from a folder, or another kind of file from a damaged one.
+    if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+        raise AdapterError(f"{damaged} it is a pipe or a device")
     with open(path, "rb") as file:
-        length, start = os.fstat(file.fileno()).st_size, file.read(8)
-    header = int.from_bytes(start, "little")
+        length, header = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+        text = file.read(header) if header <= min(length - 8, _LONGEST_HEADER) else b""
     if length < 8:
         raise AdapterError(f"{damaged} it has {length} bytes, less than a header's length takes")
     if header > length - 8:
         raise AdapterError(f"{damaged} its header would have {header} bytes, but the file has {length}")
+    if header > _LONGEST_HEADER:
+        raise AdapterError(f"{damaged} its header is larger than 100 MB")
     try:
         with safe_open(path, "pt") as opened:
             metadata = opened.metadata() or {}
             # Copies: the file may be written anew while they are alive.
             tensors = [(name, opened.get_tensor(name).clone()) for name in sorted(opened.keys())]
-    except SafetensorError as error:
+            json.loads(text, object_pairs_hook=_once)
+    except (SafetensorError, ValueError) as error:
         raise AdapterError(f"{damaged} its header is not valid: {error}") from error
     for name, tensor in tensors:
         if tensor.dtype not in _DTYPES:
             got = dtype_name(tensor.dtype)
             raise AdapterError(f"{_READ}: {os.fspath(path)}: `{name}` must have dtype {_DTYPE_NAMES}, got {got}")
     return tensors, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuses a name that is there twice, of which readers of JSON keep one in silence."""
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"it has `{name}` twice")
+        names.add(name)
 
 
 def write_safetensors(
@@ -206,9 +228,28 @@ def _unknown_dtype(op: str, name: str, got: str) -> AdapterError:
 
 
 def adapter_layers(
-    tensors: Named, known: Mapping[str, Sequence[str]]
+    tensors: Named, known: Mapping[str, Sequence[str]], saving: bool
 ) -> tuple[str, str | None, list[tuple[str, str, Tensor, Tensor, Tensor | None, Tensor | None, float | None]]]:
-    """Format, family and layers of the tensors of a file."""
+    """Format, family and layers of tensors by name; ``saving`` says which function errors are of."""
+    try:
+        return _adapter_layers(tensors, known)
+    except CatRsError as error:
+        if saving:
+            raise type(error)(str(error).replace(_READ, _WRITE, 1)) from error
+        raise
+
+
+def names_that_fit(pattern: str, names: Sequence[str]) -> list[bool]:
+    """Which names a pattern of a LoraConfig fits."""
+    try:
+        compiled = re.compile(rf"(?:.*\.)?(?:{pattern})")
+    except (re.error, OverflowError, RecursionError) as error:
+        expected = "a regular expression without look-around and back references"
+        raise AdapterError(f"{_READ}: a pattern must be {expected}, got {pattern[:60]!r}: {error}") from error
+    return [compiled.fullmatch(name) is not None for name in names]
+
+
+def _adapter_layers(tensors: Named, known: Mapping[str, Sequence[str]]) -> Any:
     if not tensors:
         raise AdapterError(f"{_READ}: expected tensors of a LoRA, got none")
     for name, tensor in tensors:
@@ -235,7 +276,7 @@ def adapter_layers(
         found.add_target(name, names.resolve(name), parts, 2 if name.startswith("lora_unet_") else 1)
     found.check()
     layers = [tuple(found.layers[place][0]) for place in sorted(found.layers)]
-    return "kohya" if kohya else "diffusers" if named else "peft", found.family, layers  # type: ignore[return-value]
+    return "kohya" if kohya else "diffusers" if named else "peft", found.family, layers
 
 
 def _by_place(tensors: Named, parse: Any, unknown: list[str]) -> dict[tuple[str, str], _Parts]:
@@ -428,10 +469,13 @@ def _to_kohya(layers: Sequence[_Layer], family: str) -> list[tuple[str, Tensor]]
             down, up, alpha = joined[0].lora_A, joined[0].lora_B, joined[0].kohya_alpha
         else:
             down, up, alpha = _join(name, len(slot.modules), joined)
+        number = torch.tensor(alpha, dtype=torch.float32)
+        if not number.isfinite():
+            raise AdapterError(f"{_WRITE}: `{name}.alpha` must be a finite number in float32, got {alpha}")
         tensors += [
             (f"{name}.lora_down.weight", down),
             (f"{name}.lora_up.weight", up),
-            (f"{name}.alpha", torch.tensor(alpha, dtype=torch.float32)),
+            (f"{name}.alpha", number),
         ]
     return tensors
 
@@ -444,7 +488,8 @@ def _join(name: str, blocks: int, layers: Mapping[int, _Layer]) -> tuple[Tensor,
     """
     first = layers[min(layers)]
     width, rank = first.lora_A.shape[1], max(layer.rank for layer in layers.values())
-    scale = first.kohya_alpha / first.rank
+    # Where every scale is 0, any other than 0 leaves the values of B as they are.
+    scale = next((layer.kohya_scale for _, layer in sorted(layers.items()) if layer.kohya_scale), None)
     rows = [width] * 3
     if blocks > 3:
         # FLUX's feed-forward layer is four times as wide; an absent layer's rows are zeros.
@@ -458,7 +503,7 @@ def _join(name: str, blocks: int, layers: Mapping[int, _Layer]) -> tuple[Tensor,
             raise AdapterError(f"{_WRITE}: `{layer.module}` {expected}, got {a} and {b}")
         start = index * rank
         down[start : start + layer.rank] = layer.lora_A
-        ratio = layer.kohya_alpha / layer.rank / scale
+        ratio = 1.0 if scale is None else layer.kohya_scale / scale
         block = up[sum(rows[:index]) :][: rows[index], start : start + layer.rank]
         block.copy_(layer.lora_B).mul_(ratio)
-    return down, up, scale * rank * blocks
+    return down, up, (scale or 0.0) * rank * blocks
