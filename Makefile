@@ -1,6 +1,5 @@
 # `make help` lists the commands.
 PYTHON ?= python3
-TORCH ?= 2.13
 VENV ?= .venv
 ARGS ?=
 
@@ -25,7 +24,7 @@ help:
 	@echo "make format       format Rust and Python sources"
 	@echo "make docs         run every example of the pages, then build the site in build/site; a dead link is an error"
 	@echo "make bench        the benchmarks of README, on an idle machine"
-	@echo "make wheel        a wheel in dist/ for one PyTorch and one Python: TORCH=$(TORCH) PYTHON=$(PYTHON)"
+	@echo "make wheel        a wheel in dist/ for one Python and every PyTorch, or some: PYTHON=python3.12 TORCH=\"2.13 2.14\""
 	@echo "make test-wheel   the same, then the Python tests with that wheel installed"
 	@echo "make release-check  version, tag and changelog agree; wheel and source archive work beside every PyTorch"
 	@echo "make clean        remove what was built; make distclean: the environments too"

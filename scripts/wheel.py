@@ -1,4 +1,4 @@
-"""Build one wheel of cat-rs for the interpreter that runs this, with an extension for each PyTorch; optionally test it.
+"""Build a wheel of cat-rs for the interpreter that runs this, with an extension for each PyTorch; optionally test it.
 
 `python3.11 scripts/wheel.py --test` writes dist/cat_rs-VERSION-cp311-cp311-linux_x86_64.whl. Work is done in
 build/cp311-torch2.11 and so on: a virtual environment, a copy of the sources with tch moved, a target folder.

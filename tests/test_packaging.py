@@ -46,10 +46,16 @@ def test_the_version_is_the_newest_release_of_the_changelog() -> None:
 
 def test_one_default_pytorch(torch_env: ModuleType) -> None:
     text = read("pyproject.toml") + read("Makefile")
-    pins = re.findall(r"torch==(\d+\.\d+)\.\*", text) + re.findall(r"(?m)^TORCH \?= (\S+)$", text)
-    assert len(pins) == 4
+    pins = re.findall(r"torch==(\d+\.\d+)\.\*", text)
+    assert len(pins) == 2
     assert len(set(pins)) == 1
     assert torch_env.TCH_FOR_TORCH[pins[0]] == torch_env.locked_tch(read("Cargo.lock"))
+
+
+def test_metadata_allows_every_pytorch_of_the_table(torch_env: ModuleType) -> None:
+    first, *_, last = torch_env.TCH_FOR_TORCH
+    following = f"2.{int(last.split('.')[1]) + 1}"
+    assert f'dependencies = ["torch>={first},<{following}", ' in read("pyproject.toml")
 
 
 def test_cargo_allows_every_tch_of_the_table(torch_env: ModuleType) -> None:
@@ -64,7 +70,7 @@ def test_lock_for_another_pytorch_is_refused(torch_env: ModuleType) -> None:
 
 
 def test_unknown_pytorch_is_refused(torch_env: ModuleType) -> None:
-    with pytest.raises(SystemExit, match=r"has PyTorch 3\.0.*2\.11, 2\.12, 2\.13, 2\.15"):
+    with pytest.raises(SystemExit, match=r"has PyTorch 3\.0.*2\.11, 2\.12, 2\.13, 2\.14, 2\.15"):
         torch_env.variables("3.0", "0.26")
 
 

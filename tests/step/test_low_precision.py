@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cat_rs
 from cat_rs import peft
+from tests.backends import about_kernels
 from tests.comparison import SETTINGS, cat_step, ddpm
 from tests.models import LAYERS, add_lora, batch, lora_parameters, tiny_unet
 from tests.references import PlainRecipe
@@ -114,6 +115,7 @@ class Conversions(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@about_kernels
 @LOW
 def test_no_weight_is_rounded_and_no_input_converted_in_a_step(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
