@@ -127,7 +127,7 @@ def _stub_functions() -> dict[str, ast.FunctionDef]:
 
 
 # What only an extension can say.
-BUILD_FUNCTIONS = {"build_info", "compile_kernels", "cuda_versions"}
+BUILD_FUNCTIONS = {"build_info", "compile_kernels", "cuda_architectures", "cuda_versions"}
 
 
 @about_kernels

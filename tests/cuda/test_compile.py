@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cat_rs._native import _core
 from cat_rs.commands.info import collect
-from cat_rs.errors import DeviceError, InvalidValueError, KernelError
+from cat_rs.errors import InvalidValueError, KernelError
 from cat_rs.ops.operator import stream_of
 
 PROGRAMS = ("adamw", "cat_loss", "noising", "similarity")

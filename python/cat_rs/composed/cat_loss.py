@@ -53,7 +53,7 @@ def cat_loss(
 def student_loss(
     student: Tensor,
     target: Tensor,
-    base: Tensor | None,
+    base_pred: Tensor | None,
     sample_weight: Tensor | None,
     mask: Tensor | None,
     cat_factor: float | Tensor,
@@ -63,13 +63,13 @@ def student_loss(
     """See `cat_rs.ops.cat_loss.student_loss`."""
     checks = Checks("CatStep")
     checks.floats("student", student)
-    halves = 1 if base is None else 2
+    halves = 1 if base_pred is None else 2
     if student.dim() == 0 or len(student) == 0 or len(student) % halves:
         checks.refuse_shape("student", f"[{halves} * B, ...] with B >= 1", student)
     first, *others = student.detach().chunk(halves)
     terms = [_Term(first, target, 1.0)]
-    if base is not None:
-        terms.append(_Term(others[0], base, cat_factor))
+    if base_pred is not None:
+        terms.append(_Term(others[0], base_pred, cat_factor))
     total, parts, gradients = _evaluate(terms, sample_weight, mask, False, scale, (True, True))
     return total, parts, torch.cat([gradient for gradient in gradients if gradient is not None])
 
