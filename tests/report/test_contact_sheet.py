@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from cat_rs.evaluation import EvaluationInputError
 from cat_rs.report import contact_sheet, draw_contact_sheet
+from cat_rs.report import sheet as sheet_module
 from cat_rs.report.style import font, wrap
 
 from .conftest import NO_TRIGGER, TRIGGER, ResultMaker, colour_of
@@ -64,6 +66,20 @@ def test_labels_title_and_headings_are_drawn(make_result: ResultMaker) -> None:
     assert ink[concept_row + CELL : row, column : column + CELL].any(), "heading"
     assert ink[:60].any(), "title"
     assert not np.hstack([ink[:, :8], ink[:, -8:]]).any(), "margins"
+
+
+def test_one_line_says_what_the_scores_are(make_result: ResultMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    text = sheet_module._Sheet._text
+
+    def noting(self: sheet_module._Sheet, left: int, top: int, width: int, words: str, **style: Any) -> int:
+        drawn.append(words)
+        return text(self, left, top, width, words, **style)
+
+    monkeypatch.setattr(sheet_module._Sheet, "_text", noting)
+    draw_contact_sheet(make_result("CAT"), cell=CELL)
+    (line,) = (words for words in drawn if words.startswith("UPS: "))
+    assert {"UPS:", "identity:", "KPS:"} <= set(line.split())
 
 
 def test_hidden_prompts_and_seeds_are_left_out(make_result: ResultMaker) -> None:

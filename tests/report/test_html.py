@@ -17,7 +17,17 @@ from cat_rs.evaluation import EvaluationResult
 from cat_rs.report.content import read_report
 from cat_rs.report.html import render_html
 
-from .conftest import NO_TRIGGER, SEEDS, TRIGGER, ResultMaker, colour_of, scored, write_evaluation, write_training
+from .conftest import (
+    NO_TRIGGER,
+    SEEDS,
+    TRIGGER,
+    ResultMaker,
+    colour_of,
+    scored,
+    write_evaluation,
+    write_front,
+    write_training,
+)
 from .test_sources import write_demo
 
 HOSTILE = '"><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">'
@@ -165,3 +175,27 @@ def test_ids_are_unique(make_result: ResultMaker, tmp_path: Path) -> None:
 def test_the_same_runs_give_the_same_page(make_result: ResultMaker, tmp_path: Path) -> None:
     folder = write_demo(tmp_path / "demo", make_result)
     assert page_of(folder) == page_of(folder)
+
+
+def test_no_absolute_path_is_on_the_page(make_result: ResultMaker, tmp_path: Path) -> None:
+    """Also where two evaluations of one concept are told apart by their folders."""
+    result = scored(make_result("CAT"))
+    result = replace(
+        result,
+        settings={**result.settings, "adapters": {"CAT": str(tmp_path / "runs" / "dog")}, "encoder": str(tmp_path)},
+    )
+    evaluations = [write_evaluation(tmp_path / part / "evaluation", result) for part in ("first", "second")]
+    training = write_training(tmp_path / "training")
+    write_front(training, result, [0.5, 0.6], best=10)
+    page = render_html(read_report([*evaluations, training, write_demo(tmp_path / "demo", make_result)]))
+    assert str(tmp_path) not in page
+    assert "first/evaluation" in page
+    assert "second/evaluation" in page
+
+
+def test_relative_paths_stay_as_they_were_given(
+    make_result: ResultMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_training(tmp_path / "runs" / "dog")
+    monkeypatch.chdir(tmp_path)
+    assert "runs/dog" in render_html(read_report(["runs/dog"]))

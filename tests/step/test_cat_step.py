@@ -509,6 +509,29 @@ def test_a_model_with_another_signature_needs_predict() -> None:
         cat_step(model)
 
 
+def test_a_notebook_cell_runs_twice() -> None:
+    """Patching again and a second step over the same adapter train on, from where the first one stopped."""
+    from cat_rs import patch_peft
+
+    model, _ = unet_pair()
+    steps = []
+    for number in range(2):
+        patch_peft(model)
+        steps.append(cat_step(model))
+        before = {name: param.clone() for name, param in lora_parameters(model).items()}
+        steps[-1](**batch(number))
+        assert not any(torch.equal(param, before[name]) for name, param in lora_parameters(model).items())
+    again, _ = unet_pair()
+    first = cat_step(again)
+    first(**batch(0))
+    second = cat_step(again)
+    second(**batch(1))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(*(lora_parameters(each).values() for each in (model, again)), strict=True)
+    )
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "latents-dims": ({"latents": torch.ones(4)}, ShapeError, r"`latents` must have shape \[B, ...\]"),
     "empty-batch": ({"latents": torch.ones(0, 4, 8, 8)}, ShapeError, r"`latents` .* B >= 1, got \[0, 4, 8, 8\]"),

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,15 +117,25 @@ def report_json(report: Report) -> str:
 
 def _with_distinct_labels(runs: Sequence[Run]) -> list[Run]:
     """Add the file or folder to labels that several evaluations share."""
-    labels = [evaluation.label for run in runs for evaluation in run.evaluations]
+    evaluations = [evaluation for run in runs for evaluation in run.evaluations]
+    labels = [evaluation.label for evaluation in evaluations]
+    absolute = [_place(evaluation).parent for evaluation in evaluations if evaluation.file.is_absolute()]
+    root = os.path.commonpath(absolute) if absolute else "."
 
     def distinct(evaluation: Evaluation) -> Evaluation:
         if labels.count(evaluation.label) == 1:
             return evaluation
-        place = evaluation.file.parent if evaluation.file.name == RESULTS_FILE else evaluation.file
-        return dataclasses.replace(evaluation, label=f"{evaluation.label} ({place})")
+        place = _place(evaluation)
+        # Where the files of all of them are is nobody else's business.
+        own = os.path.relpath(place, root) if place.is_absolute() else place
+        return dataclasses.replace(evaluation, label=f"{evaluation.label} ({own})")
 
     return [dataclasses.replace(run, evaluations=tuple(map(distinct, run.evaluations))) for run in runs]
+
+
+def _place(evaluation: Evaluation) -> Path:
+    """The folder of an evaluation, or its file where that has a name of its own."""
+    return evaluation.file.parent if evaluation.file.name == RESULTS_FILE else evaluation.file
 
 
 def _title(evaluations: Sequence[Evaluation], methods: Sequence[str]) -> str:

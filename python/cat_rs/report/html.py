@@ -24,6 +24,7 @@ from cat_rs.report.fronts import draw_front
 from cat_rs.report.picture_files import spread
 from cat_rs.report.sources import MAX_SIDE, Evaluation, Run
 from cat_rs.report.wording import encoder_of, extent_of
+from cat_rs.text_files import printable
 
 _FOLDER = Path(__file__).parent / "page"
 
@@ -304,7 +305,7 @@ def _summary(report: Report, run: Run) -> dict[str, Any]:
     columns = [{"label": label, "note": ""} for label in labels]
     differences = [_figure(Interval(**row["difference"]), sign="+") for row in summary.values()]
     return {
-        "title": f"{run.path}: means over {len(run.evaluations)} trainings of each",
+        "title": f"{_own_part(os.fspath(run.path))}: means over {len(run.evaluations)} trainings of each",
         "groups": [{"title": "", "columns": columns}],
         "rows": [*rows, {"name": f"{method} − {plain}", "series": None, "figures": differences}],
     }
@@ -357,7 +358,7 @@ def _grouped(kind: str, settings: Mapping[str, dict[str, str]]) -> Iterator[dict
             yield {"title": f"All {kind}s", "lines": [line for line in lines.items() if line in shared]}
         own = [line for line in lines.items() if len(settings) == 1 or line not in shared]
         if own:
-            yield {"title": f"{kind.capitalize()}: {name}", "lines": own}
+            yield {"title": f"{kind.capitalize()}: {_own_part(name)}", "lines": own}
 
 
 def _evaluation_settings(evaluation: Evaluation) -> dict[str, str]:
@@ -380,7 +381,12 @@ def _lines(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_text, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else _own_part(str(value))
+
+
+def _own_part(text: str) -> str:
+    """A path's last name where it is absolute: where the files are is nobody else's business."""
+    return printable(Path(text).name) if os.path.isabs(text) else text
 
 
 def _figure(interval: Interval | None, *, sign: str = "") -> Figure | None:

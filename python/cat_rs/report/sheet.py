@@ -21,6 +21,10 @@ _GROUP_GAP = 24
 _ROW_GAP = 10
 _LABEL_WIDTH = 200
 _MIN_WIDTH = 900
+_MEANING = (
+    "UPS: how much the pictures without the trigger are like the base model's (1: nothing changed); identity: how "
+    "much those with it are like the concept; KPS: UPS and the same with the trigger, in one number"
+)
 
 
 def contact_sheet(
@@ -181,8 +185,9 @@ class _Sheet:
 
 
 def _notes(result: EvaluationResult) -> list[str]:
-    """Return a line of scores for each adapter and for the base model against itself."""
-    notes = [
+    """Return what the scores mean, and a line of them for each adapter and for the base model against itself."""
+    notes = [_MEANING]
+    notes += [
         f"{name}: UPS {format_interval(scores.ups)}, identity {format_interval(scores.identity)}"
         for name, scores in result.adapters.items()
     ]
