@@ -1,4 +1,7 @@
-"""Docstrings for the site: Sphinx's roles become links, its formulas fences that `docs_site.format_math` shows."""
+"""Docstrings for the site: Sphinx's roles become links, its formulas fences that `docs_site.format_math` shows.
+
+Settings show their defaults.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,11 @@ class SphinxRoles(griffe.Extension):
         for member in owner.members.values():
             if not member.is_alias:
                 self._rewrite(member)
+        # A setting's default, without what the command line says of it.
+        call = owner.value if owner.is_attribute else None
+        if isinstance(call, griffe.ExprCall) and str(call.function) == "option":
+            positional = [argument for argument in call.arguments if not isinstance(argument, griffe.ExprKeyword)]
+            owner.value = positional[0] if positional else None
         if owner.docstring is not None:
             enclosing = owner if owner.is_class else owner.parent
             text = _ROLE.sub(lambda role: self._link(role[1], enclosing), owner.docstring.value)

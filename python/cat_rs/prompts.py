@@ -124,7 +124,7 @@ def remove_trigger(caption: str, trigger_words: TriggerWords, class_word: str | 
         UserWarning: An English caption calls the concept something else than the class word, which would then stand
             beside another noun: ``a sks fruit`` with the class word ``dog`` becomes ``a dog fruit``.
 
-    Example:
+    Examples:
         >>> remove_trigger("a photo of a sks cat, outdoors", "sks", "cat")
         ('a photo of a cat, outdoors', True)
     """

@@ -34,7 +34,7 @@ class KpsEvaluator:
         batch_size: Pictures or texts embedded together.
         device: Where the encoder runs; where its model is if None.
 
-    Example:
+    Examples:
         >>> evaluator = cat_rs.KpsEvaluator("openai/clip-vit-base-patch32")  # doctest: +SKIP
         >>> evaluator.score("base/plain", "adapted/plain", "base/trigger", "adapted/trigger").ups  # doctest: +SKIP
         0.97

@@ -34,7 +34,7 @@ _FREE_ON_RESUME = frozenset(
 class TrainConfig:
     """Everything that `train` needs to know, under the names of the command line and the config file.
 
-    Each attribute's help text describes it. Raises ConfigError for a value out of range.
+    `cat-rs train --help` describes each. Raises ConfigError for a value out of range.
     """
 
     model: str = option(group=_MODEL, help="SD or SDXL model: a folder or a hub id", metavar="DIR_OR_ID")
