@@ -322,3 +322,30 @@ def test_unusable_captions_and_class_words_are_refused() -> None:
         remove_trigger(None, "sks")  # type: ignore[arg-type]
     with pytest.raises(PromptError, match="class_word: expected a text or None, got int"):
         remove_trigger("sks", "sks", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("caption", "class_word", "expected"),
+    [
+        ("uma foto de sks bonita", "gata", "uma foto de gata bonita"),
+        ("a sks irmã", "irmã", "a irmã"),
+        ("a sks adormecida na praia", "irmã", "a irmã adormecida na praia"),
+        ("a sks está dormindo", "gata", "a gata está dormindo"),
+        ("un sks dormido", "gato", "un gato dormido"),
+        ("la foto, sks negro", "gato", "la foto, gato negro"),
+        ("sks noir dans un jardin", "chien", "chien noir dans un jardin"),
+        ("a photo of a sks in a café", "animal", "a photo of an animal in a café"),
+        ("the red sks on a table", "dog", "the red dog on a table"),
+        ("my sleepy sks", "dog", "my sleepy dog"),
+        ("the dog sks", "dog", "the dog"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_no_warning_and_no_english_article_in_other_languages(caption: str, class_word: str, expected: str) -> None:
+    assert remove_trigger(caption, "sks", class_word) == (expected, True)
+
+
+@pytest.mark.parametrize("caption", ["the fruit sks", "my fruit sks on a table", "a photo of the fruit sks, outdoors"])
+def test_another_noun_before_the_trigger_is_warned_of(caption: str) -> None:
+    with pytest.warns(UserWarning, match="'dog' takes the trigger's place in 'fruit dog'"):
+        remove_trigger(caption, "sks", "dog")

@@ -63,6 +63,21 @@ _NEXT_WORD = re.compile(r"\s+([a-z][a-z'’-]*)", re.IGNORECASE)
 _BEFORE_A_NOUN = re.compile(
     r"(?:^|[,;:.]|\b(?:an?|the|this|that|one|my|your|his|her|our|their|of))\s*$", re.IGNORECASE
 )
+# Words of French, Spanish and Portuguese that English does not have. There an adjective follows its noun, and "a" is
+# another word.
+_NO_ENGLISH = re.compile(
+    r"\b(?:de|da|das|dos|du|des|la|le|les|el|los|las|un|une|una|uno|uma|um|en|em|na|dans|avec|sur|con|com|sobre|para"
+    r"|pour|et|est|está|estão|são|é|à)\b",
+    re.IGNORECASE,
+)
+# "the fruit sks": a noun before its name. Colours, sizes and words with these endings are rather adjectives.
+_NOUN_BEFORE = re.compile(r"\b(?:the|my|your|his|her|our|their)\s+([a-z]{3,})\s*$", re.IGNORECASE)
+_ADJECTIVE = re.compile(
+    r"red|blue|green|black|white|gr[ae]y|brown|pink|orange|gold|golden|silver|big|small|large|huge|tall|short|long|old"
+    r"|new|good|bad|great|nice|cute|same|real|wild|dark|light|round|fat|thin|sweet|whole|first|second|last|other|own|only"
+    r"|\w+(?:y|ful|ous|ish|al|ic|ive|ed|ing|able|ible|less|est|ant|ent)",
+    re.IGNORECASE,
+)
 _LONGEST_NOUN = 3
 _LONGEST_WORD = 40
 
@@ -139,6 +154,7 @@ def remove_trigger(caption: str, trigger_words: TriggerWords, class_word: str | 
     gaps = [_Gap(caption[start:end]) for start, end in zip(bounds[::2], bounds[1::2], strict=True)]
     mentioned = {word for word in class_words.values() if word and any(gap.has(_anywhere(word)) for gap in gaps)}
 
+    is_english = "".join(filter(None, class_words.values())).isascii() and not _NO_ENGLISH.search(caption)
     pieces = [gaps[0].text]
     places = set()  # Indices of the pieces behind which a trigger stood.
     before = gaps[0]
@@ -158,7 +174,7 @@ def remove_trigger(caption: str, trigger_words: TriggerWords, class_word: str | 
             places.add(len(pieces) - 1)
             _append(pieces, gap.text.removeprefix("-"), attached=has_particle)
         else:
-            if not match["possessive"]:
+            if is_english and not match["possessive"]:
                 _warn_of_another_noun(before.text, word, after.text)
             places.add(len(pieces) - 1)
             _append(pieces, word + ("'s" if match["possessive"] else ""))
@@ -167,7 +183,7 @@ def remove_trigger(caption: str, trigger_words: TriggerWords, class_word: str | 
             mentioned.add(word)
         if gap.stripped:
             before = gap
-    return _tidy("".join(_with_articles(pieces, places))), True
+    return _tidy("".join(_with_articles(pieces, places) if is_english else pieces)), True
 
 
 def _class_words(trigger_words: TriggerWords, class_word: str | None) -> dict[str, str | None]:
@@ -270,6 +286,13 @@ def _warn_of_another_noun(before: str, class_word: str, after: str) -> None:
         words.append(word[1])
         word = _NEXT_WORD.match(after, word.end())
     noun = list(takewhile(lambda word: not _VERB.fullmatch(word), words))
+    named = _NOUN_BEFORE.search(before[-_LONGEST_WORD:]) if not words else None
+    if named and not _ADJECTIVE.fullmatch(named[1]):
+        warnings.warn(
+            f"class_word: {class_word!r} takes the trigger's place in '{named[1]} {class_word}'; expected the word "
+            "that the captions have for the concept",
+            stacklevel=3,
+        )
     is_noun = 0 < len(noun) <= _LONGEST_NOUN and _BEFORE_A_NOUN.search(before[-_LONGEST_WORD:])
     if class_word in words or (is_noun and not noun[0].lower().startswith(class_word.lower())):
         warnings.warn(
