@@ -6,6 +6,8 @@ ARGS ?=
 python := $(VENV)/bin/python
 # Runs a command with this environment's PyTorch as the one that Cargo builds against.
 with_torch := $(python) scripts/torch_env.py
+# What runs a second time, on PyTorch's own operations; all of tests/step passes too.
+composed_tests := tests/ops tests/step/test_cat_step.py tests/step/test_low_precision.py
 rust_sources := $(shell find src -type f) Cargo.toml Cargo.lock build.rs .cargo/config.toml
 
 .PHONY: help build test test-rust test-python test-gpu fuzz mutants lint format docs demo notebook bench wheel test-wheel
@@ -48,6 +50,7 @@ $(VENV)/.built: $(VENV)/.environment $(rust_sources)
 test: build
 	$(with_torch) cargo test --no-default-features
 	$(python) -m pytest
+	CAT_RS_BACKEND=torch $(python) -m pytest $(composed_tests)
 
 test-rust: build
 	$(with_torch) cargo test --no-default-features $(ARGS)
