@@ -246,6 +246,34 @@ def test_profiles_are_honoured(tmp_path: Path, suffix: str) -> None:
         assert np.abs(np.array(read.getpixel((8, 8))) - expected).max() <= (0 if exact else 4)
 
 
+@pytest.mark.parametrize(("space", "interoperability"), [(2, None), (0xFFFF, "R03")])
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_adobe_rgb_in_exif_alone_is_honoured(
+    tmp_path: Path, suffix: str, space: int, interoperability: str | None
+) -> None:
+    colours = ((200, 60, 50), (60, 200, 50), (50, 60, 200), (128, 128, 128), (0, 255, 0))
+    options = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
+    for colour in colours:
+        image = Image.new("RGB", (8, 8), colour)
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0xA001] = space
+        if interoperability:
+            exif.get_ifd(0x8769)[0xA005] = {1: interoperability}
+        image.save(tmp_path / f"a{suffix}", exif=exif.tobytes(), **options)  # type: ignore[arg-type]
+        expected = in_srgb(image, ADOBE)
+        got = read_image(tmp_path / f"a{suffix}").getpixel((4, 4))
+        # JPEG's rounding is wide in the dark.
+        assert np.abs(np.subtract(got, expected)).max() <= (1 if suffix == ".png" else 5), colour
+
+
+def test_srgb_and_uncalibrated_pictures_keep_their_colours(tmp_path: Path) -> None:
+    for space in (1, 0xFFFF):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0xA001] = space
+        Image.new("RGB", (4, 4), COLOUR).save(tmp_path / "a.png", exif=exif.tobytes())
+        assert read_image(tmp_path / "a.png").getpixel((0, 0)) == COLOUR
+
+
 def test_profiles_are_honoured_under_transparency_and_palettes(tmp_path: Path) -> None:
     expected = in_srgb(Image.new("RGB", (1, 1), COLOUR), ADOBE)
     Image.new("RGBA", (4, 4), (*COLOUR, 255)).save(tmp_path / "rgba.png", icc_profile=ADOBE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from cat_rs.errors import CatRsError
 
@@ -27,6 +28,9 @@ IMAGE_SUFFIXES = tuple(suffix for suffix in _PICTURES if suffix in Image.registe
 _LARGEST_FLOAT_OF_ONE = 16.0
 # The modes in which Pillow can hold the colours that an ICC profile describes.
 _MODES_OF_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+# Adobe RGB (1998): its gamma, and what turns its linear light into that of sRGB.
+_ADOBE_GAMMA = 563 / 256
+_ADOBE_TO_SRGB = np.array([[1.398361, -0.398361, 0], [0, 1, 0], [0, -0.042930, 1.042930]])
 # Two steps of 255: what a profile that means sRGB differs by.
 _SRGB_TOLERANCE = 2
 
@@ -87,13 +91,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Return `image` in 8-bit sRGB, turned upright as its camera says, transparent parts on white.
 
     The tones of 16-bit, 32-bit and float images are scaled to 8 bits. Colours follow an embedded ICC profile; a broken
-    one counts as none, as in other viewers.
+    one counts as none, as in other viewers. Without one, EXIF may name Adobe RGB.
 
     Raises:
         ValueError: A float image has values that are not finite, or beyond 65535.
     """
     profile = image.info.get("icc_profile")
+    is_adobe = not profile and _is_adobe_rgb(image)
     upright = _in_eight_bits(ImageOps.exif_transpose(image))
+    if is_adobe and upright.mode == "RGB":
+        return _adobe_in_srgb(upright)
     if not upright.has_transparency_data:
         return _in_srgb(upright, profile)
     layer = upright.convert("LA" if upright.mode in ("1", "L", "LA", "La") else "RGBA")
@@ -139,6 +146,23 @@ def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
     if transform is None and image.mode == "LAB":
         transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), _srgb(), "LAB", "RGB")
     return image.convert("RGB") if transform is None else _transformed(image, transform)
+
+
+def _is_adobe_rgb(image: Image.Image) -> bool:
+    """Whether EXIF says Adobe RGB, as cameras do that write no profile: 2, or uncalibrated with index R03."""
+    with contextlib.suppress(Exception):  # of a broken EXIF, which counts as none
+        exif = image.getexif()
+        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
+        return space == 2 or (space == 0xFFFF and exif.get_ifd(ExifTags.IFD.Interop).get(1) == "R03")
+    return False
+
+
+def _adobe_in_srgb(image: Image.Image) -> Image.Image:
+    """Return an image in Adobe RGB (1998), which differs from sRGB in its green and in its gamma, in sRGB."""
+    linear = (np.arange(256) / 255) ** _ADOBE_GAMMA
+    light = (linear[np.asarray(image)] @ _ADOBE_TO_SRGB.T).clip(0, 1)
+    values = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return Image.fromarray(np.round(255 * values).astype(np.uint8))
 
 
 @functools.lru_cache(maxsize=16)
