@@ -112,14 +112,13 @@ impl Compiler {
 
     fn beside(torch: &TorchCuda) -> std::result::Result<Self, String> {
         let names = torch.majors().into_iter().map(|major| format!("libnvrtc.so.{major}")).collect::<Vec<_>>();
+        let candidates = torch.candidates();
+        candidates.iter().filter(|path| path.is_file()).for_each(|path| load_builtins(path));
         // PyTorch may have loaded it already.
         let loaded = names.iter().find_map(|name| Library::loaded(&CString::new(name.as_str()).ok()?));
-        let open = |path: &PathBuf| {
-            load_builtins(path);
-            CompilerFunctions::of(&Library::find(&c_path(path)?)?).ok()
-        };
+        let open = |path: &PathBuf| CompilerFunctions::of(&Library::find(&c_path(path)?)?).ok();
         let found = loaded.and_then(|library| CompilerFunctions::of(&library).ok());
-        let found = found.or_else(|| torch.candidates().iter().find_map(open));
+        let found = found.or_else(|| candidates.iter().find_map(open));
         let missing = || format!("NVRTC was not found ({}): PyTorch's CUDA builds bring it along", names.join(" or "));
         found.map(Self).ok_or_else(missing)
     }
