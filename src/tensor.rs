@@ -147,7 +147,7 @@ pub fn check_dense(op: &'static str, argument: &'static str, tensor: &Tensor, on
 }
 
 /// The tensor's dtype; tch has no names for those of raw bits and of parts of a byte.
-fn kind_of(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<Kind> {
+pub fn kind_of(op: &'static str, argument: &'static str, tensor: &Tensor) -> Result<Kind> {
     let got = || "one of raw bits or parts of a byte".into();
     tensor.f_kind().map_err(|_| CatError::Dtype { op, argument, expected: "numbers of whole bytes", got: got() })
 }
@@ -224,7 +224,10 @@ pub fn from_bytes(op: &'static str, data: &[u8], shape: &[i64], kind: Kind) -> R
     let tensor = Tensor::f_empty(shape, (kind, Device::Cpu)).during(op)?;
     let (place, expected) = (data_pointer(op, &tensor)?, tensor.numel() * kind.elt_size_in_bytes());
     if data.len() != expected {
-        return Err(CatError::torch_message(op, &format!("expected {expected} bytes of a tensor, got {}", data.len())));
+        return Err(CatError::torch_message(
+            op,
+            &format!("expected {expected} bytes of a tensor, got {}", data.len()),
+        ));
     }
     // SAFETY: the tensor is new and has memory for that many bytes.
     unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), place.cast(), data.len()) };

@@ -85,6 +85,15 @@ REFUSED: dict[str, Case] = {
         lambda: cat_rs.snr_weights(torch.tensor([1]), make.escaped(torch.rand(9)), 5.0),
         "`alphas_cumprod` must be a plain tensor, got one that outlived its torch.func call",
     ),
+    "snr-gamma-huge": (lambda: cat_rs.snr_weights(torch.tensor([1]), torch.rand(9), 10**400), "`gamma` must be > 0"),
+    "operator-none": (
+        lambda: torch.ops.cat_rs.noising(None, tensor((2, 4)), tensor((2,)), tensor((2,)), "flow", 1),
+        "'latents': .* cannot be converted",
+    ),
+    "operator-freed": (
+        lambda: torch.ops.cat_rs.lora_up(freed(tensor((2, 6))), tensor((2, 2)), tensor((6, 2)), 0.5, False),
+        "`y` must have 48 bytes of memory, got a tensor with 0",
+    ),
     "snr-gamma": (lambda: cat_rs.snr_weights(torch.tensor([1]), torch.rand(9), "a"), "`gamma` must be > 0, got 'a'"),  # type: ignore[arg-type]
     "objects": (
         lambda: cat_rs.similarity(np.zeros((2, 2), dtype=object), np.zeros((2, 2))),
@@ -150,6 +159,21 @@ REFUSED: dict[str, Case] = {
     "gradient-dtype": (
         core("lora_linear_backward", **{**BACKWARD, "grad": tensor((2, 6), torch.uint8)}),
         "`grad` must have dtype .*, got uint8",
+    ),
+    "adamw-int5": (
+        core(
+            "adamw_step",
+            param=tensor((2,)),
+            grad=tensor((2,)),
+            exp_avg=tensor((2,)),
+            exp_avg_sq=tensor((2,)),
+            low_precision=None,
+            settings=torch.ones(6, dtype=torch.float64),
+            sums=torch.ones(1, dtype=torch.float64),
+            step=tensor((), torch.int5),
+            skipped=None,
+        ),
+        "`step` must have dtype numbers of whole bytes, got one of raw bits or parts of a byte",
     ),
     "int5": (core("paired_similarity", a=tensor((2, 2), torch.int5), b=tensor((2, 2))), "`a` must have dtype"),
     "reduce": (
@@ -238,6 +262,11 @@ REFUSED: dict[str, Case] = {
             make.model(), make.scheduler(), tensor((2, 4, 4, 4)), tensor((2, 2, 16)), draws="a"
         ),  # type: ignore[arg-type]
         "`draws` must be an integer of at least 1, got 'a'",
+    ),
+    "bank-pipe": (lambda: cat_rs.TeacherBank.load(make.fifo(), latents=None), "`path` must be a file, got .* a pipe"),
+    "bank-index": (
+        lambda: make.bank().draw(make.jagged(torch.zeros(2, 2, dtype=torch.int64))),
+        "`pictures` must be a plain dense tensor, got a NestedTensor",
     ),
     "bank-path": (lambda: cat_rs.TeacherBank.load(3, latents=None), "`path` must be a path, got 3"),  # type: ignore[arg-type]
     "encoder-pictures": (lambda: cat_rs.KpsEvaluator(make.encoder()).embed_images(3), "expected a folder, .* got 3"),  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,14 @@ def test_a_missing_file_is_an_error_of_the_operating_system(tmp_path: Path) -> N
     (tmp_path / "a.txt").write_bytes(b"a\0b")
     with pytest.raises(TextFileError, match="UTF-16 or no text"):
         read_text(tmp_path / "a.txt")
+
+
+def test_only_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("endless", "pipe"):
+        with pytest.raises(TextFileError, match="got a pipe or a device"):
+            read_text(tmp_path / name)
 
 
 @pytest.mark.parametrize(("name", "read"), [reader[::2] for reader in READERS if "json" in reader[0].lower()])

@@ -106,10 +106,16 @@ if WHY_COMPOSED is None:
     KERNEL_DEVICES = ("cpu", "cuda") if torch.version.hip is None else ("cpu",)
 
 
-def core_of(tensor: torch.Tensor) -> Any:
+def core_of(tensor: torch.Tensor | None) -> Any:
     """What runs an operation on the tensor's device: the extension, or PyTorch's own operations."""
-    # What is on meta has no values, whatever computes: the operations refuse it.
-    if tensor.is_cpu or tensor.is_meta or WHY_COMPOSED is not None or tensor.device.type in KERNEL_DEVICES:
+    # The operations refuse None, and what is on meta and has no values, whatever computes.
+    if (
+        tensor is None
+        or tensor.is_cpu
+        or tensor.is_meta
+        or WHY_COMPOSED is not None
+        or tensor.device.type in KERNEL_DEVICES
+    ):
         return _core
     _warn_of_device(tensor.device.type)
     return composed

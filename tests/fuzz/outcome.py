@@ -75,8 +75,8 @@ def is_clear(target: Target, error: BaseException, text: str) -> bool:
     """Whether the text names an argument, what was expected and what came; or says the same in Python's own words."""
     if isinstance(error, TypeError) and (_SIGNATURE.search(text) or _CONVERSION.search(text)):
         return True
-    if isinstance(error, OSError):
-        return error.filename is not None
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
     if isinstance(error, RuntimeError) and _SCHEMA.search(text):
         return True
     if _MEMORY.search(text):

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer, always the same: a fixed number of calls of the extension."""
+"""A short run of the fuzzer, always the same: calls of everything, mutated files, threads and signals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tests.fuzz.calls import random_call
 from tests.fuzz.targets import NOT_CALLED, targets
 
 
-def test_a_short_run_of_the_extension_crashes_nothing() -> None:
-    options = ["--seed", "7", "--calls", "200", "--only", "_core", "--allow-unclear", "--as-found"]
+def test_a_short_run_crashes_nothing() -> None:
+    # So few calls do not tell a share of unclear errors: `make fuzz` does.
+    options = ["--seed", "7", "--calls", "400", "--allow-unclear", "--as-found"]
     command = [sys.executable, "-m", "tests.fuzz", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -111,7 +111,7 @@ def fitting(model: torch.nn.Module, layers: list[Layer]) -> list[Layer]:
     absent = [layer.module for layer, base in found if base is None]
     if absent:
         raise AdapterError(
-            f"load_lora: expected layers of {type(model).__name__}, which does not have {listed(absent)}"
+            f"load_lora: `model` must have the file's layers, got a {type(model).__name__} without {listed(absent)}"
         )
     for layer, base in found:
         error = None if base is None else size_error(layer, base)

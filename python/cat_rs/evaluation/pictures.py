@@ -86,7 +86,7 @@ def _from_path(path: Path) -> Pictures:
     try:
         return Pictures(tuple(read_image(file) for file in files), tuple(file.name for file in files))
     except ImageFileError as error:
-        raise EvaluationFileError(f"pictures: {error}") from error
+        raise EvaluationFileError(f"pictures: expected picture files, but {error}") from error
 
 
 def _from_list(images: Sequence[Image.Image]) -> Pictures:

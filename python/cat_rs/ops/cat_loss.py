@@ -234,6 +234,7 @@ def _cat_loss_backward(
     mask_normalize: bool,
     wanted: Sequence[bool],
 ) -> list[Tensor]:
+    check_tensor("cat_loss", "grad_total", grad_total)
     if grad_total.numel() != 1 or grad_total.dtype not in (torch.float32, torch.float64):
         got = f"{grad_total.dtype} of shape {list(grad_total.shape)}"
         raise ShapeError(f"cat_loss: `grad_total` must be one float32 or float64 element, got {got}")

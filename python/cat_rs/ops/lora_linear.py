@@ -66,7 +66,7 @@ class LoraLinearFunction(torch.autograd.Function):
         else:
             wanted = (needs[0], needs[3], needs[4])
             dx, dA, dB = core_of(x).lora_linear_backward(grad, x, weight, low_A, low_B, hidden, scaling, wanted)
-        return dx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs[2] else None, dA, dB, None, None
+        return dx, None, grad.sum_to_size(grad.shape[-1]) if needs[2] else None, dA, dB, None, None
 
 
 def lora_linear(

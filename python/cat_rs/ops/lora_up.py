@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cat_rs._native import core_of
-from cat_rs.arguments import as_float, check_tensor
+from cat_rs.arguments import as_float, check_memory, check_tensor
 from cat_rs.ops.operator import empty_for_none, fake_gradients, none_for_empty, rounded
 
 __all__ = ["LoraUpFunction", "lora_up_"]
@@ -81,6 +81,8 @@ def lora_up_(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, *, chann
 @torch.library.custom_op("cat_rs::lora_up", mutates_args=())
 def lora_up_operator(y: Tensor, hidden: Tensor, lora_B: Tensor, scaling: float, channels_second: bool) -> Tensor:
     """See :func:`lora_up_`. Returns y + scaling * B h."""
+    check_tensor("lora_up", "y", y)
+    check_memory("lora_up", "y", y)
     out = y.clone()
     core_of(y).lora_up_forward(out, hidden, lora_B, scaling, channels_second)
     return out

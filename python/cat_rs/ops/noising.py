@@ -76,7 +76,7 @@ def snr_weights(
         ShapeError, DtypeError, DeviceError, InvalidValueError: Naming the argument, what was expected and what came.
     """
     _check_tables(timesteps, alphas_cumprod)
-    check("snr_weights", "gamma", gamma, "> 0", lambda gamma: gamma > 0)
+    check("snr_weights", "gamma", gamma, "> 0", lambda gamma: float(gamma) > 0)
     try:
         alphas = alphas_cumprod[timesteps.to(torch.int64)]  # as an index, uint8 would be a mask
     except IndexError as error:
@@ -96,8 +96,9 @@ def snr_weights(
 def _check_tables(timesteps: Tensor, alphas_cumprod: Tensor) -> None:
     for name, tensor, letter in (("timesteps", timesteps, "B"), ("alphas_cumprod", alphas_cumprod, "T")):
         check_tensor("snr_weights", name, tensor)
-        if tensor.layout != torch.strided or tensor.dim() != 1:
-            got = list(tensor.shape) if tensor.layout == torch.strided else tensor.layout
+        dense = tensor.layout == torch.strided and not tensor.is_nested
+        if not dense or tensor.dim() != 1:
+            got = list(tensor.shape) if dense else "a sparse or nested tensor"
             raise ShapeError(f"snr_weights: `{name}` must be dense of shape [{letter}], got {got}")
         if not torch.compiler.is_compiling():
             check_memory("snr_weights", name, tensor)

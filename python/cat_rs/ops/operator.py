@@ -54,9 +54,10 @@ def reraise(op: str, error: RuntimeError, **tensors: Any) -> NoReturn:
     raise error
 
 
-def stream_of(tensor: Tensor) -> int:
+def stream_of(tensor: Tensor | None) -> int:
     """The handle of PyTorch's current stream on the tensor's device, where kernels for CUDA go; 0 elsewhere."""
-    if not tensor.is_cuda or torch.version.hip is not None:
+    # None where the dispatcher was given it for a tensor: the kernel refuses it.
+    if tensor is None or not tensor.is_cuda or torch.version.hip is not None:
         return 0
     return torch.cuda.current_stream(tensor.device).cuda_stream
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ import torch
 from cat_rs.adapter_file.disk import TensorParts, write_safetensors
 from cat_rs.arguments import (
     check,
-    check_memory,
     check_module,
     check_no_mode,
     check_path,
@@ -359,6 +359,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[s
     """The tensors of a bank's file, mapped into memory, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
+    place = Path(path)
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise InvalidValueError(f"TeacherBank.load: `path` must be a file, got {path}, a pipe or a device")
     # safe_open's own error does not tell a missing file from a folder.
     with open(path, "rb"):
         pass
@@ -371,7 +374,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[s
                     f"{metadata.get('format')!r}"
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise InvalidValueError(f"TeacherBank.load: `path` must be a teacher bank, got {path}: {error}") from error
 
 
@@ -401,13 +404,12 @@ def _rows_on(device: torch.device, rows: torch.Tensor, tensor: torch.Tensor) -> 
 def _check_index(what: str, index: torch.Tensor, count: int) -> None:
     op, _, argument = what.partition(": ")
     argument = argument.split("`")[1]
-    check_tensor(op, argument, index)
-    check_memory(op, argument, index)
+    check_tensors(op, **{argument: index})
     if index.dtype != torch.int64:
         raise DtypeError(f"{what} must be int64 indices, got {index.dtype}")
     if index.device.type != "cpu":
         raise DeviceError(f"{what} must be indices on the CPU, got {index.device}")
-    with refusing(op, argument, "a dense tensor", index):
+    with refusing(op, argument, "a tensor on the CPU", index):
         if index.dim() != 1 or index.numel() == 0:
             raise ShapeError(f"{what} must have shape [B] with B >= 1, got {list(index.shape)}")
         low, high = int(index.min()), int(index.max())

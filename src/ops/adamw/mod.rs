@@ -13,7 +13,7 @@ use crate::cuda::Stream;
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
     address, check_contiguous, check_dense, check_float, check_shape, device_of, dtype_name, elements, elements_mut,
-    numbers,
+    kind_of, numbers,
 };
 
 const OP: &str = "adamw";
@@ -188,7 +188,7 @@ fn check_kind(
     expected: &'static str,
 ) -> Result<Kind> {
     check_dense(OP, argument, tensor, on)?;
-    let kind = tensor.f_kind().during(OP)?;
+    let kind = kind_of(OP, argument, tensor)?;
     if kinds.contains(&kind) {
         return Ok(kind);
     }

@@ -15,8 +15,8 @@ use super::{compute_kind, threads};
 use crate::cuda::{Scalar, Stream};
 use crate::error::{CatError, Result, TorchContext};
 use crate::tensor::{
-    from_values, address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
-    dtype_name, elements, elements_mut, numbers,
+    address, check_constant, check_contiguous, check_dense, check_float, check_shape, contiguous, device_of,
+    dtype_name, elements, elements_mut, from_values, numbers,
 };
 
 const OP: &str = "cat_loss";
