@@ -17,6 +17,8 @@ import cat_rs
 from cat_rs import _core
 from cat_rs.arguments import shown
 from cat_rs.errors import CatRsError, KernelError
+from cat_rs.ops.lora_up import lora_up_operator
+from cat_rs.ops.noising import noising_operator
 from tests.fuzz import make
 from tests.fuzz.make import freed, inference, tensor
 
@@ -87,11 +89,11 @@ REFUSED: dict[str, Case] = {
     ),
     "snr-gamma-huge": (lambda: cat_rs.snr_weights(torch.tensor([1]), torch.rand(9), 10**400), "`gamma` must be > 0"),
     "operator-none": (
-        lambda: torch.ops.cat_rs.noising(None, tensor((2, 4)), tensor((2,)), tensor((2,)), "flow", 1),
-        "'latents': .* cannot be converted",
+        lambda: noising_operator(None, tensor((2, 4)), tensor((2,)), tensor((2,)), "flow", 1),
+        "'latents': .*NoneType",
     ),
     "operator-freed": (
-        lambda: torch.ops.cat_rs.lora_up(freed(tensor((2, 6))), tensor((2, 2)), tensor((6, 2)), 0.5, False),
+        lambda: lora_up_operator(freed(tensor((2, 6))), tensor((2, 2)), tensor((6, 2)), 0.5, False),
         "`y` must have 48 bytes of memory, got a tensor with 0",
     ),
     "snr-gamma": (lambda: cat_rs.snr_weights(torch.tensor([1]), torch.rand(9), "a"), "`gamma` must be > 0, got 'a'"),  # type: ignore[arg-type]
@@ -266,7 +268,7 @@ REFUSED: dict[str, Case] = {
     "bank-pipe": (lambda: cat_rs.TeacherBank.load(make.fifo(), latents=None), "`path` must be a file, got .* a pipe"),
     "bank-index": (
         lambda: make.bank().draw(make.jagged(torch.zeros(2, 2, dtype=torch.int64))),
-        "`pictures` must be a plain dense tensor, got a NestedTensor",
+        "must be a plain dense tensor, got a NestedTensor",
     ),
     "bank-path": (lambda: cat_rs.TeacherBank.load(3, latents=None), "`path` must be a path, got 3"),  # type: ignore[arg-type]
     "encoder-pictures": (lambda: cat_rs.KpsEvaluator(make.encoder()).embed_images(3), "expected a folder, .* got 3"),  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f
 LOW = {"bf16": torch.bfloat16, "f16": torch.float16}
 LEADING = {"vector": (), "rows": (6,), "sequence": (2, 7), "image": (2, 3, 5), "four": (2, 1, 3, 2)}
 # in, out, r
+OF_NO_OUTPUTS = ((2, 8), (0, 8), (0,), (2, 8), (0, 2))
 SIZES = {"tidy": (16, 32, 4), "odd": (13, 7, 3), "rank-1": (5, 11, 1), "one": (1, 1, 1), "rank-above-width": (3, 2, 5)}
 
 Case = dict[str, Any]
@@ -116,6 +117,19 @@ def test_float32_adapters_are_rounded_once(leading: tuple[int, ...], dtype: torc
     for name in ("x", "lora_A", "lora_B"):
         assert case[name].grad.dtype == case[name].dtype
         assert torch.equal(case[name].grad, low[name].grad.to(case[name].dtype))
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_a_layer_without_outputs_has_gradients(operator: bool) -> None:
+    x, weight, bias, lora_A, lora_B = (torch.zeros(shape, requires_grad=True) for shape in OF_NO_OUTPUTS)
+    if operator:
+        y, _ = torch.ops.cat_rs.lora_linear(x, weight.detach(), bias, lora_A, lora_B, 0.5)
+    else:
+        y = cat_rs.lora_linear(x, weight.detach(), bias, lora_A, lora_B, 0.5)
+    y.sum().backward()
+    for tensor in (x, bias, lora_A, lora_B):
+        assert tensor.grad is not None
+        assert tensor.grad.shape == tensor.shape
 
 
 @pytest.mark.parametrize("leading", by_id({"rows": (0,), "batch": (0, 7), "sequence": (2, 0)}))

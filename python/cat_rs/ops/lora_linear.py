@@ -160,7 +160,7 @@ def _differentiate(ctx: Any, grad: Tensor, grad_hidden: Tensor) -> tuple[Tensor 
     needs = ctx.needs_input_grad
     wanted = [needs[0], needs[3], needs[4]]
     dx, dA, dB = none_for_empty(_lora_linear_backward(grad, *ctx.saved_tensors, ctx.scaling, wanted), wanted)
-    return dx, None, grad.reshape(-1, grad.shape[-1]).sum(0) if needs[2] else None, dA, dB, None
+    return dx, None, grad.sum_to_size(grad.shape[-1]) if needs[2] else None, dA, dB, None
 
 
 lora_linear_operator.register_autograd(_differentiate, setup_context=_save)
