@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# tch is made for one PyTorch minor each. No tch is for 2.14 or 2.15, which build with tch 0.26; 2.15 also needs the
-# additions of `variables`.
+# tch is made for one PyTorch minor each. No tch is for 2.14 or 2.15, which build with tch 0.26 and the additions of
+# `variables`.
 TCH_FOR_TORCH = {"2.11": "0.24", "2.12": "0.25", "2.13": "0.26", "2.14": "0.26", "2.15": "0.26"}
 
 
@@ -62,8 +62,8 @@ def variables(minor: str, tch: str) -> dict[str, str]:
         # Rust's test programs look for libtorch here; the Python module needs no such thing.
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(torch / "lib"), os.environ.get("LD_LIBRARY_PATH")])),
     }
-    if minor == "2.15":
-        header = shlex.quote(str(ROOT / "scripts" / "torch_2_15.h"))
+    if minor in ("2.14", "2.15"):
+        header = shlex.quote(str(ROOT / "scripts" / "torch_2_14.h"))
         result["CXXFLAGS"] = f"{os.environ.get('CXXFLAGS', '')} -std=c++20 -include {header}".strip()
         result["CC_SHELL_ESCAPED_FLAGS"] = "1"  # the path may hold a space
     return result

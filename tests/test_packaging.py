@@ -69,6 +69,14 @@ def test_lock_for_another_pytorch_is_refused(torch_env: ModuleType) -> None:
         torch_env.variables("2.13", "0.24")
 
 
+@pytest.mark.parametrize(("minor", "added"), [("2.13", False), ("2.14", True), ("2.15", True)])
+def test_a_pytorch_that_dropped_functions_gets_them_back(minor: str, added: bool, torch_env: ModuleType) -> None:
+    flags = torch_env.variables(minor, "0.26").get("CXXFLAGS", "")
+    header = re.search(r"-std=c\+\+20 -include (\S+)", flags)
+    assert (header is not None) == added
+    assert header is None or Path(header[1]).is_file()
+
+
 def test_unknown_pytorch_is_refused(torch_env: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"has PyTorch 3\.0.*2\.11, 2\.12, 2\.13, 2\.14, 2\.15"):
         torch_env.variables("3.0", "0.26")

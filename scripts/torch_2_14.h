@@ -1,5 +1,5 @@
-// Forced into torch-sys's C++ files when building against PyTorch 2.15: the functions that 2.15 dropped and that
-// the bindings of tch 0.26 still name.
+// Forced into torch-sys's C++ files when building against PyTorch 2.14 or newer: the functions that 2.14
+// dropped and that the bindings of tch 0.26 still name.
 #pragma once
 #include <torch/torch.h>
 
