@@ -40,7 +40,7 @@ def test_a_model_that_the_hub_cannot_give_is_told_with_the_reason(asked: list[An
     reason = "no such folder, and the hub does not give it: Name or service not known$"
     with pytest.raises(TrainingError, match=f"cannot load a/b: {reason}"):
         load_pipeline("a/b", torch.float32, torch.device("cpu"))
-    with pytest.raises(EvaluationFileError, match=f"encoder: expected a CLIP.* in c/d: {reason}"):
+    with pytest.raises(EvaluationFileError, match=f"encoder: expected a CLIP.*, got c/d: {reason}"):
         load_encoder("c/d")
     assert asked == ["a/b", True, "c/d", True]
 
