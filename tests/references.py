@@ -31,10 +31,14 @@ def cat_loss(
     sample_weight: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     mask_normalize: bool = False,
+    preserve_weight: torch.Tensor | None = None,
+    preserve_mask: torch.Tensor | None = None,
 ) -> CatLoss:
     """The CAT loss in float64: gradients reach the arguments through torch.autograd."""
 
-    def term(pred: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+    def term(
+        pred: torch.Tensor, constant: torch.Tensor, sample_weight: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         error = (pred.double() - constant.double()) ** 2
         batch = error.shape[0]
         full_mask = torch.ones_like(error) if mask is None else mask.double().expand_as(error)
@@ -47,7 +51,10 @@ def cat_loss(
             means = sums / error[0].numel()
         return (weights * means).mean()
 
-    diffusion, cat = term(model_pred, target), term(model_pred_no_trigger, base_pred)
+    diffusion = term(model_pred, target, sample_weight, mask)
+    own_weight = sample_weight if preserve_weight is None else preserve_weight
+    own_mask = mask if preserve_mask is None else preserve_mask
+    cat = term(model_pred_no_trigger, base_pred, own_weight, own_mask)
     return CatLoss(diffusion + cat_factor * cat, diffusion, cat)
 
 
@@ -219,10 +226,12 @@ class PlainRecipe:
         sample_weight: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         cond_base: Mapping[str, Any] | None = None,
+        preserve: Any = None,
     ) -> dict[str, float]:
         """One step; returns loss, diffusion, cat and, on an optimizer step, grad_norm.
 
         Where text encoders train, ``cond_base`` is the condition without the trigger of the base text encoders.
+        ``preserve`` has the latents, noise, timesteps, sample_weight and mask of the preservation term.
         """
         cond, cond_no_trigger = (
             {"encoder_hidden_states": c} if isinstance(c, torch.Tensor) else c for c in (cond, cond_no_trigger)
@@ -232,6 +241,10 @@ class PlainRecipe:
         diffusion = self._mse(self.predict(self.model, noisy, timesteps, cond), target, weight, mask)
         cat = torch.zeros(())
         if self.cat_factor:
+            if preserve is not None:
+                timesteps, mask = preserve.timesteps, preserve.mask
+                noisy, _ = self._noising(preserve.latents, preserve.noise, timesteps)
+                weight = self._weight(timesteps, preserve.sample_weight)
             with torch.no_grad():
                 base = self.predict(self.base_model, noisy, timesteps, cond_base or cond_no_trigger)
             student = self.predict(self.model, noisy, timesteps, cond_no_trigger)

@@ -46,7 +46,10 @@ def calls() -> Calls:
         _core.adapter_tensors([("unet", "m", lora_A, lora_B, bias, None, 1.0)], "diffusers", None)
 
     latents = {name: draw(2, 4, 3, 3) for name in ("model_pred", "target", "model_pred_no_trigger", "base_pred")}
-    weights = {"sample_weight": torch.rand(2), "mask": torch.rand(2, 1, 3, 3)}
+    weights = {
+        **{name: torch.rand(2) for name in ("sample_weight", "preserve_weight")},
+        **{name: torch.rand(2, 1, 3, 3) for name in ("mask", "preserve_mask")},
+    }
     lora = {"lora_a": draw(2, 6), "lora_b": draw(5, 2)}
     numbers = {name: torch.tensor(1.0, dtype=torch.float64) for name in ("cat_factor", "scale")}
     sizes = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}

@@ -15,7 +15,7 @@ from cat_rs.ops.similarity import cross_similarity, similarity
 from cat_rs.ops.statistics import bootstrap_difference, bootstrap_interval, harmonic_mean
 from cat_rs.preservation_score import KpsResult, kps, kps_difference
 from cat_rs.prompts import remove_trigger
-from cat_rs.step import CatStep, StepMetrics
+from cat_rs.step import CatStep, PreservationSamples, StepMetrics
 from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
 from cat_rs.step.optimizer import FlatAdamW
 from cat_rs.step.teacher_bank import TeacherBank, TeacherDraws
@@ -34,6 +34,7 @@ __all__ = [
     "KpsResult",
     "LoraFile",
     "MergedLora",
+    "PreservationSamples",
     "StepMetrics",
     "TeacherBank",
     "TeacherDraws",

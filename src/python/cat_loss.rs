@@ -39,8 +39,8 @@ impl PyFactor {
 /// See `cat_rs.cat_loss`. Returns (total, (diffusion, cat), gradient, gradient); on CUDA, the terms as a tensor.
 #[pyfunction]
 #[pyo3(signature = (
-    model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask, cat_factor, mask_normalize,
-    scale, wanted, stream = 0
+    model_pred, target, model_pred_no_trigger, base_pred, sample_weight, mask, preserve_weight, preserve_mask,
+    cat_factor, mask_normalize, scale, wanted, stream = 0
 ))]
 #[allow(clippy::too_many_arguments, clippy::type_complexity)]
 pub fn cat_loss(
@@ -51,6 +51,8 @@ pub fn cat_loss(
     base_pred: PyTensor,
     sample_weight: Option<PyTensor>,
     mask: Option<PyTensor>,
+    preserve_weight: Option<PyTensor>,
+    preserve_mask: Option<PyTensor>,
     #[pyo3(from_py_with = argument)] cat_factor: f64,
     mask_normalize: bool,
     scale: PyFactor,
@@ -58,16 +60,22 @@ pub fn cat_loss(
     #[pyo3(from_py_with = argument)] stream: u64,
 ) -> PyResult<(PyObject, PyObject, Option<PyObject>, Option<PyObject>)> {
     let tensors = [model_pred.0, target.0, model_pred_no_trigger.0, base_pred.0];
-    let (sample_weight, mask) = (optional(sample_weight), optional(mask));
+    let weights = [optional(sample_weight), optional(preserve_weight)];
+    let masks = [optional(mask), optional(preserve_mask)];
     let (total, values, [first, second]) = released(py, move || {
         let [model_pred, target, model_pred_no_trigger, base_pred] = &tensors;
+        let [sample_weight, preserve_weight] = weights.each_ref().map(Option::as_ref);
+        let [mask, preserve_mask] = masks.each_ref().map(Option::as_ref);
         let loss = CatLoss {
-            diffusion: Pair { pred: model_pred, target },
-            preservation: Some(Pair { pred: model_pred_no_trigger, target: base_pred }),
+            diffusion: Pair { pred: model_pred, target, sample_weight, mask },
+            preservation: Some(Pair {
+                pred: model_pred_no_trigger,
+                target: base_pred,
+                sample_weight: preserve_weight,
+                mask: preserve_mask,
+            }),
             cat_factor: Factor::Number(cat_factor),
             scale: scale.as_factor(),
-            sample_weight: sample_weight.as_ref(),
-            mask: mask.as_ref(),
             mask_normalize,
             stream,
         };
@@ -81,7 +89,7 @@ pub fn cat_loss(
     Ok((wrap(py, total)?, parts, wrap_optional(py, first)?, wrap_optional(py, second)?))
 }
 
-/// Multiplies gradients of one shape by a factor on their device, in place.
+/// Multiplies gradients by a factor on their device, in place.
 #[pyfunction]
 #[pyo3(signature = (first, second, factor, stream = 0))]
 pub fn scale_gradients(
@@ -97,7 +105,9 @@ pub fn scale_gradients(
 
 /// See `cat_rs.ops.cat_loss.student_loss`. Returns (total, [diffusion, cat], gradient).
 #[pyfunction]
-#[pyo3(signature = (student, target, base_pred, sample_weight, mask, cat_factor, scale, stream = 0))]
+#[pyo3(signature = (
+    student, target, base_pred, sample_weight, mask, preserve_weight, preserve_mask, cat_factor, scale, stream = 0
+))]
 #[allow(clippy::too_many_arguments)]
 pub fn student_loss(
     py: Python<'_>,
@@ -106,6 +116,8 @@ pub fn student_loss(
     base_pred: Option<PyTensor>,
     sample_weight: Option<PyTensor>,
     mask: Option<PyTensor>,
+    preserve_weight: Option<PyTensor>,
+    preserve_mask: Option<PyTensor>,
     cat_factor: PyFactor,
     scale: PyFactor,
     #[pyo3(from_py_with = argument)] stream: u64,
@@ -114,8 +126,8 @@ pub fn student_loss(
         student: detached(py, student)?,
         target: target.0,
         base: optional(base_pred),
-        sample_weight: optional(sample_weight),
-        mask: optional(mask),
+        weights: [optional(sample_weight), optional(preserve_weight)],
+        masks: [optional(mask), optional(preserve_mask)],
         stream,
     };
     let (total, parts, grad) = released(py, move || {

@@ -28,23 +28,26 @@ def student_loss(
     base: torch.Tensor | None,
     sample_weight: torch.Tensor | None,
     mask: torch.Tensor | None,
+    preserve_weight: torch.Tensor | None,
+    preserve_mask: torch.Tensor | None,
     cat_factor: torch.Tensor,
     scale: torch.Tensor,
     stream: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, [diffusion, cat] and dL/dstudent of the doubled batch."""
+    """Loss, [diffusion, cat] and dL/dstudent of both terms' samples."""
     assert isinstance(stream, int)
     batch = target.shape[0]
-    halves = [(student[:batch], target, torch.ones_like(cat_factor))]
+    terms = [(student[:batch], target, torch.ones_like(cat_factor))]
     if base is not None:
-        halves.append((student[batch:], base, cat_factor))
+        terms.append((student[batch:], base, cat_factor))
     values, grads = [], []
-    for pred, constant, factor in halves:
+    samples = ((sample_weight, mask), (preserve_weight, preserve_mask))
+    for (pred, constant, factor), (weight, mask) in zip(terms, samples, strict=False):
         error = pred.float() - constant.float()
         weighted = error if mask is None else error * mask
-        share = torch.full((batch,), 1 / (batch * error[0].numel()), device=student.device)
-        if sample_weight is not None:
-            share = share * sample_weight.float()
+        share = torch.full((len(error),), 1 / error.numel(), device=student.device)
+        if weight is not None:
+            share = share * weight.float()
         share = share.reshape(-1, *[1] * (error.dim() - 1))
         values.append((share * weighted * error).sum())
         grads.append((2 * factor * scale * share * weighted).to(student.dtype))

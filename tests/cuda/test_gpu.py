@@ -189,7 +189,7 @@ def test_tensors_on_two_devices_are_an_error() -> None:
 def test_student_loss(preserve: bool) -> None:
     student, target, base = (on_gpu(random(rows, 4, 64, 64, dtype=BF16)) for rows in (4 if preserve else 2, 2, 2))
     factors = on_gpu(torch.tensor([0.7, 0.25], device="cpu"))
-    arguments = (student, target, base if preserve else None, None, None, *factors)
+    arguments = (student, target, base if preserve else None, *[None] * 4, *factors)
     loss, parts, grad = student_loss(*arguments)
     twin = student.cpu().double().requires_grad_()
     wide_target, wide_base = target.cpu().double(), base.cpu().double()
@@ -313,7 +313,7 @@ def test_a_graph_replays_steps_and_losses_with_new_numbers() -> None:
     factors = on_gpu(torch.tensor([0.5, 1.0]))
 
     def work() -> torch.Tensor:
-        total, _, _ = student_loss(student, target, target, None, None, *factors)
+        total, _, _ = student_loss(student, target, target, *[None] * 4, *factors)
         ours.step()
         return total
 
@@ -466,7 +466,7 @@ def test_cat_loss_past_2_31_elements() -> None:
     case = {name: torch.randn(1, HUGE, dtype=BF16, device="cuda") for name in NAMES}
     arguments = [case[name] for name in NAMES]
     total, parts, *grads = _core.cat_loss(
-        *arguments, None, None, 0.5, False, 2.0**31, (True, True), stream_of(arguments[0])
+        *arguments, *[None] * 4, 0.5, False, 2.0**31, (True, True), stream_of(arguments[0])
     )
     sums = torch.zeros(2, dtype=F64, device="cuda")
     for index, factor in enumerate((1.0, 0.5)):

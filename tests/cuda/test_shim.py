@@ -159,10 +159,12 @@ class LossCase:
         terms = [
             value
             for index in range(2)
-            for value in (tensors[NAMES[2 * index]], tensors[NAMES[2 * index + 1]], grads[index], index)
+            for value in (
+                *(tensors[NAMES[2 * index]], tensors[NAMES[2 * index + 1]], grads[index], index),
+                *(weights, mask, sums, 1 / (batch * per_sample), batch, per_sample // row, row, int(mask_rows > 1)),
+            )
         ]
-        common = (weights, mask, sums, partials, *scalar(factor), *scalar(scale), 1 / (batch * per_sample))
-        loss = pack(*terms, *common, batch, per_sample // row, row, int(mask_rows > 1))
+        loss = pack(*terms, partials, *scalar(factor), *scalar(scale))
         program.run("cat_loss", loss, (self.blocks, 2), backwards=self.backwards)
         total, parts = unwritten((), real), unwritten((2,), real)
         values = pack(partials, self.blocks, self.blocks, *scalar(factor), total, parts)
@@ -250,9 +252,8 @@ def test_a_term_alone(compiler: Compiler) -> None:
     program = compiler.program("cat_loss", {"REAL": F32, "PRED": F32, "TARGET": F32})
     pred, target, grad = Guarded(torch.randn(2, 5)), Guarded(torch.randn(2, 5)), unwritten((2, 5), F32)
     partials = unwritten((2,), F64)
-    term = (pred, target, grad, 1)
-    common = (None, None, None, partials, *scalar(0.25), *scalar(3.0), 0.1)
-    program.run("cat_loss", pack(*term, *term, *common, 2, 1, 5, 0), (2, 1))
+    term = (pred, target, grad, 1, None, None, None, 0.1, 2, 1, 5, 0)
+    program.run("cat_loss", pack(*term, *term, partials, *scalar(0.25), *scalar(3.0)), (2, 1))
     error = pred.tensor.double() - target.tensor.double()
     assert_close(partials.check().sum(), (error**2).mean(), dtype=F32)
     assert_close(grad.check(), 2 * 0.25 * 3 * error / 10)
@@ -634,7 +635,7 @@ MUTATIONS: list[tuple[Check, str, str]] = [
     (_loss, "sum += masked * error;", "sum += masked;"),
     (_loss, "narrow(scale * masked, grad.values[i]);", "narrow(scale * error, grad.values[i]);"),
     (_loss, "mask_mean == 0.0 ? 0.0 : weight", "mask_mean == 0.0 ? 0.0 : 1.0"),
-    (_loss, "(loss.mask_per_sample ? sample * loss.row : 0) + start", "start"),
+    (_loss, "(term.mask_per_sample ? sample * term.row : 0) + start", "start"),
     (_loss, "i < head ? i : packs * N + i", "i < head ? i : packs * N + i + 1"),
     (_loss, "constexpr u32 CHUNK = THREADS * UNROLL * N;", "constexpr u32 CHUNK = THREADS * UNROLL * N + 4;"),
     (_loss, "sums[threadIdx.x / WARP] = value;\n    __syncthreads();", "sums[threadIdx.x / WARP] = value;"),

@@ -120,6 +120,9 @@ class Call:
         return calls
 
 
+_OFTEN_NONE = ("bias", "sample_weight", "mask", "preserve_weight", "preserve_mask", "low_precision", "clusters")
+
+
 def random_call(targets: Sequence[Target], rng: random.Random) -> Call:
     """Any of the targets, with arguments that are valid or not."""
     (target,) = rng.choices(targets, [each.weight for each in targets])
@@ -129,7 +132,7 @@ def random_call(targets: Sequence[Target], rng: random.Random) -> Call:
         if parameter.optional and (parameter.text is None or rng.random() < 0.5) and rng.random() < 0.8:
             continue
         valid = (parameter.text or "None").format(**sizes)
-        if parameter.name in ("bias", "sample_weight", "mask", "low_precision", "clusters") and rng.random() < 0.3:
+        if parameter.name in _OFTEN_NONE and rng.random() < 0.3:
             valid = "None"
         arguments.append(Argument(parameter.name, valid, valid, not parameter.positional_only))
     arguments = _made_wrong(arguments, rng)

@@ -25,6 +25,7 @@ from tests.tolerances import assert_close
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 NAMES = ("model_pred", "target", "model_pred_no_trigger", "base_pred")
 PREDICTIONS = ("model_pred", "model_pred_no_trigger")
+OF_SAMPLES = ("sample_weight", "mask", "preserve_weight", "preserve_mask")
 
 SHAPES = {
     "tidy": (2, 4, 8, 8),
@@ -516,13 +517,117 @@ def test_what_is_not_a_tensor_is_a_type_error(name: str, value: Any) -> None:
 
 def test_the_operator_passes_pytorchs_checks() -> None:
     predictions = [draw(3, 4, 5, grad=True) for _ in range(2)]
-    check_operator("cat_loss", predictions[0], draw(3, 4, 5), predictions[1], draw(3, 4, 5), None, None, 0.5, False)
-    weighted = torch.tensor([1.0, 0.5]), torch.rand(2, 1, 3), 2.0, True
-    predictions = [draw(2, 4, 3, grad=grad, dtype=BF16) for grad in (True, False)]
-    check_operator("cat_loss", predictions[0], draw(2, 4, 3), predictions[1], draw(2, 4, 3, dtype=F64), *weighted)
+    none = [None] * 4
+    check_operator("cat_loss", predictions[0], draw(3, 4, 5), predictions[1], draw(3, 4, 5), *none, 0.5, False)
+    weighted = torch.tensor([1.0, 0.5]), torch.rand(2, 1, 3), torch.rand(3), torch.rand(1, 4, 3), 2.0, True
+    predictions = [draw(size, 4, 3, grad=grad, dtype=BF16) for size, grad in ((2, True), (3, False))]
+    check_operator("cat_loss", predictions[0], draw(2, 4, 3), predictions[1], draw(3, 4, 3, dtype=F64), *weighted)
+
+
+# Preservation samples of their own
+
+
+def preserved_case(
+    shape: tuple[int, ...], preserved: int, dtypes: tuple[torch.dtype, ...] = (F32,) * 4, seed: int = 0
+) -> Case:
+    case = make_case(shape, dtypes, seed)
+    return {**case, **{name: make_case((preserved, *shape[1:]), dtypes, seed + 1)[name] for name in NAMES[2:]}}
+
+
+@pytest.mark.parametrize("dtypes", by_id(DTYPES | MIXED_DTYPES))
+@pytest.mark.parametrize("preserved", [1, 2, 3, 7])
+@pytest.mark.parametrize("shape", by_id({name: SHAPES[name] for name in ("odd", "batch-only", "odd-blocks", "large")}))
+def test_preservation_samples_match_reference(
+    shape: tuple[int, ...], preserved: int, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    weights = {"sample_weight": torch.rand(shape[0]) + 0.1, "preserve_weight": torch.rand(preserved) + 0.1}
+    check_against_reference(preserved_case(shape, preserved, dtypes), cat_factor=0.7, upstream=3.0, **weights)
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["mean", "normalized"])
+@pytest.mark.parametrize("preserve_shape", [(5, 1, 37, 61), (1, 1, 37, 61), (5, 3, 37, 61), (1, 3, 1, 61)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 37, 61), (1, 3, 37, 61), None], ids=str)
+def test_preservation_samples_have_masks_of_their_own(
+    shape: tuple[int, ...] | None, preserve_shape: tuple[int, ...], normalize: bool
+) -> None:
+    masks = {"preserve_mask": torch.rand(preserve_shape).gt(0.4)}
+    if shape is not None:
+        masks["mask"] = torch.rand(shape)
+    check_against_reference(preserved_case((2, 3, 37, 61), 5), mask_normalize=normalize, **masks)
+
+
+def test_weights_and_masks_are_shared_unless_given() -> None:
+    case = make_case((3, 4, 5))
+    weight, mask = torch.rand(3), torch.rand(3, 1, 5)
+    shared = cat_rs.cat_loss(**case, sample_weight=weight, mask=mask)
+    both = {"preserve_weight": weight.clone(), "preserve_mask": mask.clone()}
+    assert torch.equal(shared, cat_rs.cat_loss(**case, sample_weight=weight, mask=mask, **both))
+    other = cat_rs.cat_loss(**case, sample_weight=weight, mask=mask, **{**both, "preserve_weight": torch.ones(3)})
+    assert not torch.equal(shared, other)
+
+
+def test_preservation_samples_compile() -> None:
+    case = preserved_case((2, 3, 5), 4)
+    weights = {"sample_weight": torch.rand(2), "preserve_weight": torch.rand(4)}
+    loss = torch.compile(lambda **given: cat_rs.cat_loss(**given, **weights), backend="aot_eager", fullgraph=True)(
+        **case
+    )
+    loss.backward()
+    compiled = [case[name].grad.clone() for name in PREDICTIONS]
+    for name in PREDICTIONS:
+        case[name].grad = None
+    eager = cat_rs.cat_loss(**case, **weights)
+    eager.backward()
+    assert_close(loss, eager)
+    for name, gradient in zip(PREDICTIONS, compiled, strict=True):
+        assert_close(gradient, case[name].grad, label=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model_pred_no_trigger": torch.ones(4, 3, 6)}, r"`model_pred_no_trigger` must have shape \[P >= 1, 3, 5\]"),
+        (
+            {"model_pred_no_trigger": torch.ones(0, 3, 5)},
+            r"`model_pred_no_trigger` must have shape \[P >= 1, 3, 5\]",
+        ),
+        ({"base_pred": torch.ones(2, 3, 5)}, r"`base_pred` must have shape \[4, 3, 5\], got \[2, 3, 5\]"),
+        ({"sample_weight": torch.ones(2)}, r"`preserve_weight` must have shape \[4\], got \[2\]"),
+        ({"preserve_weight": torch.ones(3)}, r"`preserve_weight` must have shape \[4\], got \[3\]"),
+        ({"mask": torch.ones(2, 3, 5)}, r"`preserve_mask` must have shape \[4, 3, 5\] up to dimensions of size 1"),
+    ],
+)
+def test_bad_preservation_samples_are_named(change: Case, text: str) -> None:
+    with pytest.raises(ShapeError, match=f"^cat_loss: {text}"):
+        cat_rs.cat_loss(**{**preserved_case((2, 3, 5), 4), **change})
 
 
 # student_loss
+
+
+@pytest.mark.parametrize("preserved", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=["f32", "f64", "bf16", "f16"])
+def test_student_loss_has_samples_for_each_term(dtype: torch.dtype, preserved: int) -> None:
+    student, target = draw(3 + preserved, 4, 5, 3, dtype=dtype), draw(3, 4, 5, 3, dtype=dtype)
+    base = draw(preserved, 4, 5, 3, dtype=dtype)
+    weights, masks = (torch.rand(3), torch.rand(preserved)), (torch.rand(3, 1, 5, 3), None)
+    total, parts, grad = student_loss(student, target, base, weights[0], masks[0], weights[1], masks[1], 0.7, 0.25)
+    twin = student.double().requires_grad_()
+    expected = references.cat_loss(
+        twin[:3],
+        target,
+        twin[3:],
+        base,
+        cat_factor=0.7,
+        sample_weight=weights[0],
+        mask=masks[0],
+        preserve_weight=weights[1],
+        preserve_mask=torch.ones(1, 1, 1, 1),
+    )
+    (0.25 * expected.total).backward()
+    assert_close(total, expected.total)
+    assert_close(parts, torch.stack([expected.diffusion, expected.cat]))
+    assert_close(grad, twin.grad)
 
 
 @pytest.mark.parametrize("preserve", [True, False], ids=["preserve", "plain"])
@@ -531,7 +636,9 @@ def test_student_loss_is_the_loss_of_both_halves(dtype: torch.dtype, preserve: b
     student = draw(4 if preserve else 2, 4, 5, 3, dtype=dtype)
     target, base = draw(2, 4, 5, 3, dtype=dtype), draw(2, 4, 5, 3, dtype=dtype)
     weight, mask = torch.tensor([0.5, 2.0]), torch.rand(2, 1, 5, 3)
-    total, parts, grad = student_loss(student, target, base if preserve else None, weight, mask, 0.7, 0.25)
+    total, parts, grad = student_loss(
+        student, target, base if preserve else None, weight, mask, weight, mask, 0.7, 0.25
+    )
     twin = student.double().requires_grad_()
     wide_base = base.double()
     expected = references.cat_loss(
@@ -551,7 +658,7 @@ def test_student_loss_is_the_loss_of_both_halves(dtype: torch.dtype, preserve: b
 
 
 def test_student_loss_takes_factors_as_tensors() -> None:
-    arguments = draw(4, 3, 5), draw(2, 3, 5), draw(2, 3, 5), None, None
+    arguments = draw(4, 3, 5), draw(2, 3, 5), draw(2, 3, 5), *[None] * 4
     factors = torch.tensor([0.3, 0.25], dtype=F64)
     for ours, theirs in zip(student_loss(*arguments, *factors), student_loss(*arguments, 0.3, 0.25), strict=True):
         assert torch.equal(ours, theirs)
@@ -586,6 +693,6 @@ def test_student_loss_takes_factors_as_tensors() -> None:
 )
 def test_bad_arguments_of_student_loss_are_named(change: Case, error: type[Exception], text: str) -> None:
     arguments = {"student": torch.ones(4, 3), "target": torch.ones(2, 3), "base": torch.ones(2, 3)}
-    others = {"sample_weight": None, "mask": None, "cat_factor": 1.0, "scale": 1.0}
+    others = {**dict.fromkeys(OF_SAMPLES), "cat_factor": 1.0, "scale": 1.0}
     with pytest.raises(error, match=f"^{text}"):
         student_loss(**{**arguments, **others, **change})

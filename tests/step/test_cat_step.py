@@ -13,7 +13,7 @@ import torch
 
 import cat_rs
 from cat_rs.errors import AdapterError, CatRsError, DeviceError, DtypeError, InvalidValueError, ShapeError
-from cat_rs.step.inputs import draw_noise
+from cat_rs.step.inputs import PreservationSamples, draw_noise
 from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow_matching
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_transformer, tiny_unet
 from tests.references import PlainRecipe
@@ -115,6 +115,78 @@ def test_equals_the_plain_recipe_with_cat_factor(cat_factor: float) -> None:
 @pytest.mark.parametrize("max_grad_norm", [None, 1e-3], ids=["no-clipping", "all-clip"])
 def test_equals_the_plain_recipe_with_clipping(max_grad_norm: float | None) -> None:
     compare_with_recipe(*unet_pair(), [batch(n) for n in range(3)], max_grad_norm=max_grad_norm)
+
+
+def preserved_batch(number: int, size: int, *, weighted: bool = False) -> dict[str, Any]:
+    """A batch whose preservation samples are other latents."""
+    other = batch(100 + number, size)
+    samples = PreservationSamples(other["latents"], other["noise"], other["timesteps"])
+    if weighted:
+        mask = (torch.rand(size, 1, 8, 8, generator=torch.Generator().manual_seed(number)) > 0.3).float()
+        samples = samples._replace(sample_weight=torch.rand(size) + 0.1, mask=mask)
+    return {**batch(number), "cond_no_trigger": other["cond_no_trigger"], "preserve": samples}
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("snr_gamma", [None, 5.0], ids=["uniform", "min-snr"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_equals_the_plain_recipe_with_preservation_samples(size: int, snr_gamma: float | None, weighted: bool) -> None:
+    batches = [preserved_batch(n, size, weighted=weighted) for n in range(3)]
+    if weighted:
+        batches = [
+            {**one, "sample_weight": torch.tensor([0.5, 2.0]), "mask": torch.ones(1, 1, 8, 8)} for one in batches
+        ]
+    compare_with_recipe(*unet_pair(), batches, snr_gamma=snr_gamma, cat_factor=0.7)
+
+
+def test_equals_the_plain_recipe_with_preservation_samples_and_accumulation() -> None:
+    compare_with_recipe(*unet_pair(), [preserved_batch(n, 1 + n % 3) for n in range(4)], accumulate=2)
+
+
+def test_the_concepts_own_samples_are_those_of_cat() -> None:
+    ours, theirs = cat_step(unet_pair()[0]), cat_step(unet_pair()[0])
+    for n in range(3):
+        one = batch(n)
+        own = PreservationSamples(one["latents"], one["noise"], one["timesteps"])
+        assert_close(ours(**one, preserve=own).loss, theirs(**one).loss)
+    for name, param in lora_parameters(ours.model).items():
+        assert_close(param, lora_parameters(theirs.model)[name], factor=100, label=name)
+
+
+def test_preservation_samples_are_drawn_after_the_concepts() -> None:
+    one = {name: value for name, value in preserved_batch(0, 3).items() if name not in DRAWN}
+    given = one.pop("preserve")
+    step = cat_step(unet_pair()[0], generator=torch.Generator().manual_seed(7))
+    drawn = step(**one, preserve=PreservationSamples(given.latents))
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    timesteps = torch.randint(1000, (2,), generator=generator)
+    own = PreservationSamples(
+        given.latents, torch.randn(3, 4, 8, 8, generator=generator), torch.randint(1000, (3,), generator=generator)
+    )
+    again = cat_step(unet_pair()[0])(**one, noise=noise, timesteps=timesteps, preserve=own)
+    assert torch.equal(drawn.loss, again.loss)
+    assert torch.equal(drawn.cat, again.cat)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"preserve": torch.ones(3, 4, 8, 8)}, InvalidValueError, "`preserve` must be PreservationSamples or None"),
+        ({"latents": torch.ones(3, 4, 8, 9)}, ShapeError, r"`preserve.latents` must have shape \[P, 4, 8, 8\]"),
+        ({"latents": torch.ones(3, 4, 8, 8).double()}, ShapeError, r"`preserve.latents` .* dtype torch.float32"),
+        ({"noise": torch.ones(2, 4, 8, 8)}, ShapeError, r"noise.* must have shape"),
+        ({"timesteps": torch.ones(2, dtype=torch.long)}, ShapeError, r"timesteps.* must have shape"),
+        ({"sample_weight": torch.ones(2)}, ShapeError, r"`preserve_weight` must have shape \[3\]"),
+        ({"mask": torch.ones(2, 4, 8, 8)}, ShapeError, r"`preserve_mask` must have shape \[3, 4, 8, 8\]"),
+    ],
+)
+def test_bad_preservation_samples_are_named(change: dict[str, Any], error: type[Exception], text: str) -> None:
+    one = preserved_batch(0, 3)
+    if "preserve" not in change:
+        change = {"preserve": one["preserve"]._replace(**change)}
+    with pytest.raises(error, match=text):
+        cat_step(unet_pair()[0])(**{**one, **change})
 
 
 def test_equals_the_plain_recipe_with_flow_matching() -> None:
@@ -586,7 +658,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "cond-shapes": (
         {"cond_no_trigger": torch.ones(2, 6, CROSS)},
         ShapeError,
-        r"`cond_no_trigger.*` must have cond's shape \[2, 5, 16\] .* got \[2, 6, 16\]",
+        r"`cond_no_trigger.*` must have shape \[2, 5, 16\] .* got \[2, 6, 16\]",
     ),
     "cond-keys": (
         {"cond_no_trigger": {"encoder_hidden_states": torch.ones(2, 5, CROSS), "class_labels": None}},

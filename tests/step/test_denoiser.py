@@ -16,7 +16,7 @@ B = 3
 
 
 def join(first: dict[str, Any], second: dict[str, Any], **options: Any) -> dict[str, Any]:
-    return join_conditions(first, second, B, **options)
+    return join_conditions(first, second, (B, B), **options)
 
 
 def test_tensors_with_a_batch_dimension_are_concatenated() -> None:
@@ -67,7 +67,7 @@ def test_lists_with_an_entry_a_sample_follow_each_other() -> None:
 
 T = torch.ones
 BAD: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
-    "shapes": (T(B, 4), T(B, 5), {}, ShapeError, r"must have cond's shape \[3, 4\] .* got \[3, 5\]"),
+    "shapes": (T(B, 4), T(B, 5), {}, ShapeError, r"must have shape \[3, 4\] .* got \[3, 5\]"),
     "no-batch-dimension": (T(7, 4), 2 * T(7, 4), {}, ShapeError, r"batch dimension of 3 or, .* equal .* \[7, 4\]"),
     "scalar": (torch.tensor(1.0), torch.tensor(2.0), {}, ShapeError, "a batch dimension of 3 or"),
     "unbatched-differs": (T(B, 4), 2 * T(B, 4), {"unbatched": ["x"]}, ShapeError, r"without one, equal .* \[3, 4\]"),

@@ -22,7 +22,16 @@ class _Term(NamedTuple):
 
     pred: Tensor
     target: Tensor
+    sample_weight: Tensor | None
+    mask: Tensor | None
     factor: float | Tensor
+
+
+# What the arguments of a term are called.
+_NAMES = (
+    ("model_pred", "target", "sample_weight", "mask"),
+    ("model_pred_no_trigger", "base_pred", "preserve_weight", "preserve_mask"),
+)
 
 
 @undisturbed
@@ -33,6 +42,8 @@ def cat_loss(
     base_pred: Tensor,
     sample_weight: Tensor | None,
     mask: Tensor | None,
+    preserve_weight: Tensor | None,
+    preserve_mask: Tensor | None,
     cat_factor: float,
     mask_normalize: bool,
     scale: float | Tensor,
@@ -44,8 +55,11 @@ def cat_loss(
     if not isinstance(mask_normalize, bool):
         kind = type(mask_normalize).__name__
         raise TypeError(f"argument 'mask_normalize': '{kind}' object cannot be converted to 'PyBool'")
-    terms = [_Term(model_pred, target, 1.0), _Term(model_pred_no_trigger, base_pred, cat_factor)]
-    total, parts, gradients = _evaluate(terms, sample_weight, mask, mask_normalize, scale, wanted)
+    terms = [
+        _Term(model_pred, target, sample_weight, mask, 1.0),
+        _Term(model_pred_no_trigger, base_pred, preserve_weight, preserve_mask, cat_factor),
+    ]
+    total, parts, gradients = _evaluate(terms, mask_normalize, scale, wanted)
     return total, parts, gradients[0], gradients[1]
 
 
@@ -56,6 +70,8 @@ def student_loss(
     base_pred: Tensor | None,
     sample_weight: Tensor | None,
     mask: Tensor | None,
+    preserve_weight: Tensor | None,
+    preserve_mask: Tensor | None,
     cat_factor: float | Tensor,
     scale: float | Tensor,
     stream: int = 0,
@@ -63,14 +79,16 @@ def student_loss(
     """See `cat_rs.ops.cat_loss.student_loss`."""
     checks = Checks("CatStep")
     checks.floats("student", student)
-    halves = 1 if base_pred is None else 2
-    if student.dim() == 0 or len(student) == 0 or len(student) % halves:
-        checks.refuse_shape("student", f"[{halves} * B, ...] with B >= 1", student)
-    first, *others = student.detach().chunk(halves)
-    terms = [_Term(first, target, 1.0)]
+    batch, preserved = (0 if each is None or each.dim() == 0 else len(each) for each in (target, base_pred))
+    rows = 0 if student.dim() == 0 else len(student)
+    if rows != batch + preserved or batch == 0 or (base_pred is not None and preserved == 0):
+        expected = f"[{batch} + {preserved}, ...] as target and base have, none of them empty"
+        checks.refuse_shape("student", expected, student)
+    detached = student.detach()
+    terms = [_Term(detached[:batch], target, sample_weight, mask, 1.0)]
     if base_pred is not None:
-        terms.append(_Term(others[0], base_pred, cat_factor))
-    total, parts, gradients = _evaluate(terms, sample_weight, mask, False, scale, (True, True))
+        terms.append(_Term(detached[batch:], base_pred, preserve_weight, preserve_mask, cat_factor))
+    total, parts, gradients = _evaluate(terms, False, scale, (True, True))
     return total, parts, torch.cat([gradient for gradient in gradients if gradient is not None])
 
 
@@ -89,29 +107,23 @@ def scale_gradients(first: Tensor | None, second: Tensor | None, factor: Tensor,
 
 
 def _evaluate(
-    terms: Sequence[_Term],
-    sample_weight: Tensor | None,
-    mask: Tensor | None,
-    mask_normalize: bool,
-    scale: float | Tensor,
-    wanted: Sequence[bool],
+    terms: Sequence[_Term], mask_normalize: bool, scale: float | Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """total = sum of factor * term; the terms; scale * dtotal/dpred of each where wanted."""
-    _check(terms, sample_weight, mask, scale)
-    shape, device = terms[0].pred.shape, terms[0].pred.device
+    _check(terms, scale)
     dtype = compute_dtype(*(tensor for term in terms for tensor in (term.pred, term.target)))
-    wide = wide_dtype(device)
-    weight = torch.ones(len(terms[0].pred), dtype=wide, device=device)
-    if sample_weight is not None:
-        weight = sample_weight.to(wide)
-    mask = None if mask is None else mask.to(dtype)
-    share = weight / (len(weight) * _elements(shape, mask if mask_normalize else None, wide))
-    # A sample that is masked out whole has nothing to learn from: it counts as zero.
-    share = torch.where(share.isfinite(), share, 0.0)
+    wide = wide_dtype(terms[0].pred.device)
     values, gradients = [], []
-    for (pred, target, factor), want in zip(terms, wanted, strict=False):
+    for (pred, target, sample_weight, mask, factor), want in zip(terms, wanted, strict=False):
         error = pred.to(dtype) - target.to(dtype)
+        mask = None if mask is None else mask.to(dtype)
         masked = error if mask is None else mask * error
+        weight = torch.ones(len(pred), dtype=wide, device=pred.device)
+        if sample_weight is not None:
+            weight = sample_weight.to(wide)
+        share = weight / (len(weight) * _elements(pred.shape, mask if mask_normalize else None, wide))
+        # A sample that is masked out whole has nothing to learn from: it counts as zero.
+        share = torch.where(share.isfinite(), share, 0.0)
         sums = (masked * error).flatten(1).sum(1, dtype=wide) if error.dim() > 1 else (masked * error).to(wide)
         values.append((share * sums).sum())
         by_sample = (2.0 * factor * scale * share).to(dtype).reshape([-1] + [1] * (error.dim() - 1))
@@ -128,48 +140,51 @@ def _elements(shape: torch.Size, mask: Tensor | None, wide: torch.dtype) -> floa
     return mask.to(wide).expand(shape).reshape(shape[0], -1).sum(1)
 
 
-def _check(terms: Sequence[_Term], sample_weight: Tensor | None, mask: Tensor | None, scale: float | Tensor) -> None:
+def _check(terms: Sequence[_Term], scale: float | Tensor) -> None:
     checks = Checks(_OP)
-    names = (("model_pred", "target"), ("model_pred_no_trigger", "base_pred"))
-    pairs = [
-        (name, tensor)
-        for term, both in zip(terms, names, strict=False)
-        for name, tensor in zip(both, term[:2], strict=True)
-    ]
-    for name, tensor in pairs:
-        checks.floats(name, tensor)
-    shape = terms[0].pred.shape
-    for name, tensor in pairs:
-        checks.shape(name, tensor, shape)
-        if name in ("target", "base_pred"):
-            checks.constant(name, tensor)
-    if not shape or 0 in shape:
+    for term, names in zip(terms, _NAMES, strict=False):
+        for name, tensor in zip(names[:2], term[:2], strict=True):
+            checks.floats(name, tensor)
+    first = terms[0].pred.shape
+    if not first or 0 in first:
         checks.refuse_shape("model_pred", "[B, ...] with no empty dimension", terms[0].pred)
+    for term, (pred_name, target_name, _, _) in zip(terms, _NAMES, strict=False):
+        shape = term.pred.shape
+        if shape[1:] != first[1:] or len(shape) != len(first) or shape[0] == 0:
+            sizes = "".join(f", {size}" for size in first[1:])
+            checks.refuse_shape(pred_name, f"[P >= 1{sizes}]", term.pred)
+        checks.shape(target_name, term.target, shape)
+        checks.constant(target_name, term.target)
     for term in terms[1:]:
         _check_factor(checks, "cat_factor", term.factor)
         if _is_known(term.factor) and not 0 <= float(term.factor) < math.inf:
             checks.refuse("cat_factor", "a finite number >= 0", float(term.factor))
     _check_factor(checks, "scale", scale)
-    if mask is not None:
-        _check_mask(checks, mask, shape)
-    if sample_weight is not None:
-        checks.floats("sample_weight", sample_weight)
-        checks.shape("sample_weight", sample_weight, shape[:1])
-        checks.constant("sample_weight", sample_weight)
-        # On another device, to see the values would be to wait for them.
-        if sample_weight.device.type == "cpu":
-            for index, value in enumerate(sample_weight.tolist()):
-                if not 0 <= value < math.inf:
-                    checks.refuse("sample_weight", "finite and >= 0 everywhere", f"{value} at index {index}")
+    for term, (_, _, weight_name, mask_name) in zip(terms, _NAMES, strict=False):
+        if term.mask is not None:
+            _check_mask(checks, mask_name, term.mask, term.pred.shape)
+        if term.sample_weight is not None:
+            _check_weight(checks, weight_name, term.sample_weight, term.pred.shape[:1])
 
 
-def _check_mask(checks: Checks, mask: Tensor, shape: torch.Size) -> None:
-    checks.dense("mask", mask)
-    checks.constant("mask", mask)
+def _check_weight(checks: Checks, name: str, weight: Tensor, shape: torch.Size) -> None:
+    checks.floats(name, weight)
+    checks.shape(name, weight, shape)
+    checks.constant(name, weight)
+    # On another device, to see the values would be to wait for them.
+    if weight.device.type == "cpu":
+        for index, value in enumerate(weight.tolist()):
+            if not 0 <= value < math.inf:
+                checks.refuse(name, "finite and >= 0 everywhere", f"{value} at index {index}")
+
+
+def _check_mask(checks: Checks, name: str, mask: Tensor, shape: torch.Size) -> None:
+    checks.dense(name, mask)
+    checks.constant(name, mask)
     if mask.dtype != torch.bool:
-        checks.floats("mask", mask)
+        checks.floats(name, mask)
     if mask.dim() != len(shape) or any(own not in (1, size) for own, size in zip(mask.shape, shape, strict=False)):
-        checks.refuse_shape("mask", f"{list(shape)} up to dimensions of size 1", mask)
+        checks.refuse_shape(name, f"{list(shape)} up to dimensions of size 1", mask)
 
 
 def _check_factor(checks: Checks, argument: str, factor: float | Tensor) -> None:

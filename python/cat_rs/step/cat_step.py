@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cat_rs.arguments import check, refusing
-from cat_rs.errors import AdapterError
+from cat_rs.errors import AdapterError, InvalidValueError
 from cat_rs.ops.cat_loss import student_loss
 from cat_rs.ops.noising import noising
 from cat_rs.step import collectives, device_values, inputs
@@ -22,7 +22,7 @@ from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor, 
 from cat_rs.step.conditions import Cond, evaluate_conditions, join_conditions
 from cat_rs.step.denoiser import Predict, convention_of, denoiser_predict, predicted
 from cat_rs.step.device_values import DeviceValues
-from cat_rs.step.inputs import StepInputs
+from cat_rs.step.inputs import PreservationSamples, StepInputs
 from cat_rs.step.noise_schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -216,6 +216,7 @@ class CatStep:
         timesteps: torch.Tensor | None = None,
         sample_weight: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        preserve: PreservationSamples | None = None,
         sync_gradients: bool | None = None,
     ) -> StepMetrics:
         """Runs one step; every ``accumulate``-th call updates the adapter.
@@ -234,6 +235,9 @@ class CatStep:
             timesteps: [B], on the latents' device; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
             mask: m, of the latents' shape up to dimensions of size 1.
+            preserve: Samples of the preservation term, [P, ...], with noise, timesteps, weights and mask of their own,
+                to which ``cond_no_trigger`` then belongs; each term is a mean over its own samples. By default the
+                concept's latents are preserved, as CAT does. Not with a teacher bank.
             sync_gradients: Whether this call updates the adapter, as ``accelerator.sync_gradients`` says inside
                 ``accelerator.accumulate``, which also ends an accumulation with the dataloader; by default every
                 ``accumulate``-th call does.
@@ -244,8 +248,8 @@ class CatStep:
         update_due = self._accumulation.is_due(self.accumulate, sync_gradients)
         inputs.check_tensors("CatStep", sample_weight=sample_weight, mask=mask)
         cat_factor = factor_after(self._cat_factor, self.steps_done)
-        preserve = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
-        conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=preserve)
+        preserves = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
+        conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=preserves)
         if self._teacher_bank is None:
             drawn = inputs.draw(latents, noise, timesteps, self._schedule, self.noise_offset, self.generator)
         else:
@@ -253,7 +257,11 @@ class CatStep:
             compare = self._compares_conditions or not device_values.is_gpu(device)
             drawn = inputs.draw_stored(latents, noise, timesteps, bank, conditions, generator, device, compare=compare)
             self._compares_conditions = False
-        given = StepInputs(*drawn, sample_weight, mask, conditions)
+        if preserve is not None:
+            if self._teacher_bank is not None:
+                raise InvalidValueError("CatStep: `preserve` must be None with a teacher bank, got samples")
+            preserve = inputs.draw_preserved(preserve, latents, self._schedule, self.noise_offset, self.generator)
+        given = StepInputs(*drawn, sample_weight, mask, conditions, preserve)
         self._factors.write([cat_factor, 1.0 / self.accumulate])
         if self._captured is None:
             loss, parts, grad_norm = *self._forward_backward(given), None
@@ -271,20 +279,24 @@ class CatStep:
     def _forward_backward(self, given: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the loss's gradient to the parameters'; returns the loss and [diffusion, cat]."""
         cond, cond_no_trigger, cond_base = given.conditions
-        timesteps, batch, schedule = given.timesteps, given.latents.shape[0], self._schedule
-        rates = schedule.rates(timesteps, batch)
-        weight = schedule.weights(timesteps, self.snr_gamma, given.sample_weight)
-        copies = 1 if cond_no_trigger is None else 2
-        noisy, target = noising(given.latents, given.noise, *rates, schedule.prediction_type, copies=copies)
+        timesteps, batch, own = given.timesteps, given.latents.shape[0], given.preserve
+        copies = 2 if cond_no_trigger is not None and own is None else 1
+        noisy, target, weight = self._noised(given, copies)
+        own_weight, own_mask = weight, given.mask
         base_pred = None
         if cond_no_trigger is not None:
+            preserved, preserved_timesteps = noisy[:batch], timesteps
+            if own is not None and own.timesteps is not None:
+                preserved, _, own_weight = self._noised(own, copies)
+                preserved_timesteps, own_mask = own.timesteps, own.mask
+                noisy = torch.cat([noisy, preserved])
             base_pred = given.base_pred
             if base_pred is None:
                 with torch.no_grad(), self._adapters.disabled():
                     base_cond = cond_base or cond_no_trigger
-                    base_pred = self._prediction(noisy[:batch], timesteps, base_cond, "cond_no_trigger")
-            cond = self._join_conditions(cond, cond_no_trigger, batch)
-            timesteps = torch.cat([timesteps, timesteps])
+                    base_pred = self._prediction(preserved, preserved_timesteps, base_cond, "cond_no_trigger")
+            cond = self._join_conditions(cond, cond_no_trigger, (batch, preserved.shape[0]))
+            timesteps = torch.cat([timesteps, preserved_timesteps])
         student = self._prediction(noisy, timesteps, cond)
         if not student.requires_grad:
             got = "a prediction without a gradient: call the step outside of torch.no_grad()"
@@ -293,12 +305,25 @@ class CatStep:
         if self.grad_scaler is not None:
             # In the kernel: small errors would leave no gradient in float16 that could be scaled.
             grad_factor = self.grad_scaler.scale(grad_factor)
-        loss, parts, grad = student_loss(student, target, base_pred, weight, given.mask, cat_factor, grad_factor)
+        loss, parts, grad = student_loss(
+            student, target, base_pred, weight, given.mask, own_weight, own_mask, cat_factor, grad_factor
+        )
         del base_pred  # not kept during the backward pass
         # Autocast is for forward passes: the backward of each operation runs in the dtype of its forward.
         with torch.autocast(grad.device.type, enabled=False):
             torch.autograd.backward(student, grad)
         return loss, parts
+
+    def _noised(
+        self, samples: StepInputs | PreservationSamples, copies: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Noisy latents, ``copies`` times; the target; the samples' weights."""
+        latents, noise, timesteps, schedule = samples.latents, samples.noise, samples.timesteps, self._schedule
+        assert noise is not None
+        assert timesteps is not None
+        rates = schedule.rates(timesteps, latents.shape[0])
+        noisy, target = noising(latents, noise, *rates, schedule.prediction_type, copies=copies)
+        return noisy, target, schedule.weights(timesteps, self.snr_gamma, samples.sample_weight)
 
     def _prediction(
         self, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any], cond_name: str = "cond"

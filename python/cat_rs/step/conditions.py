@@ -99,19 +99,19 @@ def as_kwargs(name: str, cond: Cond) -> Mapping[str, Any]:
 def join_conditions(
     first: Mapping[str, Any],
     second: Mapping[str, Any],
-    batch: int,
+    batches: tuple[int, int],
     *,
     unbatched: Collection[str] = (),
     convention: Convention = Convention(),  # noqa: B008 (an immutable tuple)
 ) -> dict[str, Any]:
     """Both conditions along the batch.
 
-    A tensor whose first dimension is ``batch`` has a batch dimension and is concatenated. Every other value, a tensor
-    of another first dimension included, belongs to no sample: it must be equal in both and is passed once.
+    A tensor whose first dimension is that of ``batches`` has a batch dimension and is concatenated. Every other value,
+    a tensor of another first dimension included, belongs to no sample: it must be equal in both and is passed once.
 
     Args:
         first, second: Nested mappings and sequences of tensors and other values, of the same structure.
-        batch: B.
+        batches: B and P, the samples of each.
         unbatched: Keys of the outer mapping whose tensors have no batch dimension even where their first dimension is
             B by chance.
         convention: Of the model: further such keys, and keys of lists with one entry a sample.
@@ -125,11 +125,11 @@ def join_conditions(
         for key in first:
             name, pair = f"[{key!r}]", (first[key], second[key])
             if key in unbatched or (key in convention.unbatched and getattr(pair[0], "ndim", 0) == 2):
-                joined[key] = _shared(name, *pair, batch)
+                joined[key] = _shared(name, *pair, batches)
             elif key in convention.per_sample:
-                joined[key] = _samples(name, *pair, batch)
+                joined[key] = _samples(name, *pair, batches)
             else:
-                joined[key] = _join(name, *pair, batch)
+                joined[key] = _join(name, *pair, batches)
     return joined
 
 
@@ -140,24 +140,26 @@ def _check_keys(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) 
         )
 
 
-def _join(name: str, first: Any, second: Any, batch: int) -> Any:
+def _join(name: str, first: Any, second: Any, batches: tuple[int, int]) -> Any:
     if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        if first.shape != second.shape:
+        if first.shape[:1] != batches[:1]:
+            return _shared(name, first, second, batches)
+        if second.shape != (batches[1], *first.shape[1:]):
             raise ShapeError(
-                f"CatStep: `cond_no_trigger{name}` must have cond's shape {list(first.shape)} for one batch of both, "
-                f"got {list(second.shape)}"
+                f"CatStep: `cond_no_trigger{name}` must have shape {[batches[1], *first.shape[1:]]} to stand beside "
+                f"cond's {list(first.shape)} in one batch, got {list(second.shape)}"
             )
-        return torch.cat([first, second]) if first.shape[:1] == (batch,) else _shared(name, first, second, batch)
+        return torch.cat([first, second])
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         _check_keys(name, first, second)
-        return {key: _join(f"{name}[{key!r}]", first[key], second[key], batch) for key in first}
+        return {key: _join(f"{name}[{key!r}]", first[key], second[key], batches) for key in first}
     if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
         pairs = enumerate(zip(first, second, strict=True))
-        return pytree.rebuild(first, [_join(f"{name}[{index}]", *pair, batch) for index, pair in pairs])
-    return _shared(name, first, second, batch)
+        return pytree.rebuild(first, [_join(f"{name}[{index}]", *pair, batches) for index, pair in pairs])
+    return _shared(name, first, second, batches)
 
 
-def _shared(name: str, first: Any, second: Any, batch: int) -> Any:
+def _shared(name: str, first: Any, second: Any, batches: tuple[int, int]) -> Any:
     """What belongs to no sample: the same in both conditions."""
     are_tensors = isinstance(first, torch.Tensor), isinstance(second, torch.Tensor)
     if all(are_tensors):
@@ -166,8 +168,8 @@ def _shared(name: str, first: Any, second: Any, batch: int) -> Any:
         if not (first is second or (_memory(first) == _memory(second) if on_gpu else torch.equal(first, second))):
             must = "be cond's tensor itself on a GPU" if on_gpu else "equal cond's tensor"
             raise ShapeError(
-                f"CatStep: `cond_no_trigger{name}` must have a batch dimension of {batch} or, without one, {must}, "
-                f"got another tensor of shape {list(second.shape)}"
+                f"CatStep: `cond_no_trigger{name}` must have a batch dimension of {batches[1]} or, without one, "
+                f"{must}, got another tensor of shape {list(second.shape)}"
             )
     elif any(are_tensors) or first != second:
         must = f"`cond_no_trigger{name}` must equal cond's {shown(first)}"
@@ -179,9 +181,9 @@ def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _samples(name: str, first: Any, second: Any, batch: int) -> Any:
+def _samples(name: str, first: Any, second: Any, batches: tuple[int, int]) -> Any:
     """Both lists, which have one entry a sample."""
-    for side, entries in (("cond", first), ("cond_no_trigger", second)):
+    for side, entries, batch in zip(("cond", "cond_no_trigger"), (first, second), batches, strict=True):
         if not isinstance(entries, list | tuple) or len(entries) != batch:
             got = f"{len(entries)} entries" if isinstance(entries, list | tuple) else type(entries).__name__
             raise ShapeError(f"CatStep: `{side}{name}` must be a list with one entry a sample, {batch}, got {got}")

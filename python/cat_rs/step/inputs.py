@@ -18,14 +18,34 @@ if TYPE_CHECKING:
     from cat_rs.step.teacher_bank import TeacherBank
 
 __all__ = [
+    "PreservationSamples",
     "StepInputs",
     "check_generator",
     "check_options",
     "check_tensors",
     "draw",
     "draw_noise",
+    "draw_preserved",
     "draw_stored",
 ]
+
+
+class PreservationSamples(NamedTuple):
+    """Latents whose base predictions are to stay, in place of the concept's own: pictures that the base model drew.
+
+    Attributes:
+        latents: x', [P, ...]; in the other dimensions as the concept's latents.
+        noise: [P, ...]; drawn from the standard normal if None.
+        timesteps: [P]; drawn uniformly from the schedule if None.
+        sample_weight: w', [P], >= 0; multiplies the min-SNR weights.
+        mask: m', of the latents' shape up to dimensions of size 1.
+    """
+
+    latents: torch.Tensor
+    noise: torch.Tensor | None = None
+    timesteps: torch.Tensor | None = None
+    sample_weight: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
 
 class StepInputs(NamedTuple):
@@ -36,6 +56,7 @@ class StepInputs(NamedTuple):
         base_pred: f_base(z_t, t, c0) where it is known already, [B, ...].
         sample_weight, mask: As given.
         conditions: The model's keyword arguments.
+        preserve: The samples of the preservation term, where they are not the concept's.
     """
 
     latents: torch.Tensor
@@ -45,6 +66,7 @@ class StepInputs(NamedTuple):
     sample_weight: torch.Tensor | None
     mask: torch.Tensor | None
     conditions: Conditions
+    preserve: PreservationSamples | None
 
 
 # The first four fields.
@@ -115,6 +137,26 @@ def draw(
     if timesteps is None:
         timesteps = schedule.draw(latents.shape[0], generator)
     return latents, noise, timesteps, None
+
+
+def draw_preserved(
+    samples: PreservationSamples,
+    latents: torch.Tensor,
+    schedule: NoiseSchedule,
+    noise_offset: float,
+    generator: torch.Generator | None,
+) -> PreservationSamples:
+    """Checks the samples beside the concept's latents, and draws noise and timesteps where they are not given."""
+    expected = "PreservationSamples or None"
+    check("CatStep", "preserve", samples, expected, lambda it: isinstance(it, PreservationSamples))
+    noise, timesteps = draw(samples.latents, samples.noise, samples.timesteps, schedule, noise_offset, generator)[1:3]
+    if samples.latents.shape[1:] != latents.shape[1:] or samples.latents.dtype != latents.dtype:
+        sizes = ", ".join(map(str, latents.shape[1:]))
+        raise ShapeError(
+            f"CatStep: `preserve.latents` must have shape [P, {sizes}] and dtype {latents.dtype} as `latents`, got "
+            f"{list(samples.latents.shape)} and {samples.latents.dtype}"
+        )
+    return samples._replace(noise=noise, timesteps=timesteps)
 
 
 def draw_noise(latents: torch.Tensor, noise_offset: float, generator: torch.Generator | None) -> torch.Tensor:

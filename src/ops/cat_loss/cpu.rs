@@ -23,6 +23,12 @@ pub struct Term<'a> {
     pub grad: Option<ElementsMut<'a>>,
     /// The gradient's factor, d(loss)/d(term).
     pub factor: f64,
+    /// Samples.
+    pub batch: usize,
+    /// Per-sample weights.
+    pub weights: Option<Vec<f64>>,
+    /// The mask.
+    pub mask: Option<Mask<'a>>,
 }
 
 /// A mask that repeats over each sample's channels.
@@ -39,54 +45,50 @@ pub struct Mask<'a> {
 /// Everything of the loss but the dtype it is computed in.
 #[derive(Debug)]
 pub struct Problem<'a> {
-    /// The terms; all share weights and mask.
+    /// The terms.
     pub terms: Vec<Term<'a>>,
-    /// Samples.
-    pub batch: usize,
     /// Elements a sample.
     pub per_sample: usize,
-    /// Per-sample weights.
-    pub weights: Option<Vec<f64>>,
-    /// The mask.
-    pub mask: Option<Mask<'a>>,
     /// Whether the mean is over the mask's weight instead of over all elements.
     pub mask_normalize: bool,
 }
 
 /// The terms' values, in f64; writes the gradients that are wanted.
 pub fn cat_loss<T: Real>(op: &'static str, threads: usize, problem: &Problem) -> Result<Vec<f64>> {
-    let Problem { terms, batch, per_sample, .. } = problem;
-    let scales = sample_scales::<T>(problem);
+    let Problem { terms, per_sample, .. } = problem;
+    // Of the samples of all terms, one term after the other.
+    let scales: Vec<f64> = terms.iter().flat_map(|term| sample_scales::<T>(term, problem)).collect();
     let tasks_per_sample = per_sample.div_ceil(TASK);
-    let tasks = terms.len() * batch * tasks_per_sample;
-    let threads = if terms.len() * batch * per_sample < MIN_PARALLEL { 1 } else { threads };
+    let tasks = scales.len() * tasks_per_sample;
+    let threads = if scales.len() * per_sample < MIN_PARALLEL { 1 } else { threads };
+    let first = terms[0].batch;
 
     let mut sums = vec![0.0f64; tasks];
     let slots = DisjointMut::new(&mut sums);
     for_each_task(op, threads, tasks, |task| {
         let (row, part) = (task / tasks_per_sample, task % tasks_per_sample);
-        let (term, sample) = (&terms[row / batch], row % batch);
+        let (term, sample) = if row < first { (&terms[0], row) } else { (&terms[1], row - first) };
         let start = part * TASK;
         let len = TASK.min(per_sample - start);
-        let sum = vectorized!(task_sum::<T>(term, problem.mask, sample, *per_sample, start, len, scales[sample]));
+        let sum = vectorized!(task_sum::<T>(term, sample, *per_sample, start, len, scales[row]));
         // SAFETY: every task writes its own slot.
         let slot = unsafe { slots.range(task, 1) };
         slot[0] = sum;
     })?;
 
-    let per_term = batch * tasks_per_sample;
-    let value = |sums: &[f64]| -> f64 {
-        sums.chunks(tasks_per_sample).zip(&scales).map(|(parts, scale)| scale * parts.iter().sum::<f64>()).sum()
+    let mut samples = sums.chunks(tasks_per_sample).zip(&scales);
+    let value = |term: &Term| -> f64 {
+        samples.by_ref().take(term.batch).map(|(parts, scale)| scale * parts.iter().sum::<f64>()).sum()
     };
-    Ok(sums.chunks(per_term).map(value).collect())
+    Ok(terms.iter().map(value).collect())
 }
 
 /// w_i / (B * denominator_i): what turns a sample's sum of squares into its share of the term.
-fn sample_scales<T: Real>(problem: &Problem) -> Vec<f64> {
-    (0..problem.batch)
+fn sample_scales<T: Real>(term: &Term, problem: &Problem) -> Vec<f64> {
+    (0..term.batch)
         .map(|sample| {
-            let weight = problem.weights.as_ref().map_or(1.0, |weights| weights[sample]);
-            let denominator = match problem.mask {
+            let weight = term.weights.as_ref().map_or(1.0, |weights| weights[sample]);
+            let denominator = match term.mask {
                 Some(mask) if problem.mask_normalize => {
                     let repeats = (problem.per_sample / mask.period) as f64;
                     repeats * mask_row_sum::<T>(mask, sample)
@@ -97,7 +99,7 @@ fn sample_scales<T: Real>(problem: &Problem) -> Vec<f64> {
             if denominator == 0.0 {
                 0.0
             } else {
-                weight / (problem.batch as f64 * denominator)
+                weight / (term.batch as f64 * denominator)
             }
         })
         .collect()
@@ -128,7 +130,6 @@ fn mask_row_start(mask: Mask, sample: usize) -> usize {
 #[inline(always)]
 fn task_sum<T: Real>(
     term: &Term,
-    mask: Option<Mask>,
     sample: usize,
     per_sample: usize,
     start: usize,
@@ -144,13 +145,14 @@ fn task_sum<T: Real>(
     let mut at = start;
     while at < start + len {
         let mut size = BLOCK.min(start + len - at);
-        if let Some(mask) = mask {
+        if let Some(mask) = term.mask {
             size = size.min(mask.period - at % mask.period);
         }
         let offset = sample * per_sample + at;
         let pred = term.pred.load(offset, size, &mut pred_scratch);
         let target = term.target.load(offset, size, &mut target_scratch);
-        let mask = mask
+        let mask = term
+            .mask
             .map(|mask| mask.elements.load(mask_row_start(mask, sample) + at % mask.period, size, &mut mask_scratch));
         match &term.grad {
             Some(grad) => {

@@ -24,6 +24,10 @@ pub struct Term<'t> {
     pub target: &'t Tensor,
     /// Where the gradient with respect to `pred` goes, in its dtype, if wanted.
     pub grad: Option<&'t Tensor>,
+    /// w, [B], contiguous.
+    pub weights: Option<&'t Tensor>,
+    /// The mask's rows, contiguous, and the length of a row: one row, or one a sample.
+    pub mask: Option<(&'t Tensor, u64)>,
 }
 
 /// Everything of the loss, on the device; weights and mask in the dtype that the kernel computes in.
@@ -35,14 +39,8 @@ pub struct Problem<'t> {
     pub on: Device,
     /// The dtype to compute in.
     pub kind: Kind,
-    /// Samples.
-    pub batch: u64,
     /// Elements a sample.
     pub per_sample: u64,
-    /// w, [B], contiguous.
-    pub weights: Option<&'t Tensor>,
-    /// The mask's rows, contiguous, and the length of a row: one row, or one a sample.
-    pub mask: Option<(&'t Tensor, u64)>,
     /// Whether the mean is over the mask's weight instead of over all elements.
     pub mask_normalize: bool,
     /// The weight of the preservation term.
@@ -58,23 +56,23 @@ struct TermParameter {
     target: u64,
     grad: u64,
     is_cat: u64,
+    weights: u64,
+    mask: u64,
+    mask_sums: u64,
+    share: f64,
+    batch: u64,
+    rows_per_sample: u64,
+    row: u64,
+    mask_per_sample: u64,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct LossParameter {
     terms: [TermParameter; 2],
-    weights: u64,
-    mask: u64,
-    mask_sums: u64,
     partials: u64,
     cat_factor: Scalar,
     scale: Scalar,
-    share: f64,
-    batch: u64,
-    rows_per_sample: u64,
-    row: u64,
-    mask_per_sample: u64,
 }
 
 #[repr(C)]
@@ -113,49 +111,74 @@ pub fn variant(kind: Kind) -> Variant {
     Variant { program: &PROGRAM, defines: defines(real_of(kind), kind, kind).to_vec() }
 }
 
-/// The values of the loss; writes the gradients that are wanted.
-pub fn cat_loss(stream: &Stream, problem: &Problem) -> Result<GpuValues> {
-    let Problem { on, kind, batch, .. } = *problem;
-    let (mask, row) = problem.mask.map_or((None, problem.per_sample), |(mask, row)| (Some(mask), row));
-    let mask_rows = mask.map_or(0, |mask| mask.numel() as u64 / row);
-
-    let kinds = problem.terms.iter().map(|term| Ok((term.pred.f_kind()?, term.target.f_kind()?)));
-    let kinds = kinds.collect::<tch::Result<Vec<_>>>().during(OP)?;
-    let all_kinds: Vec<Kind> = kinds.iter().flat_map(|(pred, target)| [*pred, *target]).collect();
-    let blocks = stream.blocks(batch * (problem.per_sample / row) * row.div_ceil(block_chunk(UNROLL, &all_kinds)));
-
-    let normalized_rows = if problem.mask_normalize { mask_rows } else { 0 };
-    let partials = u64::from(blocks) * problem.terms.len() as u64;
-    let workspace = Tensor::f_empty([(partials + normalized_rows) as i64], (Kind::Double, on)).during(OP)?;
-    let partials = address(OP, &workspace)?;
-    let mask_sums = partials + 8 * u64::from(blocks) * problem.terms.len() as u64;
-    let (pred, target) = kinds[0];
-    let common = defines(kind, pred, target);
-    if normalized_rows > 0 {
-        let parameter = MaskSumsParameter { mask: optional_address(OP, mask)?, sums: mask_sums, row };
-        let blocks = u32::try_from(normalized_rows).unwrap_or(u32::MAX);
-        // SAFETY: MaskSums of kernel.cu, on PyTorch's memory.
-        unsafe { stream.launch(kernel(c"mask_sums", &common), [blocks, 1], &parameter)? };
+impl Term<'_> {
+    fn batch(&self) -> u64 {
+        self.pred.size()[0] as u64
     }
 
-    let terms = problem.terms.iter().zip(0u64..).map(|(term, is_cat)| {
-        let (pred, target) = (address(OP, term.pred)?, address(OP, term.target)?);
-        Ok(TermParameter { pred, target, grad: optional_address(OP, term.grad)?, is_cat })
-    });
-    let terms = terms.collect::<Result<Vec<_>>>()?;
+    /// The length of a row: of the mask's, or a whole sample.
+    fn row(&self, per_sample: u64) -> u64 {
+        self.mask.map_or(per_sample, |(_, row)| row)
+    }
+
+    fn mask_rows(&self) -> u64 {
+        self.mask.map_or(0, |(mask, row)| mask.numel() as u64 / row)
+    }
+}
+
+/// The values of the loss; writes the gradients that are wanted.
+pub fn cat_loss(stream: &Stream, problem: &Problem) -> Result<GpuValues> {
+    let Problem { on, kind, per_sample, ref terms, .. } = *problem;
+    let kinds = terms.iter().map(|term| Ok((term.pred.f_kind()?, term.target.f_kind()?)));
+    let kinds = kinds.collect::<tch::Result<Vec<_>>>().during(OP)?;
+    let all_kinds: Vec<Kind> = kinds.iter().flat_map(|(pred, target)| [*pred, *target]).collect();
+    let chunk = block_chunk(UNROLL, &all_kinds);
+    let chunks = |term: &Term| {
+        let row = term.row(per_sample);
+        term.batch() * (per_sample / row) * row.div_ceil(chunk)
+    };
+    let blocks = stream.blocks(terms.iter().map(chunks).max().unwrap_or(1));
+
+    let normalized_rows = |term: &Term| if problem.mask_normalize { term.mask_rows() } else { 0 };
+    let partials = u64::from(blocks) * terms.len() as u64;
+    let sums = terms.iter().map(normalized_rows).sum::<u64>();
+    let workspace = Tensor::f_empty([(partials + sums) as i64], (Kind::Double, on)).during(OP)?;
+    let partials = address(OP, &workspace)?;
+    let mut mask_sums = partials + 8 * u64::from(blocks) * terms.len() as u64;
+    let (pred, target) = kinds[0];
+    let common = defines(kind, pred, target);
+    let mut parameters = Vec::with_capacity(2);
+    for (term, is_cat) in terms.iter().zip(0u64..) {
+        let (row, rows) = (term.row(per_sample), normalized_rows(term));
+        let mask = optional_address(OP, term.mask.map(|(mask, _)| mask))?;
+        if rows > 0 {
+            let parameter = MaskSumsParameter { mask, sums: mask_sums, row };
+            let blocks = u32::try_from(rows).unwrap_or(u32::MAX);
+            // SAFETY: MaskSums of kernel.cu, on PyTorch's memory.
+            unsafe { stream.launch(kernel(c"mask_sums", &common), [blocks, 1], &parameter)? };
+        }
+        parameters.push(TermParameter {
+            pred: address(OP, term.pred)?,
+            target: address(OP, term.target)?,
+            grad: optional_address(OP, term.grad)?,
+            is_cat,
+            weights: optional_address(OP, term.weights)?,
+            mask,
+            mask_sums: if rows > 0 { mask_sums } else { 0 },
+            share: 1.0 / (term.batch() as f64 * per_sample as f64),
+            batch: term.batch(),
+            rows_per_sample: per_sample / row,
+            row,
+            mask_per_sample: (term.mask_rows() > 1).into(),
+        });
+        mask_sums += 8 * rows;
+    }
+    let terms = parameters;
     let mut parameter = LossParameter {
         terms: [terms[0], *terms.last().unwrap_or(&terms[0])],
-        weights: optional_address(OP, problem.weights)?,
-        mask: optional_address(OP, mask)?,
-        mask_sums: if normalized_rows > 0 { mask_sums } else { 0 },
         partials,
         cat_factor: problem.cat_factor,
         scale: problem.scale,
-        share: 1.0 / (batch as f64 * problem.per_sample as f64),
-        batch,
-        rows_per_sample: problem.per_sample / row,
-        row,
-        mask_per_sample: (mask_rows > 1).into(),
     };
     if kinds.iter().all(|other| *other == kinds[0]) {
         // SAFETY: CatLoss of kernel.cu, on PyTorch's memory.
@@ -214,41 +237,59 @@ mod tests {
 
     /// The values and gradients are those of the CPU's kernel.
     fn check(kinds: [Kind; 4], masked: bool, mask_normalize: bool, preserve: bool) {
-        let shape = [3, 2, 64, 40];
-        let [pred, target, pred_no_trigger, base] = kinds.map(|kind| random(&shape, kind));
+        let (shape, preserved) = ([3, 2, 64, 40], [5, 2, 64, 40]);
+        let [pred, target] = [kinds[0], kinds[1]].map(|kind| random(&shape, kind));
+        let [pred_no_trigger, base] = [kinds[2], kinds[3]].map(|kind| random(&preserved, kind));
         let kind = crate::ops::compute_kind(&kinds);
-        let weights = Tensor::f_from_slice(&[0.5f32, 0.0, 2.0]).unwrap();
-        let mask = masked.then(|| random(&[3, 1, 64, 40], kind).f_gt(0.0).unwrap().f_to_kind(kind).unwrap());
+        let weights = [&[0.5f32, 0.0, 2.0] as &[f32], &[1.0, 0.5, 3.0, 0.0, 0.25]];
+        let weights = weights.map(|weights| Tensor::f_from_slice(weights).unwrap());
+        let mask = |shape: [i64; 4]| random(&shape, kind).f_gt(0.0).unwrap().f_to_kind(kind).unwrap();
+        let masks = [[3, 1, 64, 40], [1, 2, 64, 40]].map(|shape| masked.then(|| mask(shape)));
         let (factor, scale) = (0.7, 0.25);
         let loss = CatLoss {
-            diffusion: Pair { pred: &pred, target: &target },
-            preservation: preserve.then_some(Pair { pred: &pred_no_trigger, target: &base }),
+            diffusion: Pair {
+                pred: &pred,
+                target: &target,
+                sample_weight: Some(&weights[0]),
+                mask: masks[0].as_ref(),
+            },
+            preservation: preserve.then_some(Pair {
+                pred: &pred_no_trigger,
+                target: &base,
+                sample_weight: Some(&weights[1]),
+                mask: masks[1].as_ref(),
+            }),
             cat_factor: Factor::Number(factor),
             scale: Factor::Number(scale),
-            sample_weight: Some(&weights),
-            mask: mask.as_ref(),
             mask_normalize,
             stream: 0,
         };
-        let empty = |like: &Tensor| Tensor::f_full(shape, f64::NAN, (like.f_kind().unwrap(), Device::Cpu)).unwrap();
+        let empty =
+            |like: &Tensor| Tensor::f_full(like.size(), f64::NAN, (like.f_kind().unwrap(), Device::Cpu)).unwrap();
         let (mut first, mut second) = (empty(&pred), empty(&pred_no_trigger));
         let expected = cat_loss_into(&loss, [Some(&mut first), preserve.then_some(&mut second)]).unwrap();
         let LossValues::Cpu(expected) = expected else { panic!("tensors on the CPU") };
 
         fake::with_stream(OP, |stream| {
             let grads = [empty(&pred), empty(&pred_no_trigger)];
-            let mut terms = vec![Term { pred: &pred, target: &target, grad: Some(&grads[0]) }];
+            let weights = weights.each_ref().map(|weights| weights.f_to_kind(kind).unwrap());
+            let rows = [64 * 40, 2 * 64 * 40];
+            let term = |index: usize, pred, target| Term {
+                pred,
+                target,
+                grad: Some(&grads[index]),
+                weights: Some(&weights[index]),
+                mask: masks[index].as_ref().map(|mask| (mask, rows[index])),
+            };
+            let mut terms = vec![term(0, &pred, &target)];
             if preserve {
-                terms.push(Term { pred: &pred_no_trigger, target: &base, grad: Some(&grads[1]) });
+                terms.push(term(1, &pred_no_trigger, &base));
             }
             let problem = Problem {
                 terms,
                 on: Device::Cpu,
                 kind,
-                batch: 3,
                 per_sample: 2 * 64 * 40,
-                weights: Some(&weights.f_to_kind(kind).unwrap()),
-                mask: mask.as_ref().map(|mask| (mask, 64 * 40)),
                 mask_normalize,
                 cat_factor: Scalar::host(factor),
                 scale: Scalar::host(scale),

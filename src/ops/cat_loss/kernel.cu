@@ -13,22 +13,13 @@ struct Term {
     // null where nobody wants the gradient
     PRED* grad;
     u64 is_cat;
-};
-
-struct CatLoss {
-    Term terms[2];
     // w, [batch], or null
     const REAL* weights;
     // m, rows of `row` elements: one, or one a sample; or null
     const REAL* mask;
     // The sums of the mask's rows, to divide by; or null
     const f64* mask_sums;
-    // [terms, blocks]
-    f64* partials;
-    Scalar cat_factor;
-    // The gradient's factor.
-    Scalar scale;
-    // 1 / (B * elements of a sample)
+    // 1 / (batch * elements of a sample)
     f64 share;
     u64 batch;
     // A sample is `rows_per_sample` rows, over which the mask repeats.
@@ -37,13 +28,22 @@ struct CatLoss {
     u64 mask_per_sample;
 };
 
+struct CatLoss {
+    Term terms[2];
+    // [terms, blocks]
+    f64* partials;
+    Scalar cat_factor;
+    // The gradient's factor.
+    Scalar scale;
+};
+
 // w_i / (B * denominator_i): what turns a sample's sum of squares into its share of the term.
-__device__ inline f64 sample_scale(const CatLoss& loss, u64 sample) {
-    const f64 weight = loss.weights ? f64(loss.weights[sample]) : 1.0;
-    if (loss.mask_sums == nullptr) return weight * loss.share;
-    const f64 mask_mean = loss.mask_sums[loss.mask_per_sample ? sample : 0] / f64(loss.row);
+__device__ inline f64 sample_scale(const Term& term, u64 sample) {
+    const f64 weight = term.weights ? f64(term.weights[sample]) : 1.0;
+    if (term.mask_sums == nullptr) return weight * term.share;
+    const f64 mask_mean = term.mask_sums[term.mask_per_sample ? sample : 0] / f64(term.row);
     // A sample that is masked out whole has nothing to learn from: it counts as zero.
-    return mask_mean == 0.0 ? 0.0 : weight * loss.share / mask_mean;
+    return mask_mean == 0.0 ? 0.0 : weight * term.share / mask_mean;
 }
 
 // Adds m * (pred - target)^2 to the sum and leaves the gradient.
@@ -105,15 +105,15 @@ __device__ inline REAL chunk_sum(const PRED* pred, const TARGET* target, const R
 extern "C" __global__ void __launch_bounds__(THREADS) cat_loss(const CatLoss loss) {
     const Term term = blockIdx.y ? loss.terms[1] : loss.terms[0];
     const f64 factor = 2.0 * (term.is_cat ? loss.cat_factor.get() : 1.0) * loss.scale.get();
-    const u64 chunks_per_row = (loss.row + CHUNK - 1) / CHUNK;
-    const u64 chunks = loss.batch * loss.rows_per_sample * chunks_per_row;
+    const u64 chunks_per_row = (term.row + CHUNK - 1) / CHUNK;
+    const u64 chunks = term.batch * term.rows_per_sample * chunks_per_row;
     f64 sum = 0.0;
     for (u64 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
         const u64 row = chunk / chunks_per_row, start = chunk % chunks_per_row * CHUNK;
-        const u64 sample = row / loss.rows_per_sample, offset = row * loss.row + start;
-        const u32 len = u32(loss.row - start < CHUNK ? loss.row - start : CHUNK);
-        const REAL* mask = loss.mask ? loss.mask + (loss.mask_per_sample ? sample * loss.row : 0) + start : nullptr;
-        const f64 scale = sample_scale(loss, sample);
+        const u64 sample = row / term.rows_per_sample, offset = row * term.row + start;
+        const u32 len = u32(term.row - start < CHUNK ? term.row - start : CHUNK);
+        const REAL* mask = term.mask ? term.mask + (term.mask_per_sample ? sample * term.row : 0) + start : nullptr;
+        const f64 scale = sample_scale(term, sample);
         sum += scale * f64(chunk_sum(term.pred + offset, term.target + offset, mask,
                                      term.grad ? term.grad + offset : nullptr, len, REAL(factor * scale)));
     }

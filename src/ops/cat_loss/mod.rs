@@ -1,6 +1,6 @@
 //! The CAT loss, its two terms and the gradients of both predictions (arXiv 2404.07554).
 //!
-//! L = mean_i w_i mean_x m (f(c) - y)^2 + cat_factor * mean_i w_i mean_x m (f(c0) - f_base(c0))^2
+//! L = mean_i w_i mean_x m (f(c) - y)^2 + cat_factor * mean_j w'_j mean_x m' (f(c0) - f_base(c0))^2
 
 mod cpu;
 mod cuda;
@@ -21,13 +21,17 @@ use crate::tensor::{
 
 const OP: &str = "cat_loss";
 
-/// A prediction and what it is compared with.
+/// One term, mean_i w_i mean_x m (pred - target)^2, over its own samples.
 #[derive(Clone, Copy, Debug)]
 pub struct Pair<'t> {
     /// The prediction, [B, ...].
     pub pred: &'t Tensor,
     /// The constant it is compared with, of the same shape.
     pub target: &'t Tensor,
+    /// w_i, [B].
+    pub sample_weight: Option<&'t Tensor>,
+    /// m, of the prediction's shape up to size-1 dimensions.
+    pub mask: Option<&'t Tensor>,
 }
 
 /// A number of the host, or one in a tensor: that of a GPU need not be waited for.
@@ -44,16 +48,12 @@ pub enum Factor<'t> {
 pub struct CatLoss<'t> {
     /// f(z_t, t, c) and the diffusion target y.
     pub diffusion: Pair<'t>,
-    /// f(z_t, t, c0) and f_base(z_t, t, c0); `None` is the plain diffusion loss.
+    /// f(z_t, t, c0) and f_base(z_t, t, c0), of as many samples as there are; `None` is the plain diffusion loss.
     pub preservation: Option<Pair<'t>>,
     /// The weight of the preservation term.
     pub cat_factor: Factor<'t>,
     /// The gradients' factor.
     pub scale: Factor<'t>,
-    /// w_i, [B].
-    pub sample_weight: Option<&'t Tensor>,
-    /// m, of the predictions' shape up to size-1 dimensions.
-    pub mask: Option<&'t Tensor>,
     /// Divide by the mask's sum instead of by the number of elements.
     pub mask_normalize: bool,
     /// The raw handle of the GPU's stream.
@@ -153,30 +153,50 @@ fn check_factor(argument: &'static str, tensor: &Tensor, on: Device) -> Result<K
     Ok(kind)
 }
 
-const WEIGHT: &str = "sample_weight";
-const NAMES: [[&str; 2]; 2] = [["model_pred", "target"], ["model_pred_no_trigger", "base_pred"]];
+/// What the arguments of a term are called.
+#[derive(Clone, Copy, Debug)]
+struct Names {
+    pred: &'static str,
+    target: &'static str,
+    weight: &'static str,
+    mask: &'static str,
+}
 
-impl CatLoss<'_> {
-    fn pairs(&self) -> impl Iterator<Item = (Pair<'_>, [&'static str; 2])> {
+const NAMES: [Names; 2] = [
+    Names { pred: "model_pred", target: "target", weight: "sample_weight", mask: "mask" },
+    Names {
+        pred: "model_pred_no_trigger",
+        target: "base_pred",
+        weight: "preserve_weight",
+        mask: "preserve_mask",
+    },
+];
+
+impl<'t> CatLoss<'t> {
+    fn pairs(&self) -> impl Iterator<Item = (Pair<'t>, Names)> {
         std::iter::once(self.diffusion).chain(self.preservation).zip(NAMES)
     }
 
     /// Checks predictions, targets and factors; returns the device and the dtype to compute in.
     fn check(&self) -> Result<(Device, Kind)> {
-        let on = device_of(OP, NAMES[0][0], self.diffusion.pred)?;
+        let on = device_of(OP, NAMES[0].pred, self.diffusion.pred)?;
         let mut kinds = Vec::with_capacity(4);
-        for (pair, [pred_name, target_name]) in self.pairs() {
-            kinds.push(check_float(OP, pred_name, pair.pred, on)?);
-            kinds.push(check_float(OP, target_name, pair.target, on)?);
+        for (pair, names) in self.pairs() {
+            kinds.push(check_float(OP, names.pred, pair.pred, on)?);
+            kinds.push(check_float(OP, names.target, pair.target, on)?);
         }
-        let shape = self.diffusion.pred.size();
-        for (pair, [pred_name, target_name]) in self.pairs() {
-            check_shape(OP, pred_name, pair.pred, &shape)?;
-            check_shape(OP, target_name, pair.target, &shape)?;
-            check_constant(OP, target_name, pair.target)?;
+        let first = self.diffusion.pred.size();
+        if first.is_empty() || first.contains(&0) {
+            return Err(CatError::shape(OP, NAMES[0].pred, "[B, ...] with no empty dimension", &first));
         }
-        if shape.is_empty() || shape.contains(&0) {
-            return Err(CatError::shape(OP, "model_pred", "[B, ...] with no empty dimension", &shape));
+        for (pair, names) in self.pairs() {
+            let shape = pair.pred.size();
+            if shape.get(1..) != Some(&first[1..]) || shape[0] == 0 {
+                let expected = format!("[P >= 1{}]", first[1..].iter().map(|n| format!(", {n}")).collect::<String>());
+                return Err(CatError::shape(OP, names.pred, expected, &shape));
+            }
+            check_shape(OP, names.target, pair.target, &shape)?;
+            check_constant(OP, names.target, pair.target)?;
         }
         if on == Device::Cpu || matches!(self.cat_factor, Factor::Number(_)) {
             let factor = self.cat_factor.number("cat_factor")?;
@@ -207,7 +227,7 @@ pub fn cat_loss(loss: &CatLoss, wanted: [bool; 2]) -> Result<(LossValues, [Optio
     Ok((values, grads))
 }
 
-/// Multiplies gradients of one shape by a factor on their device, in place; on a GPU a factor of 1 costs nothing.
+/// Multiplies gradients by a factor on their device, in place; on a GPU a factor of 1 costs nothing.
 pub fn scale_gradients(mut grads: [Option<Tensor>; 2], factor: &Tensor, stream: u64) -> Result<()> {
     let on = device_of(OP, "factor", factor)?;
     let check = |argument, grad: Option<&Tensor>| {
@@ -224,7 +244,9 @@ pub fn scale_gradients(mut grads: [Option<Tensor>; 2], factor: &Tensor, stream: 
     let stream = Stream::new(OP, gpu, stream)?;
     let factor = Factor::Tensor(factor).scalar("factor", on)?;
     match (kinds, grads.each_ref().map(Option::as_ref)) {
-        ([Some(first), Some(second)], grads) if first == second => {
+        ([Some(first), Some(second)], grads @ [Some(one), Some(other)])
+            if first == second && one.numel() == other.numel() =>
+        {
             cuda::scale_gradients(&stream, &grads, first, factor)
         }
         (kinds, grads) => kinds.into_iter().zip(grads).try_for_each(|(kind, grad)| match kind {
@@ -237,7 +259,7 @@ pub fn scale_gradients(mut grads: [Option<Tensor>; 2], factor: &Tensor, stream: 
 /// Gradients for the predictions that `wanted` names. Two of one dtype share an allocation: the C library returns
 /// memory to the system by the block, and pages that come back cost more than the kernel.
 fn allocate_grads(loss: &CatLoss, on: Device, wanted: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
-    let mut shape = loss.diffusion.pred.size();
+    let shapes: Vec<_> = loss.pairs().map(|(pair, _)| pair.pred.size()).collect();
     let kinds = loss
         .pairs()
         .zip(wanted)
@@ -246,48 +268,94 @@ fn allocate_grads(loss: &CatLoss, on: Device, wanted: [bool; 2]) -> Result<[Opti
         .during(OP)?;
     if let [Some(first), Some(second)] = kinds[..] {
         if first == second {
-            shape.insert(0, 2);
+            let (batch, preserved) = (shapes[0][0], shapes[1][0]);
+            let mut shape = shapes[0].clone();
+            shape[0] += preserved;
             let both = Tensor::f_empty(&shape, (first, on)).during(OP)?;
-            return Ok([Some(both.f_select(0, 0).during(OP)?), Some(both.f_select(0, 1).during(OP)?)]);
+            let part = |start, len| both.f_narrow(0, start, len).during(OP).map(Some);
+            return Ok([part(0, batch)?, part(batch, preserved)?]);
         }
     }
     let mut grads = [None, None];
-    for (grad, kind) in grads.iter_mut().zip(kinds) {
-        *grad = kind.map(|kind| Tensor::f_empty(&shape, (kind, on))).transpose().during(OP)?;
+    for ((grad, kind), shape) in grads.iter_mut().zip(kinds).zip(&shapes) {
+        *grad = kind.map(|kind| Tensor::f_empty(shape, (kind, on))).transpose().during(OP)?;
     }
     Ok(grads)
 }
 
+/// A term's tensors, contiguous.
+#[derive(Debug)]
+struct Dense {
+    pred: Tensor,
+    target: Tensor,
+    weights: Option<Tensor>,
+    /// Its rows, and the length of a row.
+    mask: Option<(Tensor, usize)>,
+}
+
+impl Dense {
+    fn new(pair: Pair, names: Names, on: Device, kind: Kind, before: Option<(Pair, &Self)>) -> Result<Self> {
+        let shape = pair.pred.size();
+        // Terms that share a mask share its copy.
+        let shared = before.filter(|(other, _)| same_mask(pair, *other)).and_then(|(_, dense)| dense.mask.as_ref());
+        let mask = match (pair.mask, shared) {
+            (Some(_), Some((rows, period))) => Some((rows.shallow_clone(), *period)),
+            (mask, _) => mask.map(|mask| expand_mask(names.mask, mask, &shape, on, kind)).transpose()?,
+        };
+        Ok(Self {
+            pred: contiguous(OP, pair.pred)?,
+            target: contiguous(OP, pair.target)?,
+            weights: pair.sample_weight.map(|weight| check_weights(names.weight, weight, shape[0], on)).transpose()?,
+            mask,
+        })
+    }
+}
+
+/// Whether two terms have one mask over as many samples.
+fn same_mask(one: Pair, other: Pair) -> bool {
+    match (one.mask, other.mask) {
+        (Some(mask), Some(like)) => {
+            one.pred.size() == other.pred.size()
+                && mask.f_kind().ok() == like.f_kind().ok()
+                && mask.f_is_set_to(like).unwrap_or(false)
+        }
+        _ => false,
+    }
+}
+
 fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>; 2]) -> Result<LossValues> {
-    let shape = loss.diffusion.pred.size();
-    let batch = shape[0];
-    let dense = loss
-        .pairs()
-        .map(|(pair, _)| Ok((contiguous(OP, pair.pred)?, contiguous(OP, pair.target)?)))
-        .collect::<Result<Vec<_>>>()?;
-    let mask = loss.mask.map(|mask| expand_mask(mask, &shape, on, kind)).transpose()?;
-    let weights = loss.sample_weight.map(|weight| check_weights(weight, batch, on)).transpose()?;
+    let mut dense: Vec<Dense> = Vec::with_capacity(2);
+    for (pair, names) in loss.pairs() {
+        let term = Dense::new(pair, names, on, kind, dense.first().map(|first| (loss.diffusion, first)))?;
+        dense.push(term);
+    }
+    let per_sample = dense[0].pred.numel() / dense[0].pred.size()[0] as usize;
     if let Device::Cuda(gpu) = on {
         let stream = Stream::new(OP, gpu, loss.stream)?;
-        let weights = weights.map(|weights| weights.f_to_kind(kind)).transpose().during(OP)?;
-        for ((pred, _), grad) in dense.iter().zip(&grads) {
+        for term in &mut dense {
+            let weights = term.weights.take();
+            term.weights = weights.map(|weights| weights.f_to_kind(kind)).transpose().during(OP)?;
+        }
+        for (term, grad) in dense.iter().zip(&grads) {
             let Some(grad) = grad else { continue };
-            let (wanted, got) = (pred.f_kind().during(OP)?, check_float(OP, "grad", grad, on)?);
+            let (wanted, got) = (term.pred.f_kind().during(OP)?, check_float(OP, "grad", grad, on)?);
             if got != wanted {
                 let expected = "the dtype of its prediction";
                 return Err(CatError::Dtype { op: OP, argument: "grad", expected, got: dtype_name(got) });
             }
         }
-        let terms =
-            dense.iter().zip(&grads).map(|((pred, target), grad)| cuda::Term { pred, target, grad: grad.as_deref() });
+        let terms = dense.iter().zip(&grads).map(|(term, grad)| cuda::Term {
+            pred: &term.pred,
+            target: &term.target,
+            grad: grad.as_deref(),
+            weights: term.weights.as_ref(),
+            mask: term.mask.as_ref().map(|(mask, period)| (mask, *period as u64)),
+        });
         let problem = cuda::Problem {
             terms: terms.collect(),
             on,
             kind,
-            batch: batch as u64,
-            per_sample: (loss.diffusion.pred.numel() / batch as usize) as u64,
-            weights: weights.as_ref(),
-            mask: mask.as_ref().map(|(mask, period)| (mask, *period as u64)),
+            per_sample: per_sample as u64,
             mask_normalize: loss.mask_normalize,
             cat_factor: loss.cat_factor.scalar("cat_factor", on)?,
             scale: loss.scale.scalar("scale", on)?,
@@ -299,23 +367,20 @@ fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>;
         .iter()
         .zip(grads)
         .zip([1.0, cat_factor])
-        .map(|(((pred, target), grad), factor)| {
+        .zip(NAMES)
+        .map(|(((term, grad), factor), names)| {
             Ok(Term {
-                pred: elements(OP, pred)?,
-                target: elements(OP, target)?,
+                pred: elements(OP, &term.pred)?,
+                target: elements(OP, &term.target)?,
                 grad: grad.map(|grad| elements_mut(OP, grad)).transpose()?,
                 factor: factor * scale,
+                batch: term.pred.size()[0] as usize,
+                weights: term.weights.as_ref().map(|weights| weights_as_f64(names.weight, weights)).transpose()?,
+                mask: term.mask.as_ref().map(|(mask, period)| mask_view(mask, *period)).transpose()?,
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    let problem = Problem {
-        terms,
-        batch: batch as usize,
-        per_sample: loss.diffusion.pred.numel() / batch as usize,
-        weights: weights.as_ref().map(weights_as_f64).transpose()?,
-        mask: mask.as_ref().map(|(mask, period)| mask_view(mask, *period)).transpose()?,
-        mask_normalize: loss.mask_normalize,
-    };
+    let problem = Problem { terms, per_sample, mask_normalize: loss.mask_normalize };
     let values = match kind {
         Kind::Double => cpu::cat_loss::<f64>(OP, threads(), &problem)?,
         _ => cpu::cat_loss::<f32>(OP, threads(), &problem)?,
@@ -325,37 +390,42 @@ fn evaluate(loss: &CatLoss, on: Device, kind: Kind, grads: [Option<&mut Tensor>;
 }
 
 /// The weights, contiguous, one a sample.
-fn check_weights(weight: &Tensor, batch: i64, on: Device) -> Result<Tensor> {
-    check_float(OP, WEIGHT, weight, on)?;
-    check_shape(OP, WEIGHT, weight, &[batch])?;
-    check_constant(OP, WEIGHT, weight)?;
+fn check_weights(name: &'static str, weight: &Tensor, batch: i64, on: Device) -> Result<Tensor> {
+    check_float(OP, name, weight, on)?;
+    check_shape(OP, name, weight, &[batch])?;
+    check_constant(OP, name, weight)?;
     contiguous(OP, weight)
 }
 
 /// The weights, finite and >= 0: on a GPU, to see that would be to wait for them.
-fn weights_as_f64(weight: &Tensor) -> Result<Vec<f64>> {
+fn weights_as_f64(name: &'static str, weight: &Tensor) -> Result<Vec<f64>> {
     let weights = numbers(OP, weight)?;
     match weights.iter().position(|weight| !(*weight >= 0.0 && weight.is_finite())) {
         Some(index) => {
             let got = format!("{} at index {index}", weights[index]);
-            Err(CatError::value(OP, WEIGHT, "finite and >= 0 everywhere", got))
+            Err(CatError::value(OP, name, "finite and >= 0 everywhere", got))
         }
         None => Ok(weights),
     }
 }
 
 /// The mask as contiguous rows in `kind`, and the length of a row: one row, or one a sample.
-fn expand_mask(mask: &Tensor, shape: &[i64], on: Device, kind: Kind) -> Result<(Tensor, usize)> {
-    const NAME: &str = "mask";
-    check_dense(OP, NAME, mask, on)?;
-    check_constant(OP, NAME, mask)?;
+fn expand_mask(
+    name: &'static str,
+    mask: &Tensor,
+    shape: &[i64],
+    on: Device,
+    kind: Kind,
+) -> Result<(Tensor, usize)> {
+    check_dense(OP, name, mask, on)?;
+    check_constant(OP, name, mask)?;
     if !mask.f_kind().is_ok_and(|kind| kind == Kind::Bool) {
-        check_float(OP, NAME, mask, on)?;
+        check_float(OP, name, mask, on)?;
     }
     let got = mask.size();
     let fits = got.len() == shape.len() && got.iter().zip(shape).all(|(got, size)| got == size || *got == 1);
     if !fits {
-        return Err(CatError::shape(OP, NAME, format!("{shape:?} up to dimensions of size 1"), &got));
+        return Err(CatError::shape(OP, name, format!("{shape:?} up to dimensions of size 1"), &got));
     }
     // A mask that repeats over the leading dimensions only (the usual [B, 1, H, W]) is read in place of a copy.
     let repeated = got.iter().skip(1).zip(&shape[1..]).take_while(|(got, size)| **got == 1 && **size != 1).count();
