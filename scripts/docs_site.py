@@ -28,7 +28,16 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "step": (
         "The training step",
         "cat_rs",
-        ("CatStep", "StepMetrics", "CatFactorRamp", "CatFactorRatio", "FlatAdamW", "TeacherBank", "TeacherDraws"),
+        (
+            "CatStep",
+            "PreservationSamples",
+            "StepMetrics",
+            "CatFactorRamp",
+            "CatFactorRatio",
+            "FlatAdamW",
+            "TeacherBank",
+            "TeacherDraws",
+        ),
     ),
     "operations": (
         "Loss and layers",

@@ -160,7 +160,8 @@ def names_for(block: Block) -> dict[str, Any]:
         "timesteps": torch.tensor([200, 800]),
     }
     if block.page == "docs/preserving.md":
-        names["cat_step"] = CatStep(unet, ddpm())
+        names |= {"cat_step": CatStep(unet, ddpm()), "general_latents": torch.randn(3, 4, 8, 8)}
+        names["general_prompts"] = ["a lemon", "a castle", "an oil painting"]
     elif block.page == "docs/in-your-script.md":
         names["unet"] = tiny_unet() if "get_peft_model" in block.code else unet
         names["dataset"] = [{name: values[0] for name, values in batch.items()}] * 8

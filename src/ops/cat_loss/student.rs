@@ -31,6 +31,10 @@ impl StudentLoss {
     pub fn evaluate(&self, cat_factor: Factor, scale: Factor) -> Result<(LossValues, Tensor)> {
         let on = device_of(OP, "student", &self.student)?;
         let kind = check_float(OP, "student", &self.student, on)?;
+        check_float(OP, "target", &self.target, on)?;
+        if let Some(base) = &self.base {
+            check_float(OP, "base_pred", base, on)?;
+        }
         let samples = |tensor: &Tensor| *tensor.size().first().unwrap_or(&0);
         let (batch, preserved) = (samples(&self.target), self.base.as_ref().map_or(0, samples));
         if samples(&self.student) != batch + preserved || batch == 0 || (self.base.is_some() && preserved == 0) {
