@@ -9,6 +9,7 @@ import torch
 
 from cat_rs.arguments import check
 from cat_rs.errors import InvalidValueError
+from cat_rs.step import cuda_graphs
 from cat_rs.step.cuda_graphs import CapturedFunctions
 from cat_rs.step.inputs import StepInputs
 from cat_rs.step.optimizer import FlatAdamW
@@ -37,7 +38,7 @@ class CapturedStep:
         max_captures: int,
         text_encoders: Sequence[torch.nn.Module],
     ) -> None:
-        if device.type != "cuda":
+        if not cuda_graphs.can_record(device):
             raise InvalidValueError(f"CatStep: `capture` must be False for a model on {device}, got True")
         check("CatStep", "max_captures", max_captures, "at least 1", lambda captures: captures >= 1)
         if text_encoders:

@@ -15,7 +15,7 @@ import torch
 from cat_rs.errors import InvalidValueError
 from cat_rs.step.pytree import map_tensors, tensors
 
-__all__ = ["CapturedFunctions"]
+__all__ = ["CapturedFunctions", "can_record"]
 
 # Eager calls before a recording, in which libraries choose their algorithms and kernels are compiled.
 WARM_UP = 3
@@ -24,6 +24,13 @@ TORCH_VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 RECORDS_CHECKPOINTING = TORCH_VERSION >= (2, 10)
 
 Outputs = tuple[torch.Tensor, ...]
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether work on the device can be recorded."""
+    return device.type == "cuda"
+
+
 # Graphs whose recording failed: PyTorch's allocators may still ask them whether they are recording.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 

@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     from tqdm import tqdm
 
     device = choose_device(config.device)
-    if config.capture and device.type != "cuda":
+    if config.capture and not cuda_graphs.can_record(device):
         raise ConfigError(f"capture: expected a GPU to record on, got device {config.device}")
     if config.capture and config.gradient_checkpointing and not cuda_graphs.RECORDS_CHECKPOINTING:
         raise ConfigError("capture, gradient_checkpointing: expected one of them before PyTorch 2.10, got both")
