@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def test_snr_weights_at_the_ends_of_a_schedule(prediction_type: str) -> None:
 def test_timesteps_of_any_integer_dtype_are_indices(dtype: torch.dtype) -> None:
     alphas = torch.tensor([0.9, 0.5, 0.25])
     expected = snr_weights(torch.tensor([1, 0, 1]), alphas, 0.5)
-    assert torch.equal(snr_weights(torch.tensor([1, 0, 1], dtype=dtype), alphas, 0.5), expected)
+    assert torch.equal(snr_weights(torch.tensor([1, 0, 1], dtype=dtype), alphas, Fraction(1, 2)), expected)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def snr_weights(
     """
     _check_tables(timesteps, alphas_cumprod)
     check("snr_weights", "gamma", gamma, "> 0", lambda gamma: float(gamma) > 0)
+    gamma = float(gamma)
     try:
         alphas = alphas_cumprod[timesteps.to(torch.int64)]  # as an index, uint8 would be a mask
     except IndexError as error:
