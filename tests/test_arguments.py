@@ -102,6 +102,10 @@ REFUSED: dict[str, Case] = {
         "`a` must be an array of floats, got a ndarray",
     ),
     "values": (lambda: cat_rs.harmonic_mean({}), "`values` must be numbers, got a dict of length 0"),
+    "values-bits": (
+        lambda: cat_rs.harmonic_mean(torch.empty(1, dtype=torch.bits8)),
+        "`values` must be numbers, got torch.bits8",
+    ),
     "clusters": (lambda: cat_rs.bootstrap_interval(VALUES, clusters=[[1], 2]), "`clusters` must be integers"),
     "seed": (lambda: cat_rs.bootstrap_interval(VALUES, seed="a"), "`seed` must be in 0..2.*64 - 1, got 'a'"),  # type: ignore[arg-type]
     "statistic": (lambda: cat_rs.bootstrap_interval(VALUES, np.zeros(2)), "`statistic` must be 'mean' or"),  # type: ignore[arg-type]

@@ -24,12 +24,19 @@ __all__ = [
 
 Interval = tuple[float, float]
 
+_NUMBERS = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+)
+
 
 def vector(op: str, argument: str, values: Any) -> np.ndarray:
     """Numbers as the kernels take them: float64, [N], on the CPU."""
     with refusing(op, argument, "numbers", values):
         if isinstance(values, torch.Tensor):
             check_memory(op, argument, values)
+            if values.dtype not in _NUMBERS:  # PyTorch does not survive to convert some others
+                raise DtypeError(f"{op}: `{argument}` must be numbers, got {values.dtype}")
             values = values.detach().to("cpu", torch.float64).numpy()
         return np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
 
