@@ -15,6 +15,7 @@ from cat_rs.errors import DeviceError, DtypeError, ShapeError
 from cat_rs.frozen_layers import FrozenLinear, patch_frozen, unpatch_frozen
 from cat_rs.ops.frozen_linear import FrozenLinearFunction, frozen_linear
 from cat_rs.ops.operator import OWN_MATMUL_IS_FASTER
+from tests.backends import about_kernels
 from tests.models import add_lora, tiny_unet
 from tests.tolerances import assert_close, max_abs
 
@@ -183,6 +184,7 @@ def test_the_output_may_be_added_to_in_place() -> None:
     assert torch.equal(added.grad, torch.full((96,), 2 * 64.0))
 
 
+@about_kernels
 def test_lora_layers_with_dropout_run_on_it() -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -202,6 +204,7 @@ def test_lora_layers_with_dropout_run_on_it() -> None:
         assert_close(ours, pefts.double(), factor=20, scale=max_abs(pefts), label="gradient")
 
 
+@about_kernels
 def test_patch_peft_takes_the_frozen_layers_too() -> None:
     model = add_lora(tiny_unet())
     report = cat_rs.patch_peft(model)
