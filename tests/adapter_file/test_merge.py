@@ -129,6 +129,7 @@ def test_a_cap_limits_what_adds_up(tmp_path: Path) -> None:
     [
         (([],), "`adapters` must be a list of adapters"),
         (("a.safetensors",), "`adapters` must be a list of adapters"),
+        (([3],), "`adapters` must be a list of adapters, each a path or a LoraFile, got 3"),
         ((["<a>"], [1.0, 2.0]), "`scales` must be 1 finite numbers"),
         ((["<a>"], [float("nan")]), "`scales` must be 1 finite numbers"),
         ((["<a>"], ["x"]), "`scales` must be a number for each adapter"),

@@ -80,7 +80,11 @@ def merge_loras(
             updates do not add up.
         OSError: A file cannot be read.
     """
-    check("merge_loras", "adapters", adapters, "a list of adapters", lambda it: not isinstance(it, str) and len(it))
+    expected = "a list of adapters, each a path or a LoraFile"
+    kinds = (LoraFile, str, os.PathLike)
+    check("merge_loras", "adapters", adapters, expected, lambda it: not isinstance(it, kinds) and len(it))
+    for each in adapters:
+        check("merge_loras", "adapters", each, expected, lambda it: isinstance(it, kinds))
     if cap is not None:
         check("merge_loras", "cap", cap, "a finite number > 0 or None", lambda it: 0 < it < math.inf)
     loras = [each if isinstance(each, LoraFile) else load_lora(each) for each in adapters]
