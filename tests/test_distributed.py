@@ -327,9 +327,9 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
         """Trains, and notes what was seen, reported and raised; `at_step_3` may change the figures of that step."""
         notes: dict[str, Any] = {"pictures": [], "figures": [], "lines": [], "error": None}
 
-        def watched_batch(cache: EncodedDataset, pictures: Any, generator: Any, **options: Any) -> Any:
+        def watched_batch(cache: EncodedDataset, pictures: Any, *generators: Any, **options: Any) -> Any:
             notes["pictures"].append(list(pictures))
-            return encoded(cache, pictures, generator, **options)
+            return encoded(cache, pictures, *generators, **options)
 
         def watched_advance(training: Trainer) -> torch.Tensor:
             figures = advance(training)

@@ -108,7 +108,7 @@ def test_second_evaluation_calls_neither_pipeline_nor_encoder(
         return encode(self, images)
 
     monkeypatch.setattr(ClipEncoder, "encode_images", counted)
-    monkeypatch.setattr("cat_rs.evaluation.generation.read_lora", lambda *_: loaded.append(1))
+    monkeypatch.setattr("cat_rs.evaluation.adapter_evaluation.adapter_loaded", lambda *_: loaded.append(1))
     second = evaluated(cache=cache)
     assert counting.pictures == loaded == []
     assert embedded == [len(concept_images)]

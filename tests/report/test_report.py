@@ -76,7 +76,7 @@ def test_what_was_evaluated_alike_shares_a_chart(make_result: ResultMaker, tmp_p
     report = read_report(folders)
     assert [len(front.points) for front in report.fronts] == [2, 1, 1]
     labels = [point.label for point in report.fronts[0].points]
-    assert labels == [f"CAT: sks cat ({folder})" for folder in folders[:2]]
+    assert labels == [f"CAT: sks cat ({folder.name})" for folder in folders[:2]]
 
 
 def test_checkpoints_stand_beside_a_finished_adapter(make_result: ResultMaker, tmp_path: Path) -> None:
