@@ -128,14 +128,7 @@ fn mask_row_start(mask: Mask, sample: usize) -> usize {
 
 /// The sum of m * (pred - target)^2 over a task's elements of one sample; writes their gradients.
 #[inline(always)]
-fn task_sum<T: Real>(
-    term: &Term,
-    sample: usize,
-    per_sample: usize,
-    start: usize,
-    len: usize,
-    scale: f64,
-) -> f64 {
+fn task_sum<T: Real>(term: &Term, sample: usize, per_sample: usize, start: usize, len: usize, scale: f64) -> f64 {
     let gradient_scale = T::from_f64(2.0 * term.factor * scale);
     let mut pred_scratch = [T::ZERO; BLOCK];
     let mut target_scratch = [T::ZERO; BLOCK];

@@ -164,12 +164,7 @@ struct Names {
 
 const NAMES: [Names; 2] = [
     Names { pred: "model_pred", target: "target", weight: "sample_weight", mask: "mask" },
-    Names {
-        pred: "model_pred_no_trigger",
-        target: "base_pred",
-        weight: "preserve_weight",
-        mask: "preserve_mask",
-    },
+    Names { pred: "model_pred_no_trigger", target: "base_pred", weight: "preserve_weight", mask: "preserve_mask" },
 ];
 
 impl<'t> CatLoss<'t> {
@@ -410,13 +405,7 @@ fn weights_as_f64(name: &'static str, weight: &Tensor) -> Result<Vec<f64>> {
 }
 
 /// The mask as contiguous rows in `kind`, and the length of a row: one row, or one a sample.
-fn expand_mask(
-    name: &'static str,
-    mask: &Tensor,
-    shape: &[i64],
-    on: Device,
-    kind: Kind,
-) -> Result<(Tensor, usize)> {
+fn expand_mask(name: &'static str, mask: &Tensor, shape: &[i64], on: Device, kind: Kind) -> Result<(Tensor, usize)> {
     check_dense(OP, name, mask, on)?;
     check_constant(OP, name, mask)?;
     if !mask.f_kind().is_ok_and(|kind| kind == Kind::Bool) {
