@@ -129,7 +129,7 @@ OPTIONS: dict[str, Case] = {
     "log_every": Case(2, {"flushed": 1}),
     "tensorboard": Case(
         False,
-        {"files": ["metrics.jsonl", "pytorch_lora_weights.safetensors", "train_config.yaml"]},
+        {"files": ["README.md", "metrics.jsonl", "pytorch_lora_weights.safetensors", "train_config.yaml"]},
         {"tensorboard": True},
     ),
     "log_with": Case(("wandb",), {"tracked": [1, 2, 2]}),
@@ -208,6 +208,9 @@ class Spy:
             patch.setattr(evaluation, "LiveEvaluation", _live_class(seen))
             patch.setattr(evaluation, "load_encoder", lambda path, device: path)
             patch.setattr(loop, "picture_of", lambda result: None)
+            # Its result has no pictures.
+            for name in ("_save_pictures", "last"):
+                patch.setattr(evaluation.CheckpointEvaluations, name, lambda *_: None)
             patch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", _tracker_class(seen))
             patch.setattr(tracking, "_available_trackers", ["tensorboard", "wandb"])
             _watch(patch, loop, "load_pipeline", lambda pipeline: seen.update(pipeline=type(pipeline).__name__))
