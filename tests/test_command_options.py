@@ -252,7 +252,7 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         "atomic.write_bytes": lambda path, content: note(json=path),
         "adapter_file.read.read_lora": read_lora,
         "adapter_file.lora_file.check_fit": lambda lora, models: note(checked=sorted(models)),
-        "adapter_file.pipeline.pipeline_models": lambda pipeline: {"unet": pipeline},
+        "training.model.pipeline_models": lambda pipeline: {"unet": pipeline},
         "commands.demo.summarize": lambda runs: note(concepts=list(dict.fromkeys(run.concept for run in runs))) or {},
     }
     for name, fake in fakes.items():

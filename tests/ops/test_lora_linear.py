@@ -193,6 +193,15 @@ def test_gradients_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(layer, inputs)
 
 
+@pytest.mark.parametrize("sizes", [(0, 5, 2), (4, 0, 2)], ids=["no-outputs", "no-inputs"])
+def test_second_derivatives_of_an_empty_layer(sizes: tuple[int, int, int]) -> None:
+    case = make_case((2, 3), sizes, torch.float64)
+    wanted = [case[name] for name in ("x", "lora_A", "lora_B")]
+    slopes = torch.autograd.grad(cat_rs.lora_linear(**case).square().sum(), wanted, create_graph=True)
+    for slope, tensor in zip(slopes, wanted, strict=True):
+        assert torch.equal(slope, torch.zeros_like(tensor))
+
+
 @pytest.mark.parametrize("dtype", by_id(LOW))
 def test_second_derivatives_by_a_float32_adapter(dtype: torch.dtype) -> None:
     case = make_case((2, 3), dtype=dtype, adapter=torch.float32)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cat_rs.options import ConfigError, option
 
@@ -42,26 +42,15 @@ def run(settings: Settings) -> None:
     """Print what each adapter holds and what is out of line."""
     from cat_rs.adapter_check import check_weights
     from cat_rs.atomic import write_bytes
+    from cat_rs.training.model import load_model_parts
 
-    models = _models(settings.model)
+    models = load_model_parts(settings.model)
     reports = {path: check_weights(path, models) for path in settings.adapters}
     print("\n\n".join(_text(path, report) for path, report in reports.items()))
     if settings.output is not None:
         content = {path: report.to_dict() for path, report in reports.items()}
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
         write_bytes(settings.output, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _models(model: str | None) -> dict[str, Any]:
-    """Return the parts of the pipeline that can have an adapter."""
-    if model is None:
-        return {}
-    import torch
-
-    from cat_rs.adapter_file.pipeline import pipeline_models
-    from cat_rs.training.model import load_pipeline
-
-    return pipeline_models(load_pipeline(model, torch.float32, torch.device("cpu")))
 
 
 def _text(path: str, report: WeightReport) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cat_rs.options import ConfigError, check_absent, option
 
@@ -42,9 +42,10 @@ def run(settings: Settings) -> None:
     from cat_rs.adapter_file.model import family_of_model
     from cat_rs.adapter_file.read import read_lora
     from cat_rs.adapter_file.save import files_to_write
+    from cat_rs.training.model import load_model_parts
 
     check_absent("output", files_to_write(settings.output, settings.to), overwrite=settings.overwrite)
-    models = _models(settings.model)
+    models = load_model_parts(settings.model)
     lora = read_lora(settings.input, models)
     check_fit(lora, models)
     denoisers = [family_of_model(models[name]) for name in lora.state if name in models]
@@ -57,15 +58,3 @@ def run(settings: Settings) -> None:
     written = save_lora(settings.output, lora, format=settings.to, family=family, dtype=dtype)
     parts = ", ".join(f"{len(alphas)} layers of {name}" for name, alphas in lora.alphas.items())
     print(f"{written}: {parts}, from {lora.format} to {settings.to}")
-
-
-def _models(model: str | None) -> dict[str, Any]:
-    """Return the parts of the pipeline that can have an adapter."""
-    if model is None:
-        return {}
-    import torch
-
-    from cat_rs.adapter_file.pipeline import pipeline_models
-    from cat_rs.training.model import load_pipeline
-
-    return pipeline_models(load_pipeline(model, torch.float32, torch.device("cpu")))

@@ -59,7 +59,8 @@ class LoraLinearFunction(torch.autograd.Function):
         # Autograd converts the gradients of float32 A and B, which come in x's dtype.
         if torch.is_grad_enabled():  # create_graph=True: operations that can be differentiated again
             lora_A, lora_B = rounded(lora_A, x.dtype), rounded(lora_B, x.dtype)
-            rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            count = x.shape[:-1].numel()
+            rows, grad_rows = x.reshape(count, x.shape[-1]), grad.reshape(count, grad.shape[-1])
             inner = scaling * (grad_rows @ lora_B)
             dx = (grad_rows @ weight + inner @ lora_A).view_as(x) if needs[0] else None
             dA, dB = inner.T @ rows, scaling * (grad_rows.T @ (rows @ lora_A.T))

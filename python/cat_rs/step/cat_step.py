@@ -286,7 +286,8 @@ class CatStep:
         base_pred = None
         if cond_no_trigger is not None:
             preserved, preserved_timesteps = noisy[:batch], timesteps
-            if own is not None and own.timesteps is not None:
+            if own is not None:
+                assert own.timesteps is not None
                 preserved, _, own_weight = self._noised(own, copies)
                 preserved_timesteps, own_mask = own.timesteps, own.mask
                 noisy = torch.cat([noisy, preserved])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cat_rs import hub
+from cat_rs.adapter_file.pipeline import pipeline_models
 from cat_rs.options import ConfigError
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import TrainingError
@@ -61,6 +62,11 @@ def load_pipeline(model: str, dtype: torch.dtype, device: torch.device) -> Any:
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False).eval().to(device)
     return pipeline
+
+
+def load_model_parts(model: str | None) -> dict[str, torch.nn.Module]:
+    """Return the parts of a pipeline that can have an adapter, by component, in float32 on the CPU; none for None."""
+    return {} if model is None else pipeline_models(load_pipeline(model, torch.float32, torch.device("cpu")))
 
 
 def default_resolution(pipeline: Any) -> int:
