@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,52 +29,31 @@ from cat_rs.training.evaluation import CheckpointEvaluations, choose_best, on_fr
 from tests.evaluation.conftest import tiny_clip_dir  # noqa: F401
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("_one_thread")
 
 PROMPTS = ("a sks cat on a red background", "a photo of a sks cat")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def configure(
-    tiny_pipeline_dir: Path,
+    short_run: Callable[..., TrainConfig],
     tiny_clip_dir: Path,  # noqa: F811
-    concept_dir: Path,
     tmp_path: Path,
 ) -> Callable[..., TrainConfig]:
     """Makes the settings of a short run that is evaluated twice; arguments override."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-
-    def make(**settings: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "model": str(tiny_pipeline_dir),
-            "data": str(concept_dir),
-            "output_dir": str(tmp_path / "adapter"),
-            "trigger": ("sks",),
-            "class_word": "cat",
-            "rank": 2,
-            "steps": 4,
-            "batch_size": 2,
-            "lr": 1e-2,
-            "lora_dropout": 0.1,
-            "checkpoint_every": 2,
-            "tensorboard": False,
-            "device": "cpu",
-            "evaluate_every": 2,
-            "evaluate_prompts": str(prompts),
-            "evaluate_encoder": str(tiny_clip_dir),
-            "evaluate_inference_steps": 2,
-        }
-        return TrainConfig(**defaults | settings)
-
-    return make
+    return functools.partial(
+        short_run,
+        steps=4,
+        lr=1e-2,
+        lora_dropout=0.1,
+        checkpoint_every=2,
+        evaluate_every=2,
+        evaluate_prompts=str(prompts),
+        evaluate_encoder=str(tiny_clip_dir),
+        evaluate_inference_steps=2,
+    )
 
 
 @pytest.fixture

@@ -40,27 +40,9 @@ Configure = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def configure(tiny_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) -> Configure:
+def configure(short_run: Configure) -> Configure:
     """Makes the settings of a short run; arguments override."""
-
-    def make(**settings: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "model": str(tiny_pipeline_dir),
-            "data": str(concept_dir),
-            "output_dir": str(tmp_path / "adapter"),
-            "trigger": ("sks",),
-            "class_word": "cat",
-            "rank": 2,
-            "steps": 4,
-            "batch_size": 2,
-            "lr": 1e-2,
-            "checkpoint_every": 2,
-            "tensorboard": False,
-            "device": "cpu",
-        }
-        return TrainConfig(**defaults | settings)
-
-    return make
+    return functools.partial(short_run, steps=4, lr=1e-2, checkpoint_every=2)
 
 
 def quiet(config: TrainConfig) -> Any:

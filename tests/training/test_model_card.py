@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -26,26 +27,9 @@ Configure = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def configure(tiny_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) -> Configure:
+def configure(short_run: Configure) -> Configure:
     """Makes the settings of a short run; arguments override."""
-
-    def make(**settings: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "model": str(tiny_pipeline_dir),
-            "data": str(concept_dir),
-            "output_dir": str(tmp_path / "adapter"),
-            "trigger": ("sks",),
-            "class_word": "cat",
-            "rank": 2,
-            "steps": 2,
-            "batch_size": 2,
-            "checkpoint_every": 2,
-            "tensorboard": False,
-            "device": "cpu",
-        }
-        return TrainConfig(**defaults | settings)
-
-    return make
+    return functools.partial(short_run, steps=2, checkpoint_every=2)
 
 
 @pytest.fixture

@@ -2,56 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cat_rs.options import ConfigError
 from cat_rs.training import CheckpointError, TrainConfig, TrainingError, train
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("_one_thread")
 tracking = pytest.importorskip("accelerate.tracking")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def configure(tiny_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+def configure(short_run: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
     """Makes the settings of a short run with pictures; arguments override."""
-
-    def make(**settings: Any) -> TrainConfig:
-        defaults: dict[str, Any] = {
-            "model": str(tiny_pipeline_dir),
-            "data": str(concept_dir),
-            "output_dir": str(tmp_path / "adapter"),
-            "trigger": ("sks",),
-            "class_word": "cat",
-            "rank": 2,
-            "steps": 3,
-            "batch_size": 2,
-            "checkpoint_every": 1,
-            "tensorboard": False,
-            "device": "cpu",
-            "sample_every": 2,
-            "sample_prompts": ("a sks cat", "a cat"),
-            "evaluate_seeds": (5,),
-            "evaluate_inference_steps": 1,
-        }
-        return TrainConfig(**defaults | settings)
-
-    return make
+    return functools.partial(
+        short_run,
+        steps=3,
+        checkpoint_every=1,
+        sample_every=2,
+        sample_prompts=("a sks cat", "a cat"),
+        evaluate_seeds=(5,),
+        evaluate_inference_steps=1,
+    )
 
 
 def quiet(config: TrainConfig) -> None:
