@@ -26,8 +26,12 @@ LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, 1e-2, 1.0
 CHECKED_STEPS = 2
 # Adam turns a gradient into its sign where it is small: the few elements whose gradient is rounding alone differ.
 UPDATE_TOLERANCE = 1e-3
-RECIPE, PLAIN, OUR_PLAIN = "two models, three calls", "peft plain LoRA", "cat_rs plain LoRA"
-PROVIDERS = (RECIPE, OURS, PLAIN, OUR_PLAIN)
+RECIPE, ONE_MODEL = "two models, three calls", "one model, adapter off"
+PLAIN, OUR_PLAIN = "peft plain LoRA", "cat_rs plain LoRA"
+PROVIDERS = (RECIPE, ONE_MODEL, OURS, PLAIN, OUR_PLAIN)
+# Latents' height and width; at 64 a round takes minutes, so the recipe with two models is left out.
+SMALL, LARGE = 16, 64
+LARGE_PROVIDERS, LARGE_ROUNDS = PROVIDERS[1:], 3
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -37,7 +41,7 @@ class TorchStep:
 
     Args:
         unet: With an adapter.
-        base: The base model; None trains plain LoRA.
+        base: The base model; `unet` itself is called with its adapter off; None trains plain LoRA.
     """
 
     def __init__(self, unet: torch.nn.Module, base: torch.nn.Module | None) -> None:
@@ -61,13 +65,21 @@ class TorchStep:
         loss = F.mse_loss(model_pred.float(), noise.float(), reduction="mean")
         if self.base is not None:
             model_pred_no_trigger = self.unet(noisy, timesteps, cond_no_trigger, return_dict=False)[0]
-            with torch.no_grad():
-                base_pred = self.base(noisy, timesteps, cond_no_trigger, return_dict=False)[0]
+            base_pred = self._base_pred(noisy, timesteps, cond_no_trigger)
             loss = loss + F.mse_loss(model_pred_no_trigger.float(), base_pred.float(), reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _base_pred(self, noisy: torch.Tensor, timesteps: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        if self.base is self.unet:
+            self.unet.disable_adapters()
+        base_pred = self.base(noisy, timesteps, cond, return_dict=False)[0]
+        if self.base is self.unet:
+            self.unet.enable_adapters()
+        return base_pred
 
 
 class OurStep:
@@ -127,47 +139,46 @@ def make(provider: str, unet: torch.nn.Module, settings: dict[str, Any]) -> Torc
         base = models.unet(settings)
         base.load_state_dict(unet.state_dict())
         return TorchStep(models.add_lora(unet), base)
+    if provider == ONE_MODEL:
+        adapted = models.add_lora(unet)
+        return TorchStep(adapted, adapted)
     if provider == PLAIN:
         return TorchStep(models.add_lora(unet), None)
     return OurStep(models.add_lora(unet), cat_factor=0.0 if provider == OUR_PLAIN else 1.0)
 
 
-def inputs(settings: dict[str, Any], smoke: bool) -> list[torch.Tensor]:
+def inputs(settings: dict[str, Any], size: int) -> list[torch.Tensor]:
     """Latents and both conditions, batch 1."""
-    size = 8 if smoke else 16
     text = (1, models.TOKENS, settings["cross_attention_dim"])
     return [torch.randn(1, 4, size, size), torch.randn(text), torch.randn(text)]
 
 
-def peak_of(provider: str, smoke: bool) -> None:
+def peak_of(provider: str, size: int, smoke: bool) -> None:
     """Runs in a process of its own: three steps, then the peak memory on the last line of the output."""
     harness.prepare(smoke)
     settings = models.config(smoke)
     step = make(provider, models.unet(settings), settings)
-    arguments = inputs(settings, smoke)
+    arguments = inputs(settings, size)
     for _ in range(3):
         step(*arguments)
     print(json.dumps({"peak": harness.peak_memory()}))
 
 
-def measure_memory(report: harness.Report, case: Case) -> None:
+def measure_memory(report: harness.Report, case: Case, size: int, providers: Sequence[str]) -> None:
     """The peak of each contender; a smoke run starts one process only."""
     peaks = {}
-    for provider in (OURS,) if report.smoke else PROVIDERS:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.step",
-            "--peak-of",
-            provider,
-            *(["--smoke"] if report.smoke else []),
-        ]
-        done = subprocess.run(command, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    for provider in (OURS,) if report.smoke else providers:
+        command = [sys.executable, "-m", "benchmarks.step", "--peak-of", provider, "--sizes", str(size)]
+        done = subprocess.run(
+            command + ["--smoke"] * report.smoke, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True, check=True
+        )
         peaks[provider] = [json.loads(done.stdout.splitlines()[-1])["peak"] / 2**30]
         report.add(provider, case, "peak memory", "GiB", peaks[provider])
-    if RECIPE in peaks:
-        report.add_ratio("peak memory: cat_rs / recipe", peaks[OURS], peaks[RECIPE], MEMORY_BAR)
-        report.add_ratio("peak memory, plain LoRA: cat_rs / peft", peaks[OUR_PLAIN], peaks[PLAIN])
+    for provider, bar in ((RECIPE, MEMORY_BAR), (ONE_MODEL, None)):
+        if provider in peaks:
+            report.add_ratio(f"peak memory, {size}x{size}: cat_rs / {provider}", peaks[OURS], peaks[provider], bar)
+    if PLAIN in peaks:
+        report.add_ratio(f"peak memory, {size}x{size}, plain LoRA: cat_rs / peft", peaks[OUR_PLAIN], peaks[PLAIN])
 
 
 def flat(params: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -183,7 +194,9 @@ def check(steps: Mapping[str, TorchStep | OurStep], arguments: Sequence[torch.Te
         timesteps = torch.tensor([[100, 700][number % 2]])
         for step in steps.values():
             step(*arguments, noise=noise, timesteps=timesteps)
-    for ours, theirs in ((OURS, RECIPE), (OUR_PLAIN, PLAIN)):
+    for ours, theirs in ((OURS, RECIPE), (OURS, ONE_MODEL), (OUR_PLAIN, PLAIN)):
+        if theirs not in steps:
+            continue
         update = flat(steps[theirs].params) - start[theirs]
         difference = flat(steps[ours].params) - start[ours] - update
         error = float(difference.norm() / update.norm())
@@ -195,42 +208,53 @@ def check(steps: Mapping[str, TorchStep | OurStep], arguments: Sequence[torch.Te
             )
 
 
-def measure_time(report: harness.Report, case: Case, settings: dict[str, Any]) -> None:
+def measure_time(
+    report: harness.Report, case: Case, settings: dict[str, Any], size: int, providers: Sequence[str], rounds: int
+) -> None:
     """All contenders in turns. They share the frozen weights, but for the recipe's second model."""
-    arguments = inputs(settings, report.smoke)
+    arguments = inputs(settings, size)
     unet = models.unet(settings)
-    steps = {name: make(name, models.share_weights(unet, settings), settings) for name in PROVIDERS}
+    steps = {name: make(name, models.share_weights(unet, settings), settings) for name in providers}
     check(steps, arguments)
     contenders = [Contender(name, lambda step=step: step(*arguments)) for name, step in steps.items()]
-    samples = harness.measure(contenders, report.repeats, warm_up=1, sample_seconds=0)
+    samples = harness.measure(contenders, rounds, warm_up=1, sample_seconds=0)
     report.add_times(case, samples)
-    report.add_ratio("time: recipe / cat_rs", samples[RECIPE], samples[OURS], TIME_BAR)
-    report.add_ratio("time, plain LoRA: peft / cat_rs", samples[PLAIN], samples[OUR_PLAIN])
-    report.add_ratio("time: CAT / plain LoRA, both cat_rs", samples[OURS], samples[OUR_PLAIN])
-    shares = steps[OURS].shares[-report.repeats :]
+    where = f"time, {size}x{size}"
+    if RECIPE in samples:
+        report.add_ratio(f"{where}: {RECIPE} / cat_rs", samples[RECIPE], samples[OURS], TIME_BAR)
+    report.add_ratio(f"{where}: {ONE_MODEL} / cat_rs", samples[ONE_MODEL], samples[OURS])
+    report.add_ratio(f"{where}, plain LoRA: peft / cat_rs", samples[PLAIN], samples[OUR_PLAIN])
+    report.add_ratio(f"{where}: peft plain LoRA / our CAT step", samples[PLAIN], samples[OURS])
+    report.add_ratio(f"{where}: CAT / plain LoRA, both cat_rs", samples[OURS], samples[OUR_PLAIN])
+    shares = steps[OURS].shares[-rounds:]
     report.add(OURS, case, "share outside the model", "%", [100 * share for share in shares])
     low, middle, high = harness.quantiles(shares)
-    report.add_value("share of the step outside the model: cat_rs", middle, low, high, SHARE_BAR)
+    report.add_value(f"share of the step outside the model, {size}x{size}: cat_rs", middle, low, high, SHARE_BAR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script."""
     parser = harness.parser((__doc__ or "").splitlines()[0], repeats=20)
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="SIZE", help=f"of latents (default: {SMALL} {LARGE})")
     parser.add_argument("--peak-of", choices=PROVIDERS, help="print the peak memory of this contender, and stop")
     options = parser.parse_args(argv)
+    sizes = options.sizes or ([8] if options.smoke else [SMALL, LARGE])
     if options.peak_of is not None:
-        peak_of(options.peak_of, options.smoke)
+        peak_of(options.peak_of, sizes[0], options.smoke)
         return 0
     report = harness.start(NAME, "A training step of Stable Diffusion 1.5's U-Net", options, argv)
     settings = models.config(options.smoke)
-    size = inputs(settings, options.smoke)[0].shape
-    case = Case("step", "float32", f"latents {'x'.join(map(str, size))}, rank {models.RANK}")
-    measure_memory(report, case)
-    measure_time(report, case, settings)
+    for size in sizes:
+        providers, rounds = (LARGE_PROVIDERS, LARGE_ROUNDS) if size >= LARGE else (PROVIDERS, report.repeats)
+        case = Case("step", "float32", f"latents 1x4x{size}x{size}, rank {models.RANK}")
+        measure_memory(report, case, size, providers)
+        measure_time(report, case, settings, size, providers, rounds)
     report.note(
         f"{RECIPE}: as CAT's authors train: a second U-Net as the base, one call of it and two of the adapted one, "
         "F.mse_loss, clip_grad_norm_, torch.optim.AdamW."
     )
+    report.note(f"{ONE_MODEL}: the same on one U-Net, whose adapter PEFT turns off for the base's call.")
+    report.note(f"{LARGE}x{LARGE}: median of {LARGE_ROUNDS} rounds.")
     report.note("peak memory: the largest resident size of a process that builds the models and takes three steps.")
     report.note("share outside the model: of a step's time, what does not pass in the model's forward and backward.")
     return harness.finish(report, options)
