@@ -110,7 +110,7 @@ release-check:
 	build/tools/bin/python scripts/release_check.py $(ARGS)
 
 clean:
-	rm -rf target dist demo build/*/source build/*/target build/*/wheel python/cat_rs/_core.*.so $(VENV)/.built
+	rm -rf target dist demo build/*/torch* python/cat_rs/_core.*.so $(VENV)/.built
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find python tests scripts benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -23,6 +23,7 @@ SCRIPTS = (
     "precision",
     "peft_unet",
     "teacher_bank",
+    "threads",
     "step",
 )
 

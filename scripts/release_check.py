@@ -1,7 +1,7 @@
 """Check a release: version, tag and changelog agree; its wheel and source archive work beside every PyTorch.
 
 `make release-check` stops at the first thing that is not as it should be. It builds into dist/, and tests in
-environments below build/release, each with nothing but PyTorch, the file, what its extra `train` names, and pytest.
+environments in build/release, each with nothing but PyTorch, the file, what its extra `train` names, and pytest.
 """
 
 from __future__ import annotations
@@ -101,7 +101,6 @@ def main() -> None:
 def check_files() -> None:
     """Build both files and test them."""
     shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    shutil.rmtree(WORK, ignore_errors=True)
     run("make", "wheel", f"PYTHON={sys.executable}")
     (wheel,) = (ROOT / "dist").glob("*.whl")
     # Without isolation: an environment of its own would get a PyTorch, which an archive of sources does not need.
@@ -110,22 +109,18 @@ def check_files() -> None:
     (archive,) = (ROOT / "dist").glob("*.tar.gz")
     minors = minors_beside(wheel)
     for minor in minors:
-        test(environment(f"wheel-torch{minor}", f"torch=={minor}.*", f"{wheel}[train]", *TOOLS))
+        test(f"torch=={minor}.*", f"{wheel}[train]")
     # From source it is built for one PyTorch.
     default = _only(r'^requires = .*"torch==(.+)\.\*"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    test(environment("source", f"torch=={default}.*", f"{archive}[train]", *TOOLS))
+    test(f"torch=={default}.*", f"{archive}[train]")
     print(f"{wheel.name} works beside PyTorch {', '.join(minors)}, and so does {archive.name}")
 
 
-def environment(name: str, *packages: str) -> Path:
-    """Make a fresh virtual environment; returns its interpreter."""
-    venv.create(WORK / name, with_pip=True)
-    python = WORK / name / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", *packages)
-    return python
-
-
-def test(python: Path) -> None:
+def test(*packages: str) -> None:
+    """Run the tests with the packages in a fresh environment, of which only one is kept: each holds gigabytes."""
+    venv.create(WORK, with_pip=True, clear=True)
+    python = WORK / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", *packages, *TOOLS)
     run(python, "-m", "pytest", "-q", *TESTS)
 
 

@@ -1,7 +1,8 @@
 """Build a wheel of cat-rs for the interpreter that runs this, with an extension for each PyTorch; optionally test it.
 
 `python3.11 scripts/wheel.py --test` writes dist/cat_rs-VERSION-cp311-cp311-linux_x86_64.whl. Work is done in
-build/cp311-torch2.11 and so on: a virtual environment, a copy of the sources with tch moved, a target folder.
+build/cp311: a virtual environment, in which one PyTorch after the other is installed (they are large), and below it
+torch2.11 and so on: a copy of the sources with tch moved, and a target folder.
 """
 
 import argparse
@@ -20,6 +21,8 @@ SOURCES = (".cargo", "src", "python", "scripts", "Cargo.toml", "Cargo.lock", "bu
 DOCUMENTS = ("README.md", "LICENSE-MIT", "LICENSE-APACHE")
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 LARGEST_WHEEL = 8_000_000
+WORK = ROOT / "build" / PYTHON
+INTERPRETER = WORK / "venv" / "bin" / "python"
 
 
 def main() -> None:
@@ -39,29 +42,30 @@ def main() -> None:
         raise SystemExit(f"error: the wheel has more than {LARGEST_WHEEL / 1e6:.0f} MB")
     if options.test:
         for minor in minors:
-            test(interpreter(minor), wheel)
+            test(minor, wheel)
 
 
 def folder_of(torch: str) -> Path:
-    return ROOT / "build" / f"{PYTHON}-torch{torch}"
+    return WORK / f"torch{torch}"
 
 
-def interpreter(torch: str) -> Path:
-    return folder_of(torch) / "venv" / "bin" / "python"
+def install_torch(torch: str) -> None:
+    """Bring the environment to one PyTorch."""
+    if not INTERPRETER.exists():
+        venv.create(WORK / "venv", with_pip=True)
+    run(INTERPRETER, "-m", "pip", "install", f"torch=={torch}.*", "maturin>=1.9,<2", "setuptools", "wheel")
 
 
 def build(torch: str, jobs: str | None) -> Path:
     """A wheel with the extension for one PyTorch."""
-    folder, python = folder_of(torch), interpreter(torch)
-    if not python.exists():
-        venv.create(folder / "venv", with_pip=True)
-    run(python, "-m", "pip", "install", f"torch=={torch}.*", "maturin>=1.9,<2", "setuptools", "wheel")
+    folder = folder_of(torch)
+    install_torch(torch)
     prepare_sources(folder / "source", torch)
     staging = folder / "wheel"
     shutil.rmtree(staging, ignore_errors=True)
     environment = {"CARGO_TARGET_DIR": str(folder / "target"), **({"CARGO_BUILD_JOBS": jobs} if jobs else {})}
     options = ("--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", staging)
-    run(python, "-m", "pip", "wheel", *options, folder / "source", environment=environment)
+    run(INTERPRETER, "-m", "pip", "wheel", *options, folder / "source", environment=environment)
     (wheel,) = staging.glob("*.whl")
     return wheel
 
@@ -95,14 +99,15 @@ def merge(wheels: dict[str, Path]) -> Path:
         file.rename(file.with_name(file.name.replace("_core.", f"_core_torch{minor.replace('.', '_')}.")))
     (ROOT / "dist").mkdir(exist_ok=True)
     # It writes the list of files and their hashes anew.
-    run(interpreter(first), "-m", "wheel", "pack", folder, "--dest-dir", ROOT / "dist")
+    run(INTERPRETER, "-m", "wheel", "pack", folder, "--dest-dir", ROOT / "dist")
     return ROOT / "dist" / wheels[first].name
 
 
-def test(python: Path, wheel: Path) -> None:
-    run(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel)
-    run(python, "-m", "pip", "install", "--quiet", f"{wheel}[train,dev]")
-    run(python, "-m", "pytest", cwd=ROOT)
+def test(torch: str, wheel: Path) -> None:
+    install_torch(torch)
+    run(INTERPRETER, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel)
+    run(INTERPRETER, "-m", "pip", "install", "--quiet", f"{wheel}[train,dev]")
+    run(INTERPRETER, "-m", "pytest", cwd=ROOT)
 
 
 def run(*command: str | Path, cwd: Path | None = None, environment: dict[str, str] | None = None) -> None:

@@ -142,15 +142,20 @@ def test_bad_settings_are_found_before_anything_is_written(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_tracker_that_cannot_start_is_named(
+def test_a_tracker_that_cannot_start_is_named_and_the_earlier_run_stays(
     configure: Callable[..., TrainConfig], tracker: type[Tracker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    quiet(config := configure())
+    before = files_of(config)
+
     def refuse(_self: Any) -> None:
         raise RuntimeError("no account")
 
     monkeypatch.setattr(tracker, "start", refuse)
     with pytest.raises(TrainingError, match="log_with: wandb cannot start: no account"):
-        quiet(configure(log_with=("wandb",)))
+        quiet(configure(log_with=("wandb",), overwrite=True))
+    assert before
+    assert files_of(config) == before
 
 
 def test_a_full_disk_is_an_error_that_names_the_step(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from cat_rs.processes import Processes
 from cat_rs.run_folder import METRICS_FILE, MetricsError, metrics_rows
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import CheckpointError, TrainingError
-from cat_rs.training.trackers import open_trackers
+from cat_rs.training.trackers import open_tensorboard
 
 FIGURES = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
 
@@ -33,6 +33,7 @@ class TrainingLog:
     Args:
         config: The settings.
         processes: The ranks that train together.
+        trackers: Those that get the log beside TensorBoard; the log finishes them.
         bar: The progress bar.
         after_step: The step from which the training continues.
         seconds_before: The time that its earlier parts took.
@@ -42,14 +43,21 @@ class TrainingLog:
     """
 
     def __init__(
-        self, config: TrainConfig, processes: Processes, bar: Any, *, after_step: int, seconds_before: float
+        self,
+        config: TrainConfig,
+        processes: Processes,
+        trackers: Sequence[Any],
+        bar: Any,
+        *,
+        after_step: int,
+        seconds_before: float,
     ) -> None:
         self._processes = processes
         self._bar = bar
         self._file = None
-        self._trackers: list[Any] = []
+        self._trackers = list(trackers)
         if processes.is_main:
-            self._trackers = open_trackers(config, after_step)
+            self._trackers += open_tensorboard(config, after_step)
             path = Path(config.output_dir, METRICS_FILE)
             # A line is written at once: a reader never sees half of one.
             self._file = path.open("a", encoding="utf-8", buffering=1)

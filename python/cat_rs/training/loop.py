@@ -28,7 +28,7 @@ from cat_rs.training.model import add_adapter, choose_device, load_pipeline
 from cat_rs.training.model_card import make_card
 from cat_rs.training.output_folder import OutputFolder
 from cat_rs.training.samples import Samples
-from cat_rs.training.trackers import check_trackers
+from cat_rs.training.trackers import check_trackers, start_trackers
 from cat_rs.training.trainer import Trainer
 
 # Steps of a GPU whose figures are read at once, at least.
@@ -119,6 +119,9 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         add_adapter(unet, config)
+        # Before an earlier run is deleted: a tracker may lack an account.
+        trackers: list[Any] = []
+        processes.on_main(lambda: trackers.extend(start_trackers(config)))
         processes.on_main(lambda: output.open(after_step=state["run"]["steps_done"] if state else 0))
         bank = open_bank(config, unet, scheduler, dataset, processes, progress)
         trainer = Trainer(config, unet, scheduler, dataset, processes, bank)
@@ -136,7 +139,14 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
 
         steps_bar = bar(total=config.steps, initial=trainer.steps_done, desc="training")
         seconds_before = state["seconds"] if state else 0.0
-        log = TrainingLog(config, processes, steps_bar, after_step=trainer.steps_done, seconds_before=seconds_before)
+        log = TrainingLog(
+            config,
+            processes,
+            trackers,
+            steps_bar,
+            after_step=trainer.steps_done,
+            seconds_before=seconds_before,
+        )
 
         def evaluate() -> None:
             """Score the adapter as it is now, and log it."""

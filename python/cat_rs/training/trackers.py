@@ -32,16 +32,18 @@ def check_trackers(config: TrainConfig) -> None:
         )
 
 
-def open_trackers(config: TrainConfig, after_step: int) -> list[Any]:
-    """Start the trackers of a training that continues after a step.
+def start_trackers(config: TrainConfig) -> list[Any]:
+    """Start the trackers of accelerate, in a folder whose earlier run is still there.
 
     Raises:
         TrainingError: One cannot start, such as for want of an account.
     """
-    names = [name for name in dict.fromkeys(config.log_with) if name != "tensorboard"]
-    own = config.tensorboard or "tensorboard" in config.log_with
-    trackers: list[Any] = [_TensorBoard(config, after_step)] if own else []
-    return trackers + [_start(name, config) for name in names]
+    return [_start(name, config) for name in dict.fromkeys(config.log_with) if name != "tensorboard"]
+
+
+def open_tensorboard(config: TrainConfig, after_step: int) -> list[Any]:
+    """Open TensorBoard's log of a training that continues after a step; nothing where the settings ask for none."""
+    return [_TensorBoard(config, after_step)] if config.tensorboard or "tensorboard" in config.log_with else []
 
 
 def _start(name: str, config: TrainConfig) -> Any:
@@ -54,6 +56,7 @@ def _start(name: str, config: TrainConfig) -> Any:
     folder = [config.output_dir] if kind.requires_logging_directory else []
     settings = {"name": Path(config.output_dir).resolve().name, "dir": config.output_dir} if name == "wandb" else {}
     try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         tracker = kind(_PROJECT, *folder, **settings)
         tracker.start()
         tracker.store_init_configuration({key: _plain(value) for key, value in config.to_dict().items()})
