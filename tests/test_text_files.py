@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cat_rs.errors import CatRsError
 from cat_rs.evaluation import EvaluationPrompts, EvaluationResult
 from cat_rs.options import read_config_file
 from cat_rs.run_folder import metrics_rows
-from cat_rs.text_files import TextFileError, json_lines, read_prompts, read_text
+from cat_rs.text_files import TextFileError, general_prompts, json_lines, read_prompts, read_text
 from cat_rs.training.captions import pair_captions
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.dataset import read_folder
@@ -156,3 +157,12 @@ def test_half_a_surrogate_pair_is_no_prompt(tmp_path: Path) -> None:
 def test_a_text_that_names_no_file_is_an_error_of_ours(tmp_path: Path, read: Callable[[Path], Any], name: str) -> None:
     with pytest.raises(CatRsError, match="expected the name of a file, got"):
         read(tmp_path / name)
+
+
+def test_the_general_prompts_are_many_and_distinct_and_hold_no_trigger() -> None:
+    prompts = general_prompts()
+    assert len(prompts) >= 200
+    assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
+    words = {word for prompt in prompts for word in re.findall(r"[\w'-]+", prompt)}
+    assert not words & {"sks", "zwx", "ohwx", "olis", "xjy"}
+    assert all(re.fullmatch(r"[a-z,' -]+", prompt) for prompt in prompts)

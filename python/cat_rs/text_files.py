@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import stat
+from pathlib import Path
 
 from cat_rs.errors import CatRsError
 
@@ -16,6 +17,7 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 _BOM = "\ufeff"
+_GENERAL_PROMPTS = Path(__file__).parent / "data" / "general_prompts.txt"
 
 
 class TextFileError(CatRsError, OSError):
@@ -72,6 +74,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
     lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     stripped = (line.strip().removeprefix(_BOM).strip() for line in lines)
     return [line for line in stripped if line and not line.startswith("#")]
+
+
+def general_prompts() -> list[str]:
+    """Return the bundled prompts, which ask for subjects, places, styles and plain backgrounds of every kind."""
+    return read_prompts(_GENERAL_PROMPTS)
 
 
 def json_lines(path: str | os.PathLike[str]) -> list[str]:
