@@ -665,6 +665,18 @@ def test_replays_equal_eager_steps_with_a_bank() -> None:
     )
 
 
+@pytest.mark.parametrize("stored", [False, True], ids=["predicted", "stored"])
+def test_replays_equal_eager_steps_with_preservation_samples(stored: bool) -> None:
+    batches = []
+    for n in range(STEPS):
+        other = batch(50 + n, 3)
+        samples = cat_rs.PreservationSamples(other["latents"], other["noise"], other["timesteps"])
+        if stored:
+            samples = samples._replace(base_pred=torch.randn(3, 4, 8, 8).bfloat16())
+        batches.append({**undrawn(n), "cond_no_trigger": other["cond_no_trigger"], "preserve": samples})
+    compare(batches=batches)
+
+
 def test_replays_equal_eager_steps_with_gradient_checkpointing() -> None:
     def model_of() -> torch.nn.Module:
         model = unet_pair()[0].train()

@@ -117,14 +117,16 @@ def test_equals_the_plain_recipe_with_clipping(max_grad_norm: float | None) -> N
     compare_with_recipe(*unet_pair(), [batch(n) for n in range(3)], max_grad_norm=max_grad_norm)
 
 
-def preserved_batch(number: int, size: int, *, weighted: bool = False) -> dict[str, Any]:
+def preserved_batch(
+    number: int, size: int, *, weighted: bool = False, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """A batch whose preservation samples are other latents."""
-    other = batch(100 + number, size)
+    other = batch(100 + number, size, dtype=dtype)
     samples = PreservationSamples(other["latents"], other["noise"], other["timesteps"])
     if weighted:
         mask = (torch.rand(size, 1, 8, 8, generator=torch.Generator().manual_seed(number)) > 0.3).float()
         samples = samples._replace(sample_weight=torch.rand(size) + 0.1, mask=mask)
-    return {**batch(number), "cond_no_trigger": other["cond_no_trigger"], "preserve": samples}
+    return {**batch(number, dtype=dtype), "cond_no_trigger": other["cond_no_trigger"], "preserve": samples}
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -169,9 +171,57 @@ def test_preservation_samples_are_drawn_after_the_concepts() -> None:
     assert torch.equal(drawn.cat, again.cat)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_stored_base_predictions_are_those_that_the_step_would_make(dtype: torch.dtype) -> None:
+    predictions: list[torch.Tensor] = []
+
+    def predict(
+        model: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any]
+    ) -> torch.Tensor:
+        prediction = model(latents, timesteps, **cond).sample
+        predictions.append(prediction.detach())
+        return prediction
+
+    predicting, stored = (cat_step(unet_pair(dtype)[0], predict=predict, accumulate=2) for _ in range(2))
+    for n in range(4):
+        one = preserved_batch(n, 3, weighted=True, dtype=dtype)
+        predictions.clear()
+        theirs = predicting(**one)
+        base_pred, _ = predictions
+        predictions.clear()
+        ours = stored(**{**one, "preserve": one["preserve"]._replace(base_pred=base_pred)})
+        # The concept's samples and those of the preservation term at once.
+        assert [len(prediction) for prediction in predictions] == [2 + 3]
+        assert torch.equal(ours.loss, theirs.loss)
+        assert torch.equal(ours.cat, theirs.cat)
+    expected = lora_parameters(predicting.model)
+    assert all(torch.equal(param, expected[name]) for name, param in lora_parameters(stored.model).items())
+
+
+def test_base_predictions_may_be_stored_in_a_lower_dtype() -> None:
+    one = preserved_batch(0, 3)
+    rounded = torch.randn(3, 4, 8, 8).bfloat16()
+    ours, theirs = (
+        cat_step(unet_pair()[0])(**{**one, "preserve": one["preserve"]._replace(base_pred=base_pred)}).cat
+        for base_pred in (rounded, rounded.float())
+    )
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
+        ({"base_pred": 1.0}, DtypeError, "`preserve.base_pred` must be a torch.Tensor, got float"),
+        (
+            {"base_pred": torch.ones(2, 4, 8, 8)},
+            ShapeError,
+            r"`preserve.base_pred` must have shape \[3, 4, 8, 8\] on cpu, got \[2, 4, 8, 8\] on cpu",
+        ),
+        (
+            {"base_pred": torch.ones(3, 4, 8, 8), "noise": None},
+            InvalidValueError,
+            "`preserve.noise` and `preserve.timesteps` must be those of the base predictions, got none",
+        ),
         ({"preserve": torch.ones(3, 4, 8, 8)}, InvalidValueError, "`preserve` must be PreservationSamples or None"),
         ({"latents": torch.ones(3, 4, 8, 9)}, ShapeError, r"`preserve.latents` must have shape \[P, 4, 8, 8\]"),
         ({"latents": torch.ones(3, 4, 8, 8).double()}, ShapeError, r"`preserve.latents` .* dtype torch.float32"),

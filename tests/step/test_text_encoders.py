@@ -167,6 +167,21 @@ def test_without_preservation_the_other_condition_is_not_computed() -> None:
     step(**one, cond=lambda: encode([encoder], tokens), cond_no_trigger=unwanted)
 
 
+def test_with_stored_base_predictions_the_base_text_encoder_is_not_called() -> None:
+    encoder = adapted(tiny_text_encoder())
+    step = cat_step(unet_pair()[0], text_encoders=[encoder])
+    one, tokens, others = draw(0)
+    calls: list[bool] = []
+
+    def cond_no_trigger() -> dict[str, torch.Tensor]:
+        calls.append(torch.is_grad_enabled())
+        return encode([encoder], others)
+
+    samples = cat_rs.PreservationSamples(*one.values(), base_pred=torch.randn(2, 4, 8, 8))
+    step(**one, cond=lambda: encode([encoder], tokens), cond_no_trigger=cond_no_trigger, preserve=samples)
+    assert calls == [True]
+
+
 def test_the_base_prediction_uses_the_base_text_encoder() -> None:
     base = tiny_text_encoder()
     encoder = adapted(base)

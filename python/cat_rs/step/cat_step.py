@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cat_rs.arguments import check, refusing
-from cat_rs.errors import AdapterError, InvalidValueError
+from cat_rs.errors import AdapterError
 from cat_rs.ops.cat_loss import student_loss
 from cat_rs.ops.noising import noising
 from cat_rs.step import collectives, device_values, inputs
@@ -236,8 +236,9 @@ class CatStep:
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
             mask: m, of the latents' shape up to dimensions of size 1.
             preserve: Samples of the preservation term, [P, ...], with noise, timesteps, weights and mask of their own,
-                to which ``cond_no_trigger`` then belongs; each term is a mean over its own samples. By default the
-                concept's latents are preserved, as CAT does. Not with a teacher bank.
+                to which ``cond_no_trigger`` then belongs; each term is a mean over its own samples. With their base
+                predictions, the step skips the base model's forward. By default the concept's latents are preserved,
+                as CAT does. Not with a teacher bank.
             sync_gradients: Whether this call updates the adapter, as ``accelerator.sync_gradients`` says inside
                 ``accelerator.accumulate``, which also ends an accumulation with the dataloader; by default every
                 ``accumulate``-th call does.
@@ -247,9 +248,13 @@ class CatStep:
         """
         update_due = self._accumulation.is_due(self.accumulate, sync_gradients)
         inputs.check_tensors("CatStep", sample_weight=sample_weight, mask=mask)
+        inputs.check_preserve(preserve, self._teacher_bank)
         cat_factor = factor_after(self._cat_factor, self.steps_done)
         preserves = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
-        conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=preserves)
+        predicts_base = preserve is None or preserve.base_pred is None
+        conditions = evaluate_conditions(
+            cond, cond_no_trigger, self._adapters, preserve=preserves, predict_base=predicts_base
+        )
         if self._teacher_bank is None:
             drawn = inputs.draw(latents, noise, timesteps, self._schedule, self.noise_offset, self.generator)
         else:
@@ -258,8 +263,6 @@ class CatStep:
             drawn = inputs.draw_stored(latents, noise, timesteps, bank, conditions, generator, device, compare=compare)
             self._compares_conditions = False
         if preserve is not None:
-            if self._teacher_bank is not None:
-                raise InvalidValueError("CatStep: `preserve` must be None with a teacher bank, got samples")
             preserve = inputs.draw_preserved(preserve, latents, self._schedule, self.noise_offset, self.generator)
         given = StepInputs(*drawn, sample_weight, mask, conditions, preserve)
         self._factors.write([cat_factor, 1.0 / self.accumulate])
@@ -285,13 +288,13 @@ class CatStep:
         own_weight, own_mask = weight, given.mask
         base_pred = None
         if cond_no_trigger is not None:
+            base_pred = given.base_pred
             preserved, preserved_timesteps = noisy[:batch], timesteps
             if own is not None:
                 assert own.timesteps is not None
                 preserved, _, own_weight = self._noised(own, copies)
-                preserved_timesteps, own_mask = own.timesteps, own.mask
+                preserved_timesteps, own_mask, base_pred = own.timesteps, own.mask, own.base_pred
                 noisy = torch.cat([noisy, preserved])
-            base_pred = given.base_pred
             if base_pred is None:
                 with torch.no_grad(), self._adapters.disabled():
                     base_cond = cond_base or cond_no_trigger

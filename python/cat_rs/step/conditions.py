@@ -24,7 +24,8 @@ class Conditions(NamedTuple):
     Attributes:
         trigger: c.
         no_trigger: c0; None for plain LoRA.
-        base: c0 from the base text encoders; None where no text encoder trains, so that it is ``no_trigger``.
+        base: c0 from the base text encoders; None where no text encoder trains, so that it is ``no_trigger``, and
+            where the base predictions are known.
     """
 
     trigger: Mapping[str, Any]
@@ -38,6 +39,7 @@ def evaluate_conditions(
     adapters: Adapters,
     *,
     preserve: bool,
+    predict_base: bool,
 ) -> Conditions:
     """The conditions of a step; without a preservation term ``cond_no_trigger`` is not called.
 
@@ -49,7 +51,7 @@ def evaluate_conditions(
     if not preserve:
         return Conditions(trigger)
     no_trigger = _evaluate("cond_no_trigger", cond_no_trigger, trains_text)
-    if not trains_text:
+    if not (trains_text and predict_base):
         return Conditions(trigger, no_trigger)
     with torch.no_grad(), adapters.disabled():
         return Conditions(trigger, no_trigger, _evaluate("cond_no_trigger", cond_no_trigger, trains_text))

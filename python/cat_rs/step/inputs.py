@@ -22,6 +22,7 @@ __all__ = [
     "StepInputs",
     "check_generator",
     "check_options",
+    "check_preserve",
     "check_tensors",
     "draw",
     "draw_noise",
@@ -39,6 +40,8 @@ class PreservationSamples(NamedTuple):
         timesteps: [P]; drawn uniformly from the schedule if None.
         sample_weight: w', [P], >= 0; multiplies the min-SNR weights.
         mask: m', of the latents' shape up to dimensions of size 1.
+        base_pred: f_base(z'_t, t, c0) where it is known, [P, ...], in any float dtype; noise and timesteps must then
+            be those that it was predicted for. The step does without the base model's forward for these samples.
     """
 
     latents: torch.Tensor
@@ -46,6 +49,7 @@ class PreservationSamples(NamedTuple):
     timesteps: torch.Tensor | None = None
     sample_weight: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    base_pred: torch.Tensor | None = None
 
 
 class StepInputs(NamedTuple):
@@ -53,7 +57,7 @@ class StepInputs(NamedTuple):
 
     Attributes:
         latents, noise, timesteps: x, [B, ...], [B, ...] and [B].
-        base_pred: f_base(z_t, t, c0) where it is known already, [B, ...].
+        base_pred: f_base(z_t, t, c0) of a teacher bank, [B, ...].
         sample_weight, mask: As given.
         conditions: The model's keyword arguments.
         preserve: The samples of the preservation term, where they are not the concept's.
@@ -139,6 +143,14 @@ def draw(
     return latents, noise, timesteps, None
 
 
+def check_preserve(samples: PreservationSamples | None, teacher_bank: TeacherBank | None) -> None:
+    """Refuses what are no samples, and samples beside a bank."""
+    expected = "PreservationSamples or None"
+    check("CatStep", "preserve", samples, expected, lambda it: it is None or isinstance(it, PreservationSamples))
+    if samples is not None and teacher_bank is not None:
+        raise InvalidValueError("CatStep: `preserve` must be None with a teacher bank, got samples")
+
+
 def draw_preserved(
     samples: PreservationSamples,
     latents: torch.Tensor,
@@ -147,14 +159,23 @@ def draw_preserved(
     generator: torch.Generator | None,
 ) -> PreservationSamples:
     """Checks the samples beside the concept's latents, and draws noise and timesteps where they are not given."""
-    expected = "PreservationSamples or None"
-    check("CatStep", "preserve", samples, expected, lambda it: isinstance(it, PreservationSamples))
+    base_pred = samples.base_pred
+    check_tensors("CatStep", **{"preserve.base_pred": base_pred})
+    if base_pred is not None and (samples.noise is None or samples.timesteps is None):
+        raise InvalidValueError(
+            "CatStep: `preserve.noise` and `preserve.timesteps` must be those of the base predictions, got none"
+        )
     noise, timesteps = draw(samples.latents, samples.noise, samples.timesteps, schedule, noise_offset, generator)[1:3]
     if samples.latents.shape[1:] != latents.shape[1:] or samples.latents.dtype != latents.dtype:
         sizes = ", ".join(map(str, latents.shape[1:]))
         raise ShapeError(
             f"CatStep: `preserve.latents` must have shape [P, {sizes}] and dtype {latents.dtype} as `latents`, got "
             f"{list(samples.latents.shape)} and {samples.latents.dtype}"
+        )
+    if base_pred is not None and (base_pred.shape, base_pred.device) != (samples.latents.shape, latents.device):
+        raise ShapeError(
+            f"CatStep: `preserve.base_pred` must have shape {list(samples.latents.shape)} on {latents.device}, got "
+            f"{list(base_pred.shape)} on {base_pred.device}"
         )
     return samples._replace(noise=noise, timesteps=timesteps)
 
