@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ class PlainRecipe:
             through a float32 copy, as mixed-precision training does.
         base_model: The frozen model without an adapter.
         scheduler: A diffusers scheduler; makes the noisy latents and the velocity.
-        cat_factor, snr_gamma, prediction_type, accumulate, max_grad_norm: As of cat_rs.CatStep.
+        cat_factor, preserve_every, snr_gamma, prediction_type, accumulate, max_grad_norm: As of cat_rs.CatStep.
         predict: How to call the model.
         text_encoders: Further modules that train.
         grad_scaler: Scales the loss.
@@ -192,6 +193,7 @@ class PlainRecipe:
         scheduler: Any,
         *,
         cat_factor: float = 1.0,
+        preserve_every: int = 1,
         snr_gamma: float | None = None,
         prediction_type: str = "epsilon",
         accumulate: int = 1,
@@ -203,7 +205,7 @@ class PlainRecipe:
     ) -> None:
         self.model, self.base_model, self.scheduler, self.predict = model, base_model, scheduler, predict
         self.cat_factor, self.snr_gamma, self.prediction_type = cat_factor, snr_gamma, prediction_type
-        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
+        self.accumulate, self.max_grad_norm, self.preserve_every = accumulate, max_grad_norm, preserve_every
         self.grad_scaler = grad_scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.trainable = [
             param for trained in (model, *text_encoders) for param in trained.parameters() if param.requires_grad
@@ -219,7 +221,7 @@ class PlainRecipe:
         self,
         latents: torch.Tensor,
         cond: torch.Tensor | Mapping[str, Any],
-        cond_no_trigger: torch.Tensor | Mapping[str, Any],
+        cond_no_trigger: torch.Tensor | Mapping[str, Any] | None = None,
         *,
         noise: torch.Tensor,
         timesteps: torch.Tensor,
@@ -240,7 +242,8 @@ class PlainRecipe:
         weight = self._weight(timesteps, sample_weight)
         diffusion = self._mse(self.predict(self.model, noisy, timesteps, cond), target, weight, mask)
         cat = torch.zeros(())
-        if self.cat_factor:
+        in_turn = (self.calls // self.accumulate + 1) % self.preserve_every == 0
+        if self.cat_factor and in_turn:
             if preserve is not None:
                 timesteps, mask = preserve.timesteps, preserve.mask
                 noisy, _ = self._noising(preserve.latents, preserve.noise, timesteps)
@@ -249,9 +252,9 @@ class PlainRecipe:
                 base = self.predict(self.base_model, noisy, timesteps, cond_base or cond_no_trigger)
             student = self.predict(self.model, noisy, timesteps, cond_no_trigger)
             cat = self._mse(student, base, weight, mask)
-        loss = diffusion + self.cat_factor * cat
+        loss = diffusion + self.preserve_every * self.cat_factor * cat
         self.grad_scaler.scale(loss / self.accumulate).backward()
-        metrics = {"loss": loss.item(), "diffusion": diffusion.item(), "cat": cat.item()}
+        metrics = {"loss": loss.item(), "diffusion": diffusion.item(), "cat": cat.item() if in_turn else math.nan}
         self.calls += 1
         if self.calls % self.accumulate == 0:
             metrics["grad_norm"] = self._update()

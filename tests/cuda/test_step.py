@@ -106,6 +106,7 @@ def test_equals_the_plain_recipe_with_flow_matching() -> None:
         pytest.param({"snr_gamma": 5.0, "noise_offset": 0.1, "accumulate": 2}, id="weights-offset-accumulation"),
         pytest.param({"cat_factor": CatFactorRatio(0.3), "generator": torch.Generator()}, id="ratio-generator"),
         pytest.param({"cat_factor": CatFactorRamp(0.0, 1.0, 4)}, id="ramp"),
+        pytest.param({"cat_factor": CatFactorRatio(0.3), "preserve_every": 2}, id="every-second"),
     ],
 )
 def test_a_step_waits_for_nothing(options: dict[str, Any]) -> None:
@@ -223,6 +224,14 @@ def test_a_condition_of_all_samples_is_one_tensor(capture: bool) -> None:
         step(**shifted_batch(0, shift, shift.view(7)))
     with pytest.raises(ShapeError, match=r"be cond's tensor itself on a GPU, got another tensor of shape \[7\]"):
         step(**shifted_batch(0, shift, shift.clone()))
+
+
+def test_a_bank_compares_the_first_conditions_that_it_is_given() -> None:
+    bank, cond = bank_of(model := unet_pair()[0])
+    step = cat_step(model, teacher_bank=bank, generator=torch.Generator(), preserve_every=2)
+    step(**stored_batch(0, cond))
+    with pytest.raises(InvalidValueError, match="must be what the teacher bank's predictions were made with"):
+        step(**{**stored_batch(1, cond), "cond_no_trigger": cond[:2] + 1})
 
 
 def bank_of(model: torch.nn.Module) -> tuple[cat_rs.TeacherBank, torch.Tensor]:
@@ -358,6 +367,15 @@ def test_dropout_draws_anew() -> None:
     step.optimizer.param_groups[0]["lr"] = 0.0
     step.optimizer.param_groups[0]["weight_decay"] = 0.0
     assert len({float(step(**batch(0)).loss) for _ in range(4)}) == 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_with_and_without_a_term_are_two_graphs(accumulate: int) -> None:
+    options = {"preserve_every": 3, "cat_factor": CatFactorRatio(0.3), "accumulate": accumulate}
+    batches = [undrawn(n) for n in range(3 * STEPS * accumulate)]
+    # The ratio of one step is not the other's.
+    step = compare(lambda: copy.deepcopy(options), batches, graphs=2)
+    assert step.steps_done == 3 * STEPS
 
 
 def test_a_learning_rate_scheduler_takes_effect() -> None:

@@ -17,10 +17,11 @@ from cat_rs.report.curves import read_log, smoothed
 PLAIN, CAT = (0xC2, 0x41, 0x0C), (0x1D, 0x4E, 0xD8)
 
 
-def write_log(folder: Path, *, cat: float, steps: int = 20) -> Path:
+def write_log(folder: Path, *, cat: float, steps: int = 20, every: int = 1) -> Path:
     folder.mkdir()
     rows = [
         {"step": step, "loss": 0.2, "diffusion": 0.1 + 0.1 / step, "cat": cat * step, "grad_norm": 0.5, "lr": 1e-4}
+        | ({} if step % every == 0 else {"cat": None})
         for step in range(1, steps + 1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,6 +46,11 @@ def test_each_run_is_drawn_where_it_has_values(tmp_path: Path) -> None:
     assert pixels_of(picture, CAT, panel=1) > 200
     assert pixels_of(picture, PLAIN, panel=1) == 0, "a run without the term has no line"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "curves.png"]
+
+
+def test_a_term_of_every_fourth_step_is_a_line(tmp_path: Path) -> None:
+    training_curves({"CAT": write_log(tmp_path / "a", cat=1e-3, every=4)}, tmp_path / "curves.png")
+    assert pixels_of(tmp_path / "curves.png", PLAIN, panel=1) > 200
 
 
 def test_runs_without_preservation_and_of_one_step_are_drawn(tmp_path: Path) -> None:

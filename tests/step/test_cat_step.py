@@ -145,6 +145,76 @@ def test_equals_the_plain_recipe_with_preservation_samples_and_accumulation() ->
     compare_with_recipe(*unet_pair(), [preserved_batch(n, 1 + n % 3) for n in range(4)], accumulate=2)
 
 
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("own", [False, True], ids=["concept", "samples"])
+def test_equals_the_plain_recipe_with_a_term_in_every_kth_step(every: int, accumulate: int, own: bool) -> None:
+    batches = [preserved_batch(n, 3) if own else batch(n) for n in range(5 * accumulate)]
+    options = {"preserve_every": every, "accumulate": accumulate, "cat_factor": 0.7}
+    compare_with_recipe(*unet_pair(), batches, **options)
+
+
+def test_equals_the_plain_recipe_with_a_term_in_every_kth_step_that_a_scaler_skips() -> None:
+    # The second step overflows: the term of the third and the fourth's turn are where they were.
+    model, base = unet_pair()
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2) for _ in range(2)]
+    recipe = PlainRecipe(copy.deepcopy(model), base, ddpm(), preserve_every=2, grad_scaler=scalers[0], **SETTINGS)
+    step = cat_step(model, preserve_every=2, grad_scaler=scalers[1])
+    for n in range(6):
+        one = batch(n)
+        if n == 1:
+            one["latents"][0, 0, 0, 0] = torch.inf
+        ours, theirs = step(**one), recipe(**one)
+        assert ours.cat.isnan() == (n % 2 == 0 or n == 1)
+        assert float(ours.loss) == pytest.approx(theirs["loss"], rel=1e-4, nan_ok=True)
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    theirs = lora_parameters(recipe.model)
+    for name, param in lora_parameters(model).items():
+        assert_close(param, theirs[name], factor=10, scale=1.0, label=name)
+
+
+def test_steps_without_a_term_look_at_no_preservation_inputs() -> None:
+    step, predicted = cat_step(unet_pair()[0], preserve_every=2, accumulate=2), list[int]()
+    step.model.register_forward_hook(lambda model, given, output: predicted.append(len(output[0])))
+    asked = []
+    for n in range(8):
+        asked.append(step.preserves_next)
+        one: dict[str, Any] = batch(n)
+        if not step.preserves_next:
+            del one["cond_no_trigger"]
+        metrics = step(**one)
+        assert metrics.cat.isnan() != asked[-1]
+        assert float(metrics.loss) == pytest.approx(
+            float(metrics.diffusion + 2 * metrics.cat) if asked[-1] else float(metrics.diffusion)
+        )
+        assert metrics.cat_factor == 1.0
+    assert asked == [False, False, True, True] * 2
+    assert predicted == [2, 2, 2, 4, 2, 4] * 2
+
+
+def test_what_a_step_without_a_term_does_not_look_at_changes_no_draws() -> None:
+    def losses(*, given: bool) -> list[float]:
+        step = cat_step(unet_pair()[0], preserve_every=2, generator=torch.Generator().manual_seed(7))
+        values = []
+        for n in range(4):
+            one = {name: value for name, value in preserved_batch(n, 3).items() if name not in DRAWN}
+            one["preserve"] = PreservationSamples(one["preserve"].latents) if given or step.preserves_next else None
+            values.append(float(step(**one).loss))
+        return values
+
+    assert losses(given=True) == losses(given=False)
+
+
+def test_without_a_factor_no_step_has_a_term() -> None:
+    step = cat_step(unet_pair()[0], cat_factor=lambda done: float(done == 1), preserve_every=2)
+    cats = []
+    for n in range(4):
+        assert step.preserves_next == (n == 1)
+        cats.append(float(step(**batch(n)).cat))
+    assert cats == pytest.approx([torch.nan, cats[1], torch.nan, 0.0], nan_ok=True)
+    assert cats[1] > 0
+
+
 def test_the_concepts_own_samples_are_those_of_cat() -> None:
     ours, theirs = cat_step(unet_pair()[0]), cat_step(unet_pair()[0])
     for n in range(3):
@@ -496,10 +566,12 @@ def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("steps_before", [3, 4, 5], ids=["update-due", "mid-accumulation-1", "mid-accumulation-2"])
-def test_resumes_bit_for_bit(steps_before: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("every", [1, 2])
+def test_resumes_bit_for_bit(steps_before: int, every: int, dtype: torch.dtype) -> None:
     def fresh(seed: int) -> tuple[torch.nn.Module, cat_rs.CatStep]:
         model, _ = unet_pair(dtype)
-        return model, cat_step(model, accumulate=3, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return model, cat_step(model, accumulate=3, preserve_every=every, generator=generator)
 
     def drawn(number: int) -> dict[str, torch.Tensor]:
         return {name: value for name, value in batch(number, dtype=dtype).items() if name not in DRAWN}
@@ -594,6 +666,7 @@ class NoTables:
         pytest.param({"cat_factor": -1.0}, "`cat_factor` must be a finite number >= 0, got -1.0", id="cat_factor"),
         pytest.param({"cat_factor": float("nan")}, "`cat_factor` .* got nan", id="cat_factor-nan"),
         pytest.param({"accumulate": 0}, "`accumulate` must be an integer of at least 1, got 0", id="accumulate"),
+        pytest.param({"preserve_every": 1.5}, "`preserve_every` must be an integer .* got 1.5", id="preserve_every"),
         pytest.param({"snr_gamma": 0.0}, "`snr_gamma` must be > 0 or None, got 0.0", id="snr_gamma"),
         pytest.param({"prediction_type": "sample"}, "`prediction_type` must be .* got 'sample'", id="prediction_type"),
         pytest.param({"prediction_type": "flow"}, "`prediction_type` must be .* got 'flow'", id="flow-on-ddpm"),

@@ -69,6 +69,7 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
         {"trigger": ()},
         {"cat_factor_end": -1.0},
         {"cat_ratio": 0.0},
+        {"preserve_every": 0},
         {"cat_ratio": 0.1, "cat_factor_end": 1.0},
         {"preserve_share": 0.0},
         {"preserve_share": 1.5},
@@ -87,6 +88,11 @@ def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
     TrainConfig(**REQUIRED, rank=4, steps=1000, resume=True).check_continues(earlier)
     with pytest.raises(ConfigError, match="rank was 4, is 8"):
         TrainConfig(**REQUIRED, rank=8).check_continues(earlier)
+
+
+def test_plain_lora_has_no_term_to_leave_out() -> None:
+    with pytest.raises(ConfigError, match="preserve_every: expected 1 with cat_factor 0, got 4"):
+        TrainConfig(**REQUIRED, cat_factor=0.0, preserve_every=4)
 
 
 def test_plain_lora_has_no_base_predictions_to_cache() -> None:

@@ -213,6 +213,20 @@ def test_logged_figures_are_means_over_the_batches_of_a_step(
         assert row["grad_norm"] == pytest.approx(float(of_step[-1].grad_norm))
 
 
+def test_steps_without_a_term_are_logged_as_such(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("tqdm.tqdm.set_postfix", lambda bar, figures: shown.append(figures.copy()))
+    result = quiet(configure(preserve_every=2, cat_factor=3.0))
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert [row["cat"] is None for row in rows] == [True, False, True, False]
+    assert [row["cat_factor"] for row in rows] == [3.0] * 4
+    assert rows[2]["loss"] == rows[2]["diffusion"]
+    assert rows[3]["loss"] == pytest.approx(rows[3]["diffusion"] + 2 * 3.0 * rows[3]["cat"])
+    assert "cat" not in shown[0]
+    assert [figures["cat"] for figures in shown[1:]] == [f"{rows[n]['cat']:.4g}" for n in (1, 1, 3)]
+    assert [figures["loss"] for figures in shown] == [f"{row['loss']:.4g}" for row in rows]
+
+
 def test_plain_lora_has_no_preservation_term(configure: Configure) -> None:
     result = quiet(configure(cat_factor=0.0, trigger=()))
     assert all(json.loads(line)["cat"] == 0 for line in result.metrics.read_text().splitlines())
@@ -243,8 +257,9 @@ def test_callers_random_state_is_untouched(configure: Configure) -> None:
         {"cat_factor": 0.0},
         {"teacher_draws": 3, "crop": "random", "crops": 2, "flip": True},
         {"dtype": "float16"},
+        {"preserve_every": 2, "accumulate": 2, "cat_ratio": 0.3},
     ],
-    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16"],
+    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16", "preserve_every"],
 )
 def test_resumed_run_equals_uninterrupted_run(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

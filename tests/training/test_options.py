@@ -78,6 +78,7 @@ OPTIONS: dict[str, Case] = {
         "cosine", {"row.cat_factor": [1.0, 0.75, 0.25, 0.0]}, {"cat_factor_end": 0.0, "steps": 4}
     ),
     "cat_ratio": Case(0.1, {"step.cat_ratio": (0.1, 1e6), "metadata.cat_ratio": 0.1}, {"cat_factor": 1e6, "steps": 3}),
+    "preserve_every": Case(2, {"step.preserve_every": 2, "metadata.preserve_every": 2, "row.with_cat": [2]}),
     "preserve_prompts": Case("<preserve>", {"preserved": ("a dog", "a red car")}),
     "preserve_share": Case(1.0, {"preserve_share": 1.0}, {"preserve_prompts": "<preserve>"}),
     "snr_gamma": Case(0.05, {"step.snr_gamma": 0.05, "metadata.snr_gamma": 0.05}),
@@ -317,6 +318,7 @@ def _written(result: Any) -> Seen:
     seen: Seen = {f"metadata.{name}": value for name, value in lora.metadata.items()}
     for name in ("step", "lr", "cat_factor"):
         seen[f"row.{name}"] = pytest.approx([row[name] for row in rows])
+    seen["row.with_cat"] = [row["step"] for row in rows if row["cat"] is not None]
     tensors = load_file(result.adapter)
     content = [tensor.numpy().tobytes() for _, tensor in sorted(tensors.items())]
     seen["adapter"] = hashlib.sha256(b"".join(content)).hexdigest()

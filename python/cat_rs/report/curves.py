@@ -139,6 +139,10 @@ def curve(
     smoothing: float = _SMOOTHING,
 ) -> Curve:
     """Smooth a logged figure, and thin it out to what a chart can show."""
+    known = np.isfinite(values)
+    if known.any():
+        # What only every so many steps have is a line through those.
+        steps, values = steps[known], values[known]
     smooth = smoothed(values, max(1, round(smoothing * len(values))))
     parts = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_POINTS))
     return Curve(name, series, *(_means(column, parts) for column in (steps, values, smooth)))

@@ -35,11 +35,12 @@ class StepMetrics(NamedTuple):
     """What a step measured, 0-dim tensors.
 
     Attributes:
-        loss: diffusion + cat_factor * cat.
+        loss: diffusion + preserve_every * cat_factor * cat; diffusion alone in a step without a preservation term.
         diffusion: The diffusion term.
-        cat: The preservation term, without its factor; 0 with cat_factor 0.
+        cat: The preservation term, without its factor; 0 with cat_factor 0, and NaN, as nothing measures it, in the
+            steps that ``preserve_every`` leaves without one.
         grad_norm: The gradient's L2 norm before clipping; NaN on a step that only accumulates.
-        cat_factor: The weight of the preservation term.
+        cat_factor: The weight of the preservation term, a mean over the steps: without ``preserve_every``.
     """
 
     loss: torch.Tensor
@@ -75,6 +76,11 @@ class CatStep:
         cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
             number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a
             :class:`cat_rs.CatFactorRatio`. May be set between steps.
+        preserve_every: The preservation term is part of every ``preserve_every``-th optimizer step only, at
+            ``preserve_every`` times its weight, so that its mean is the same (lazy regularization, as StyleGAN2 does
+            it: arXiv 1912.04958, appendix B). The other steps cost what plain LoRA costs. With accumulation a term
+            belongs to all calls of its step. The first term is in step number ``preserve_every``: a new adapter has
+            nothing to preserve yet. See ``preserves_next``.
         snr_gamma: Min-SNR weighting of both terms (arXiv 2303.09556); None for uniform weights.
         noise_offset: Adds this much of one more draw for each sample and channel to the noise that the step draws, so
             that brightness is learned too; for latents [B, C, H, W] or [B, C, F, H, W]. 0.05 to 0.1 is usual.
@@ -100,8 +106,8 @@ class CatStep:
             initialized. A group of this rank alone trains alone.
         capture: On CUDA: records the step as a CUDA graph, which one launch replays. The first three steps with an
             input signature (shapes, dtypes, and the values of all that is not a tensor) run eagerly, the fourth is
-            recorded. Not with ``text_encoders``. Where the model cannot be recorded, a RuntimeWarning says why and
-            every step runs eagerly. See docs/gpu.md.
+            recorded; with ``preserve_every``, steps with and without the term are two. Not with ``text_encoders``.
+            Where the model cannot be recorded, a RuntimeWarning says why and every step runs eagerly. See docs/gpu.md.
         max_captures: Largest number of input signatures that are recorded; one more is an error.
 
     On CUDA a step never waits for the device, and neither do its metrics until they are read. So values on the device
@@ -140,6 +146,7 @@ class CatStep:
         weight_decay: float = 1e-2,
         max_grad_norm: float | None = 1.0,
         cat_factor: CatFactor = 1.0,
+        preserve_every: int = 1,
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
         prediction_type: str | None = None,
@@ -164,8 +171,11 @@ class CatStep:
             self._adapters.check_no_float16()
         device = next(iter(self.trainable.values())).device
         device_values.warn_of_slow_bfloat16("CatStep", device, self.model.parameters())
-        inputs.check_options(device, accumulate, noise_offset, generator, teacher_bank, self.text_encoders)
-        self.cat_factor, self.snr_gamma, self.noise_offset = cat_factor, snr_gamma, noise_offset
+        inputs.check_options(
+            device, accumulate, preserve_every, noise_offset, generator, teacher_bank, self.text_encoders
+        )
+        self.cat_factor, self.preserve_every = cat_factor, preserve_every
+        self.snr_gamma, self.noise_offset = snr_gamma, noise_offset
         self.accumulate, self.grad_scaler, self.generator = accumulate, grad_scaler, generator
         self._schedule = NoiseSchedule(scheduler, prediction_type, device)
         self._schedule.check_snr_gamma(snr_gamma)
@@ -184,7 +194,7 @@ class CatStep:
         self.optimizer = self._adapters.make_optimizer(
             lr, betas, eps, weight_decay, max_grad_norm=max_grad_norm, process_group=process_group
         )
-        # cat_factor, and the factor of the gradient.
+        # What weighs the preservation term, and the factor of the gradient.
         self._factors = DeviceValues([0.0, 1.0], device)
         self._captured = None
         if capture:
@@ -206,11 +216,20 @@ class CatStep:
     def cat_factor(self, value: CatFactor) -> None:
         self._cat_factor = value if callable(value) else check_cat_factor(value)
 
+    @property
+    def preserves_next(self) -> bool:
+        """Whether the next call has a preservation term; if not, it looks at neither cond_no_trigger nor preserve."""
+        return self._is_in_turn() and _is_positive(factor_after(self._cat_factor, self.steps_done))
+
+    def _is_in_turn(self) -> bool:
+        """Whether ``preserve_every`` puts a preservation term into the coming optimizer step."""
+        return (self.steps_done + 1) % self.preserve_every == 0
+
     def __call__(
         self,
         latents: torch.Tensor,
         cond: Cond | Callable[[], Cond],
-        cond_no_trigger: Cond | Callable[[], Cond],
+        cond_no_trigger: Cond | Callable[[], Cond] | None = None,
         *,
         noise: torch.Tensor | None = None,
         timesteps: torch.Tensor | None = None,
@@ -230,7 +249,7 @@ class CatStep:
                 included, must be the same in both conditions (on CUDA the same tensor) and is passed as it is.
             cond_no_trigger: The same prompts without the trigger, in the same form; or any other prompts whose
                 pictures are to stay. With ``text_encoders``, the function is called twice: for the student, and under
-                no_grad with all adapters off for the base.
+                no_grad with all adapters off for the base. Not needed where ``preserves_next`` is False.
             noise: [B, ...]; drawn from the standard normal by default.
             timesteps: [B], on the latents' device; drawn uniformly from the schedule by default.
             sample_weight: w, [B], >= 0; multiplies the min-SNR weights.
@@ -249,8 +268,10 @@ class CatStep:
         update_due = self._accumulation.is_due(self.accumulate, sync_gradients)
         inputs.check_tensors("CatStep", sample_weight=sample_weight, mask=mask)
         inputs.check_preserve(preserve, self._teacher_bank)
-        cat_factor = factor_after(self._cat_factor, self.steps_done)
-        preserves = isinstance(cat_factor, torch.Tensor) or cat_factor > 0
+        cat_factor, in_turn = factor_after(self._cat_factor, self.steps_done), self._is_in_turn()
+        preserves = in_turn and _is_positive(cat_factor)
+        if not preserves:
+            preserve = None
         predicts_base = preserve is None or preserve.base_pred is None
         conditions = evaluate_conditions(
             cond, cond_no_trigger, self._adapters, preserve=preserves, predict_base=predicts_base
@@ -261,11 +282,11 @@ class CatStep:
             bank, generator, device = self._teacher_bank, self.generator, self._schedule.device
             compare = self._compares_conditions or not device_values.is_gpu(device)
             drawn = inputs.draw_stored(latents, noise, timesteps, bank, conditions, generator, device, compare=compare)
-            self._compares_conditions = False
+            self._compares_conditions &= not preserves
         if preserve is not None:
             preserve = inputs.draw_preserved(preserve, latents, self._schedule, self.noise_offset, self.generator)
         given = StepInputs(*drawn, sample_weight, mask, conditions, preserve)
-        self._factors.write([cat_factor, 1.0 / self.accumulate])
+        self._factors.write([self.preserve_every * cat_factor, 1.0 / self.accumulate])
         if self._captured is None:
             loss, parts, grad_norm = *self._forward_backward(given), None
         else:
@@ -275,9 +296,12 @@ class CatStep:
             loss, parts, grad_norm = self._captured(self._forward_backward, given, settings, with_update=whole)
         grad_norm = self._update(grad_norm, update_due)
         diffusion, cat = parts.unbind()
-        if isinstance(self._cat_factor, CatFactorRatio):
+        if not in_turn:
+            cat = torch.full_like(cat, math.nan)
+        elif isinstance(self._cat_factor, CatFactorRatio):
             self._cat_factor.update(diffusion, cat)
-        return StepMetrics(loss, diffusion, cat, grad_norm, self._factors.tensor[0].to(torch.float32))
+        cat_factor = self._factors.tensor[0] / self.preserve_every
+        return StepMetrics(loss, diffusion, cat, grad_norm, cat_factor.to(torch.float32))
 
     def _forward_backward(self, given: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the loss's gradient to the parameters'; returns the loss and [diffusion, cat]."""
@@ -410,3 +434,8 @@ class CatStep:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         if self.generator is not None and state_dict["generator"] is not None:
             self.generator.set_state(state_dict["generator"])
+
+
+def _is_positive(cat_factor: float | torch.Tensor) -> bool:
+    """Whether there is a term to weigh; a factor on a device, which nobody waits for, counts as one."""
+    return isinstance(cat_factor, torch.Tensor) or cat_factor > 0

@@ -35,7 +35,7 @@ class Conditions(NamedTuple):
 
 def evaluate_conditions(
     cond: Cond | Callable[[], Cond],
-    cond_no_trigger: Cond | Callable[[], Cond],
+    cond_no_trigger: Cond | Callable[[], Cond] | None,
     adapters: Adapters,
     *,
     preserve: bool,
@@ -57,7 +57,7 @@ def evaluate_conditions(
         return Conditions(trigger, no_trigger, _evaluate("cond_no_trigger", cond_no_trigger, trains_text))
 
 
-def _evaluate(name: str, cond: Cond | Callable[[], Cond], trains_text: bool) -> Mapping[str, Any]:
+def _evaluate(name: str, cond: Cond | Callable[[], Cond] | None, trains_text: bool) -> Mapping[str, Any]:
     if callable(cond):
         cond = cond()
     elif trains_text:
@@ -86,7 +86,7 @@ def _evaluate(name: str, cond: Cond | Callable[[], Cond], trains_text: bool) -> 
     return kwargs
 
 
-def as_kwargs(name: str, cond: Cond) -> Mapping[str, Any]:
+def as_kwargs(name: str, cond: Cond | None) -> Mapping[str, Any]:
     """A condition as a mapping of the model's keyword arguments."""
     if isinstance(cond, torch.Tensor):
         return {"encoder_hidden_states": cond}

@@ -80,13 +80,15 @@ Draws = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 def check_options(
     device: torch.device,
     accumulate: int,
+    preserve_every: int,
     noise_offset: float,
     generator: torch.Generator | None,
     teacher_bank: TeacherBank | None,
     text_encoders: Sequence[torch.nn.Module],
 ) -> None:
     """Checks the options of CatStep that concern its inputs."""
-    check("CatStep", "accumulate", accumulate, "an integer of at least 1", lambda calls: int(calls) == calls >= 1)
+    for name, count in (("accumulate", accumulate), ("preserve_every", preserve_every)):
+        check("CatStep", name, count, "an integer of at least 1", lambda count: int(count) == count >= 1)
     check("CatStep", "noise_offset", noise_offset, "a finite number", math.isfinite)
     # With a bank it only chooses among the stored draws.
     check_generator("CatStep", generator, device if teacher_bank is None else torch.device("cpu"))

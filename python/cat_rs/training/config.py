@@ -77,6 +77,12 @@ class TrainConfig:
         help="keep cat_factor * L_cat at this fraction of L_diff instead; cat_factor is then its upper bound",
         metavar="RATIO",
     )
+    preserve_every: int = option(
+        1,
+        group=_CAT,
+        help="the preservation term is in every so many steps only, at so many times its weight; the others cost what "
+        "plain LoRA costs",
+    )
     preserve_prompts: str | None = option(
         None, group=_CAT, help="file of more prompts to preserve, one a line, beside the captions", metavar="FILE"
     )
@@ -188,7 +194,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_size", "accumulate", "crops", "keep_checkpoints", "log_every"):
             check_range(name, getattr(self, name), 1)
-        for name in ("evaluate_inference_steps", "evaluate_batch"):
+        for name in ("preserve_every", "evaluate_inference_steps", "evaluate_batch"):
             check_range(name, getattr(self, name), 1)
         for name in ("cat_factor", "weight_decay", "lr_warmup_steps", "max_grad_norm", "checkpoint_every", "seed"):
             check_range(name, getattr(self, name), 0)
@@ -210,6 +216,8 @@ class TrainConfig:
             raise ConfigError("target_modules: expected at least one layer name, got none")
         if not self.trigger and self.preserves():
             raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
+        if self.preserve_every > 1 and not self.preserves():
+            raise ConfigError(f"preserve_every: expected 1 with cat_factor 0, got {self.preserve_every}")
         if self.teacher_draws and not self.preserves():
             raise ConfigError(f"teacher_draws: expected 0 with cat_factor 0, got {self.teacher_draws}")
         if self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):

@@ -27,8 +27,9 @@ FIGURES = ("loss", "diffusion", "cat", "grad_norm", "cat_factor")
 class TrainingLog:
     """Logs the steps of a training; rank 0 writes the means over the ranks.
 
-    Figures stay on the device until `flush`, so that a step never waits for them. One that is not finite is null in
-    metrics.jsonl, because JSON has no other word for it.
+    Figures stay on the device until `flush`, so that a step never waits for them. One that is not finite, as `cat` is
+    in a step without a preservation term, is null in metrics.jsonl, because JSON has no other word for it; trackers do
+    not get it, and the bar keeps the one before.
 
     Args:
         config: The settings.
@@ -63,6 +64,7 @@ class TrainingLog:
             self._file = path.open("a", encoding="utf-8", buffering=1)
         self._began = time.monotonic() - seconds_before
         self._waiting: list[tuple[int, float, float, torch.Tensor]] = []
+        self._shown: dict[str, str] = {}
         self.skipped = 0
 
     @property
@@ -106,8 +108,13 @@ class TrainingLog:
         values = self._processes.all_reduce_mean(torch.stack([figures for *_, figures in waiting])).tolist()
         for (step, lr, seconds, _), row in zip(waiting, values, strict=True):
             self._write(step, dict(zip(FIGURES, row, strict=True)) | {"lr": lr, "seconds": round(seconds, 3)})
+            self._shown |= {
+                name: f"{value:.4g}"
+                for name, value in zip(FIGURES[:3], row, strict=False)
+                if math.isfinite(value)
+            }
         self._bar.update(len(waiting))
-        self._bar.set_postfix({name: f"{value:.4g}" for name, value in zip(FIGURES[:3], values[-1], strict=False)})
+        self._bar.set_postfix(self._shown)
 
     def close(self) -> None:
         """Write what is buffered, and end the bar."""
@@ -118,11 +125,12 @@ class TrainingLog:
             tracker.finish()
 
     def _write(self, step: int, figures: dict[str, float]) -> None:
+        known = {name: value for name, value in figures.items() if math.isfinite(value)}
         if self._file is not None:
-            line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            line = {"step": step} | {name: known.get(name) for name in figures}
             self._file.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
-            tracker.log({f"train/{name}": value for name, value in figures.items()}, step=step)
+            tracker.log({f"train/{name}": value for name, value in known.items()}, step=step)
         if not math.isfinite(figures["loss"]):
             raise TrainingError(
                 f"the loss of step {step} is not finite: expected a number, got {figures['loss']} (diffusion "

@@ -70,6 +70,7 @@ class Trainer:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm or None,
             cat_factor=_cat_factor(config),
+            preserve_every=config.preserve_every,
             snr_gamma=config.snr_gamma,
             noise_offset=config.noise_offset,
             accumulate=config.accumulate,
@@ -94,8 +95,8 @@ class Trainer:
         """Do one optimizer step.
 
         Returns:
-            loss, diffusion, cat (means over the accumulated batches), grad_norm and cat_factor, as one tensor on the
-            device.
+            loss, diffusion, cat (means over the accumulated batches; cat is NaN in a step without a preservation
+            term), grad_norm and cat_factor, as one tensor on the device.
         """
         metrics = [self._advance_batch() for _ in range(self._config.accumulate)]
         self._lr_scheduler.step()
@@ -115,6 +116,7 @@ class Trainer:
             "cat_factor": config.cat_factor,
             "cat_factor_end": config.cat_factor_end,
             "cat_ratio": config.cat_ratio,
+            "preserve_every": config.preserve_every,
             "snr_gamma": config.snr_gamma,
             "teacher_draws": config.teacher_draws,
             "rank": config.rank,
