@@ -34,6 +34,7 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "StepMetrics",
             "CatFactorRamp",
             "CatFactorRatio",
+            "CatFactorTarget",
             "FlatAdamW",
             "TeacherBank",
             "TeacherDraws",

@@ -89,7 +89,9 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("cat_factor", [1.0, cat_rs.CatFactorRatio(0.5)], ids=["number", "ratio"])
+@pytest.mark.parametrize(
+    "cat_factor", [1.0, cat_rs.CatFactorRatio(0.5), cat_rs.CatFactorTarget(0.1)], ids=["number", "ratio", "target"]
+)
 def test_a_device_without_float64_trains(cat_factor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     on_pytorch_alone(monkeypatch)
 
@@ -100,7 +102,7 @@ def test_a_device_without_float64_trains(cat_factor: Any, monkeypatch: pytest.Mo
         if name.startswith("cat_rs.") and hasattr(module, "wide_dtype"):
             monkeypatch.setattr(module, "wide_dtype", narrow)
     model = add_lora(copy.deepcopy(tiny_unet()))
-    if isinstance(cat_factor, cat_rs.CatFactorRatio):
+    if callable(cat_factor):
         # From here on its means are on the device.
         cat_factor.update(1.0, 1.0)
     step, before = cat_step(model, cat_factor=cat_factor), lora_parameters(model)

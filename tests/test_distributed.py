@@ -102,6 +102,14 @@ def accumulating(rank: int, counter: Counter) -> dict[str, Any]:
     return {"after": adapter_of(step), "counts": counts}
 
 
+def following(rank: int, counter: Counter) -> dict[str, Any]:
+    """Each rank's terms are its own; the factor that follows them is that of all."""
+    factor = cat_rs.CatFactorTarget(1e-3, rate=0.5, decay=0.5)
+    step, metrics = cat_step(add_lora(tiny_unet()), cat_factor=factor, accumulate=2, preserve_every=2), []
+    counts = [counter.during(lambda n=n: metrics.append(step(**batch(RANKS * n + rank)))) for n in range(12)]
+    return {"after": adapter_of(step), "counts": counts, "factors": [one.cat_factor for one in metrics]}
+
+
 def prepared_by_accelerate(rank: int, counter: Counter) -> dict[str, Any]:
     from accelerate import Accelerator
 
@@ -282,6 +290,7 @@ def flat_adamw(rank: int, counter: Counter) -> dict[str, Any]:
 SCENARIOS = (
     some_steps,
     accumulating,
+    following,
     prepared_by_accelerate,
     not_finite_on_one,
     overflow_on_one,
@@ -312,6 +321,7 @@ def train_settings(folder: Path, model: Path, name: str, rank: int = 0, **settin
             "lora_dropout": 0.5,
             "flip": True,
             "checkpoint_every": 2,
+            "cat_drift": 1e-3,
             "tensorboard": False,
             **settings,
         }
@@ -460,6 +470,18 @@ def test_accumulating_calls_do_not_reduce(ranks: Results) -> None:
     assert [results["accumulating"]["counts"] for results in ranks] == [[0, 1, 0, 1]] * RANKS
     assert_same(*(results["accumulating"]["after"] for results in ranks))
     assert_trained_as_one(ranks[0]["accumulating"]["after"], [joint_batch(n) for n in range(4)], accumulate=2)
+
+
+def test_a_factor_follows_the_terms_of_all_ranks(ranks: Results) -> None:
+    ours, theirs = (results["following"] for results in ranks)
+    assert_same(ours["factors"], theirs["factors"])
+    assert_same(ours["after"], theirs["after"])
+    # The gradient, and in every second step the terms.
+    assert ours["counts"] == [0, 1, 0, 2] * 3
+    factor = cat_rs.CatFactorTarget(1e-3, rate=0.5, decay=0.5)
+    options = {"cat_factor": factor, "accumulate": 2, "preserve_every": 2}
+    assert_trained_as_one(ours["after"], [joint_batch(n) for n in range(12)], **options)
+    assert len({float(one) for one in ours["factors"]}) == 3
 
 
 def test_a_model_in_ddp_is_reduced_once(ranks: Results) -> None:

@@ -29,9 +29,10 @@ def _signature(function: Any) -> str:
 
 
 def _members(owner: type) -> dict[str, str]:
-    """What a class adds to its bases: methods with their signatures, properties, and fields with their types."""
+    """What a class adds to those of others: methods with their signatures, properties, and fields with their types."""
     members = {}
-    for name, value in vars(owner).items():
+    own = [base for base in reversed(owner.__mro__) if base.__module__.startswith("cat_rs")]
+    for name, value in {name: value for base in own for name, value in vars(base).items()}.items():
         if name.startswith("_") and name != "__call__":
             continue
         function = value.__func__ if isinstance(value, classmethod | staticmethod) else value

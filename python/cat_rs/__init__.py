@@ -16,7 +16,7 @@ from cat_rs.ops.statistics import bootstrap_difference, bootstrap_interval, harm
 from cat_rs.preservation_score import KpsResult, kps, kps_difference
 from cat_rs.prompts import remove_trigger
 from cat_rs.step import CatStep, PreservationSamples, StepMetrics
-from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
+from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio, CatFactorTarget
 from cat_rs.step.optimizer import FlatAdamW
 from cat_rs.step.teacher_bank import TeacherBank, TeacherDraws
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CatFactorRamp",
     "CatFactorRatio",
+    "CatFactorTarget",
     "CatLossParts",
     "CatStep",
     "FlatAdamW",

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cat_rs
-from cat_rs import CatFactorRamp, CatFactorRatio
+from cat_rs import CatFactorRamp, CatFactorRatio, CatFactorTarget
 from cat_rs._native import _core
 from cat_rs.errors import DeviceError, DtypeError, InvalidValueError, ShapeError
 from cat_rs.step import cuda_graphs, device_values, inputs, teacher_bank
@@ -107,6 +107,7 @@ def test_equals_the_plain_recipe_with_flow_matching() -> None:
         pytest.param({"cat_factor": CatFactorRatio(0.3), "generator": torch.Generator()}, id="ratio-generator"),
         pytest.param({"cat_factor": CatFactorRamp(0.0, 1.0, 4)}, id="ramp"),
         pytest.param({"cat_factor": CatFactorRatio(0.3), "preserve_every": 2}, id="every-second"),
+        pytest.param({"cat_factor": CatFactorTarget(1e-3), "accumulate": 2}, id="target"),
     ],
 )
 def test_a_step_waits_for_nothing(options: dict[str, Any]) -> None:
@@ -598,10 +599,11 @@ def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("before", [2, STEPS], ids=["in-the-warm-up", "after-replays"])
-def test_resumes_bit_for_bit(before: int, accumulate: int) -> None:
+@pytest.mark.parametrize("factor", [CatFactorRatio(0.3), CatFactorTarget(1e-3)], ids=["ratio", "target"])
+def test_resumes_bit_for_bit(factor: Any, before: int, accumulate: int) -> None:
     def fresh(seed: int) -> Step:
         generator = torch.Generator().manual_seed(seed)
-        options = {"accumulate": accumulate, "cat_factor": CatFactorRatio(0.3), "capture": True}
+        options = {"accumulate": accumulate, "cat_factor": copy.deepcopy(factor), "capture": True}
         return cat_step(unet_pair()[0], generator=generator, **options)
 
     step, resumed = fresh(0), fresh(1)

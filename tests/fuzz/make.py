@@ -380,6 +380,10 @@ def ratio() -> cat_rs.CatFactorRatio:
     return cat_rs.CatFactorRatio(0.5)
 
 
+def drift_target() -> cat_rs.CatFactorTarget:
+    return cat_rs.CatFactorTarget(0.05)
+
+
 def ramp() -> cat_rs.CatFactorRamp:
     return cat_rs.CatFactorRamp(0.0, 1.0, 10)
 

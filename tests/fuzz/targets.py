@@ -126,6 +126,7 @@ BY_NAME: dict[str, str] = {
     "step": "tensor(())",
     "shape": '"cosine"',
     "ratio": "0.5",
+    "drift": "0.05",
     "diffusion": "tensor(())",
     "cat": "tensor(())",
     "stream": "0",
@@ -165,6 +166,8 @@ BY_TARGET: dict[str, dict[str, str]] = {
     "CatFactorRamp.__call__": {"step": "3"},
     "CatFactorRatio.__call__": {"step": "3"},
     "CatFactorRatio.load_state_dict": {"state_dict": "ratio().state_dict()"},
+    "CatFactorTarget.__call__": {"step": "3"},
+    "CatFactorTarget.load_state_dict": {"state_dict": "drift_target().state_dict()"},
     "TeacherBank.build": {"latents": "tensor((3, 4, 4, 4))", "cond_no_trigger": "tensor((3, 2, 16))"},
     "TeacherBank.load": {"path": "bank_file()", "latents": "tensor((3, 4, 4, 4))"},
     "TeacherBank.read": {"pictures": "indices(0, 1)", "draws": "indices(1, 0)"},
@@ -181,6 +184,7 @@ RECEIVERS = {
     "FlatAdamW": "optimizer()",
     "CatFactorRamp": "ramp()",
     "CatFactorRatio": "ratio()",
+    "CatFactorTarget": "drift_target()",
     "TeacherBank": "bank()",
     "LoraFile": "lora_file()",
     "KpsEvaluator": "cat_rs.KpsEvaluator(encoder())",
@@ -255,7 +259,8 @@ def _of_class(name: str, owner: type) -> Iterator[Target]:
         yield _python_target(f"cat_rs.{name}", f"cat_rs.{name}", name, owner)
     if name not in RECEIVERS:
         return
-    for member, value in vars(owner).items():
+    own = [base for base in reversed(owner.__mro__) if base.__module__.startswith("cat_rs")]
+    for member, value in {name: value for base in own for name, value in vars(base).items()}.items():
         qualified = f"{name}.{member}"
         if qualified in NOT_CALLED or (member.startswith("_") and member != "__call__"):
             continue

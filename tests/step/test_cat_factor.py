@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cat_rs import CatFactorRamp, CatFactorRatio, CatStep
+from cat_rs import CatFactorRamp, CatFactorRatio, CatFactorTarget, CatStep
 from cat_rs.errors import InvalidValueError
 from tests.models import add_lora, batch, lora_parameters, tiny_unet
 
@@ -78,18 +78,109 @@ def test_a_step_keeps_the_ratio() -> None:
         twin.update(float(metrics.diffusion), float(metrics.cat))
 
 
+def expected_factors(terms: list[tuple[float, float]], drift: float, **settings: float) -> list[float]:
+    """A target's factors after each of the terms, as the rule reads."""
+    defaults = {"start": 1.0, "minimum": 0.1, "maximum": 100.0, "rate": 0.05, "decay": 0.9}
+    start, low, high, rate, decay = (defaults | settings).values()
+    factors, means = [start], [0.0, 0.0]
+    for term in terms:
+        means = [decay * mean + (1 - decay) * value for mean, value in zip(means, term, strict=True)]
+        error = min(max(means[1] / means[0] / drift - 1, -1), 1)
+        factors.append(min(max(factors[-1] * (1 + rate * error), low), high))
+    return factors[1:]
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: CatFactorRatio(0.2), lambda: CatFactorRamp(0.0, 1.0, 3)], ids=["ratio", "ramp"]
+    "settings",
+    [{}, {"start": 3.0, "minimum": 2.9, "maximum": 3.1}, {"rate": 0.5, "decay": 0.0}, {"drift": 10.0, "rate": 0.9}],
+    ids=["default", "bounds", "fast", "below"],
 )
-def test_a_resumed_step_goes_on_bit_for_bit(make: Callable[[], Any]) -> None:
-    step = make_step(make())
-    for number in range(2):
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+def test_a_target_rises_above_its_drift_and_falls_below(settings: dict[str, float], tensors: bool) -> None:
+    settings = {"drift": 0.05, **settings}
+    terms = [(0.5, 0.0), (0.4, 0.01), (0.3, 0.02), (0.35, 0.4), (0.3, 0.2), (0.2, 0.001)]
+    target = CatFactorTarget(**settings)
+    factors = [target(0)]
+    for number, term in enumerate(terms):
+        target.update(*(map(torch.tensor, term) if tensors else term))
+        factors.append(target(number))
+    expected = [settings.get("start", 1.0), *expected_factors(terms, **settings)]
+    assert factors == pytest.approx(expected, rel=1e-6)
+    assert len(set(factors)) > 2
+
+
+def test_a_target_leaves_out_what_is_not_finite_and_what_says_nothing() -> None:
+    target = CatFactorTarget(0.1)
+    for terms in ((math.nan, 1.0), (1.0, math.inf), (0.0, 0.0)):
+        target.update(*terms)
+        assert target(0) == 1.0
+    target.update(0.0, 1.0)
+    assert target(0) == 1.05
+
+
+def test_the_scale_of_the_terms_does_not_matter_to_a_target() -> None:
+    ours, theirs = CatFactorTarget(0.1), CatFactorTarget(0.1)
+    for diffusion, cat in ((0.3, 0.01), (0.2, 0.1), (0.25, 0.05)):
+        ours.update(diffusion, cat)
+        theirs.update(1024 * diffusion, 1024 * cat)
+        assert ours(0) == theirs(0) != 1.0
+
+
+def test_a_step_follows_its_target() -> None:
+    step = make_step(CatFactorTarget(1e-3, rate=0.5))
+    terms, factors = [], []
+    for number in range(6):
+        assert step.preserves_next
+        metrics = step(**batch(number))
+        terms.append((float(metrics.diffusion), float(metrics.cat)))
+        factors.append(float(metrics.cat_factor))
+    assert factors == pytest.approx([1.0, *expected_factors(terms[:-1], 1e-3, rate=0.5)])
+
+
+def test_a_target_holds_the_drift() -> None:
+    def drift(cat_factor: Any) -> float:
+        step = make_step(cat_factor)
+        terms = [step(**batch(number % 3)) for number in range(120)][-30:]
+        return float(sum(one.cat for one in terms) / sum(one.diffusion for one in terms))
+
+    free = drift(1e-3)
+    held = drift(CatFactorTarget(free / 4, start=1e-3, minimum=1e-4, maximum=1e4, rate=0.2, decay=0.8))
+    assert held == pytest.approx(free / 4, rel=0.3)
+
+
+FOLLOWING = [lambda: CatFactorRatio(0.2), lambda: CatFactorTarget(1e-3, rate=0.5)]
+
+
+@pytest.mark.parametrize("make", FOLLOWING, ids=["ratio", "target"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_factor_follows_whole_optimizer_steps(make: Callable[[], Any], every: int) -> None:
+    # Both halves of a batch, one after the other, are the batch.
+    halves, whole = make_step(make(), accumulate=2, preserve_every=every), make_step(make(), preserve_every=every)
+    seen: list[set[float]] = []
+    for number in range(6):
+        one = batch(number, 4)
+        parts = [
+            halves(**{name: value[part] for name, value in one.items()}) for part in (slice(0, 2), slice(2, 4))
+        ]
+        theirs = whole(**one)
+        seen.append({float(part.cat_factor) for part in parts})
+        assert parts[0].cat_factor == pytest.approx(float(theirs.cat_factor), rel=1e-4)
+    assert all(len(factors) == 1 for factors in seen)
+    assert len(set.union(*seen)) == 6 // every
+
+
+@pytest.mark.parametrize("make", [*FOLLOWING, lambda: CatFactorRamp(0.0, 1.0, 3)], ids=["ratio", "target", "ramp"])
+@pytest.mark.parametrize("before", [2, 3], ids=["between", "within-an-accumulation"])
+def test_a_resumed_step_goes_on_bit_for_bit(make: Callable[[], Any], before: int) -> None:
+    step, resumed = (make_step(make(), accumulate=2) for _ in range(2))
+    for number in range(before):
         step(**batch(number))
-    resumed = make_step(make())
+    for number in range(3):
+        resumed(**batch(50 + number))
     resumed.load_state_dict(step.state_dict())
-    for number in range(2, 4):
+    for number in range(before, 7):
         ours, theirs = resumed(**batch(number)), step(**batch(number))
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)) for a, b in zip(ours, theirs, strict=True))
 
 
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
@@ -99,6 +190,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "ramp-steps": (lambda: CatFactorRamp(0.0, 1.0, 0), "CatFactorRamp: `steps` must be at least 1, got 0"),
     "ramp-shape": (lambda: CatFactorRamp(0.0, 1.0, 2, "flat"), "`shape` must be 'linear' or 'cosine', got 'flat'"),  # type: ignore[arg-type]
     "ratio": (lambda: CatFactorRatio(0.0), "CatFactorRatio: `ratio` must be a finite number > 0, got 0.0"),
+    "drift": (lambda: CatFactorTarget(0.0), "CatFactorTarget: `drift` must be a finite number > 0, got 0.0"),
+    "start": (lambda: CatFactorTarget(0.1, start=200.0), r"`start` must be in \[0.1, 100\], got 200.0"),
+    "bounds": (lambda: CatFactorTarget(0.1, minimum=2.0, maximum=1.0), r"`start` must be in \[2, 1\], got 1.0"),
+    "rate": (lambda: CatFactorTarget(0.1, rate=1.0), r"`rate` must be in \(0, 1\), got 1.0"),
+    "target-decay": (lambda: CatFactorTarget(0.1, decay=1.0), r"CatFactorTarget: `decay` must be in \[0, 1\)"),
     "maximum": (lambda: CatFactorRatio(1.0, maximum=math.inf), "`maximum` must be a finite number > 0, got inf"),
     "decay": (lambda: CatFactorRatio(1.0, decay=1.0), r"`decay` must be in \[0, 1\), got 1.0"),
 }

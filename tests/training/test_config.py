@@ -71,6 +71,8 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
         {"cat_ratio": 0.0},
         {"preserve_every": 0},
         {"cat_ratio": 0.1, "cat_factor_end": 1.0},
+        {"cat_ratio": 0.1, "cat_drift": 0.1},
+        {"cat_drift": 0.0},
         {"preserve_share": 0.0},
         {"preserve_share": 1.5},
         {"noise_offset": -0.1},

@@ -91,8 +91,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object
         ({"cat_factor": 0.0, "cat_factor_end": 3.0}, [0.0, 1.0, 2.0, 3.0]),
         ({"cat_factor": 1.0, "cat_factor_end": 0.0, "cat_factor_shape": "cosine"}, [1.0, 0.75, 0.25, 0.0]),
         ({"cat_factor": 7.0, "cat_ratio": 0.1}, None),
+        # The first term is zero, and the steps too few to come to this drift.
+        ({"cat_factor": 7.0, "cat_drift": 1e6}, [7.0, 7.0 * 0.95, 7.0 * 0.95**2, 7.0 * 0.95**3]),
     ],
-    ids=["down", "up", "cosine", "ratio"],
+    ids=["down", "up", "cosine", "ratio", "target"],
 )
 def test_cat_factor_changes_as_told(
     configure: Configure, settings: dict[str, Any], factors: list[float] | None
@@ -258,8 +260,9 @@ def test_callers_random_state_is_untouched(configure: Configure) -> None:
         {"teacher_draws": 3, "crop": "random", "crops": 2, "flip": True},
         {"dtype": "float16"},
         {"preserve_every": 2, "accumulate": 2, "cat_ratio": 0.3},
+        {"cat_drift": 1e-3},
     ],
-    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16", "preserve_every"],
+    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16", "every-second", "target"],
 )
 def test_resumed_run_equals_uninterrupted_run(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

@@ -78,6 +78,9 @@ OPTIONS: dict[str, Case] = {
         "cosine", {"row.cat_factor": [1.0, 0.75, 0.25, 0.0]}, {"cat_factor_end": 0.0, "steps": 4}
     ),
     "cat_ratio": Case(0.1, {"step.cat_ratio": (0.1, 1e6), "metadata.cat_ratio": 0.1}, {"cat_factor": 1e6, "steps": 3}),
+    "cat_drift": Case(
+        0.1, {"step.cat_drift": (0.1, 2.0, 0.2, 200.0), "metadata.cat_drift": 0.1}, {"cat_factor": 2.0, "steps": 3}
+    ),
     "preserve_every": Case(2, {"step.preserve_every": 2, "metadata.preserve_every": 2, "row.with_cat": [2]}),
     "preserve_prompts": Case("<preserve>", {"preserved": ("a dog", "a red car")}),
     "preserve_share": Case(1.0, {"preserve_share": 1.0}, {"preserve_prompts": "<preserve>"}),
@@ -238,6 +241,8 @@ def _step_class(seen: Seen) -> type[cat_rs.CatStep]:
             factor = settings["cat_factor"]
             ratio = (factor.ratio, factor.maximum) if isinstance(factor, cat_rs.CatFactorRatio) else None
             seen.update({f"step.{name}": value for name, value in settings.items()}, **{"step.cat_ratio": ratio})
+            if isinstance(factor, cat_rs.CatFactorTarget):
+                seen["step.cat_drift"] = factor.drift, factor.start, factor.minimum, factor.maximum
             seen["step.cat_factor"] = None if callable(factor) else factor
             seen["step.seed"] = settings["generator"].initial_seed()
             group = self.optimizer.param_groups[0]

@@ -18,7 +18,7 @@ from cat_rs.step import collectives, device_values, inputs
 from cat_rs.step.accumulation import Accumulation
 from cat_rs.step.adapters import Adapters
 from cat_rs.step.captured_step import CapturedStep
-from cat_rs.step.cat_factor import CatFactor, CatFactorRatio, check_cat_factor, factor_after
+from cat_rs.step.cat_factor import CatFactor, TermFollower, check_cat_factor, factor_after
 from cat_rs.step.conditions import Cond, evaluate_conditions, join_conditions
 from cat_rs.step.denoiser import Predict, convention_of, denoiser_predict, predicted
 from cat_rs.step.device_values import DeviceValues
@@ -74,8 +74,8 @@ class CatStep:
         weight_decay: Decoupled weight decay.
         max_grad_norm: The gradient is clipped to this L2 norm; None does not clip.
         cat_factor: Weight of the preservation term; 0 trains plain LoRA, at its cost. A number, a function of the
-            number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or a
-            :class:`cat_rs.CatFactorRatio`. May be set between steps.
+            number of finished optimizer steps such as :class:`cat_rs.CatFactorRamp`, or what follows the terms of the
+            loss: :class:`cat_rs.CatFactorTarget`, :class:`cat_rs.CatFactorRatio`. May be set between steps.
         preserve_every: The preservation term is part of every ``preserve_every``-th optimizer step only, at
             ``preserve_every`` times its weight, so that its mean is the same (lazy regularization, as StyleGAN2 does
             it: arXiv 1912.04958, appendix B). The other steps cost what plain LoRA costs. With accumulation a term
@@ -201,6 +201,8 @@ class CatStep:
             self._captured = CapturedStep(self.model, self.optimizer, device, max_captures, self.text_encoders)
         self.steps_done = 0
         self._accumulation = Accumulation()
+        # The sum of [diffusion, cat] over the calls of the optimizer step, for a factor that follows them.
+        self._terms: torch.Tensor | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Copies of the weights belong to the optimizer of the copied step.
@@ -294,12 +296,16 @@ class CatStep:
             whole = self.accumulate == 1 and self.grad_scaler is None and self.optimizer.process_group is None
             settings = self.snr_gamma, self.model.training
             loss, parts, grad_norm = self._captured(self._forward_backward, given, settings, with_update=whole)
+        calls = self._accumulation.calls + 1
         grad_norm = self._update(grad_norm, update_due)
         diffusion, cat = parts.unbind()
         if not in_turn:
             cat = torch.full_like(cat, math.nan)
-        elif isinstance(self._cat_factor, CatFactorRatio):
-            self._cat_factor.update(diffusion, cat)
+        elif isinstance(self._cat_factor, TermFollower):
+            self._terms = parts if self._terms is None else self._terms + parts
+            if update_due:
+                self._follow(self._terms / calls)
+                self._terms = None
         cat_factor = self._factors.tensor[0] / self.preserve_every
         return StepMetrics(loss, diffusion, cat, grad_norm, cat_factor.to(torch.float32))
 
@@ -360,6 +366,13 @@ class CatStep:
         # Under autocast the loss is taken in the latents' dtype, and the scaled gradient is rounded once.
         return prediction.to(latents.dtype) if torch.is_autocast_enabled(latents.device.type) else prediction
 
+    def _follow(self, terms: torch.Tensor) -> None:
+        """Hands the terms of an optimizer step, means over all processes, to the factor that follows them."""
+        assert isinstance(self._cat_factor, TermFollower)
+        if self.optimizer.process_group is not None:
+            collectives.average_(terms, self.optimizer.process_group)
+        self._cat_factor.update(*terms.unbind())
+
     def _update(self, grad_norm: torch.Tensor | None, due: bool) -> torch.Tensor:
         """Counts the call, and makes the optimizer step where it is due.
 
@@ -391,9 +404,9 @@ class CatStep:
         return torch.as_tensor(self.optimizer.last_norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients, generator.
+        """Everything that a bit-for-bit resume needs: adapter, optimizer, accumulated gradients and terms, generator.
 
-        Accumulated gradients and the generator are the rank's own. Taking and loading a state is not collective.
+        What is accumulated and the generator are the rank's own. Taking and loading a state is not collective.
         """
         accumulated = self._accumulation.calls
         grads = {name: param.grad for name, param in self.trainable.items()} if accumulated else {}
@@ -402,7 +415,8 @@ class CatStep:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "steps_done": self.steps_done,
             "accumulated": accumulated,
-            "cat_factor": self._cat_factor.state_dict() if isinstance(self._cat_factor, CatFactorRatio) else None,
+            "cat_factor": self._cat_factor.state_dict() if isinstance(self._cat_factor, TermFollower) else None,
+            "terms": None if self._terms is None else self._terms.clone(),
             "gradients": {name: grad.clone() for name, grad in grads.items() if grad is not None},
             "grad_scaler": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "generator": None if self.generator is None else self.generator.get_state(),
@@ -428,7 +442,9 @@ class CatStep:
             grad = self.trainable[name].grad
             if grad is not None:
                 grad.copy_(saved_grad)
-        if isinstance(self._cat_factor, CatFactorRatio) and state_dict["cat_factor"] is not None:
+        terms = state_dict.get("terms")
+        self._terms = None if terms is None else terms.to(self._schedule.device)
+        if isinstance(self._cat_factor, TermFollower) and state_dict["cat_factor"] is not None:
             self._cat_factor.load_state_dict(state_dict["cat_factor"])
         if self.grad_scaler is not None and state_dict["grad_scaler"] is not None:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

@@ -77,6 +77,13 @@ class TrainConfig:
         help="keep cat_factor * L_cat at this fraction of L_diff instead; cat_factor is then its upper bound",
         metavar="RATIO",
     )
+    cat_drift: float | None = option(
+        None,
+        group=_CAT,
+        help="hold L_cat at this fraction of L_diff instead: the weight begins with cat_factor, rises while the fraction "
+        "is above this one, and falls while it is below, between a tenth and a hundred times cat_factor",
+        metavar="DRIFT",
+    )
     preserve_every: int = option(
         1,
         group=_CAT,
@@ -201,17 +208,19 @@ class TrainConfig:
         for name in ("cat_factor_end", "noise_offset", "teacher_draws", "evaluate_every", "evaluate_guidance"):
             check_range(name, getattr(self, name), 0)
         check_range("sample_every", self.sample_every, 0)
-        for name in ("lr", "eps", "snr_gamma", "cat_ratio", "lora_alpha", "resolution"):
+        for name in ("lr", "eps", "snr_gamma", "cat_ratio", "cat_drift", "lora_alpha", "resolution"):
             check_range(name, getattr(self, name), 0, exclusive=True)
         for name in ("beta1", "beta2", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a number in [0, 1), got {getattr(self, name)}")
         if not 0 < self.preserve_share <= 1:
             raise ConfigError(f"preserve_share: expected a number in (0, 1], got {self.preserve_share}")
-        if self.cat_ratio is not None and self.cat_factor_end is not None:
-            raise ConfigError("cat_ratio, cat_factor_end: expected one of them, got both")
-        if not self.preserves() and (self.cat_ratio is not None or self.preserve_prompts is not None):
-            raise ConfigError("cat_factor: expected a number > 0 with cat_ratio or preserve_prompts, got 0")
+        rules = [name for name in ("cat_ratio", "cat_drift", "cat_factor_end") if getattr(self, name) is not None]
+        if len(rules) > 1:
+            raise ConfigError(f"{', '.join(rules)}: expected one of them, got {len(rules)}")
+        for name in ("cat_ratio", "cat_drift", "preserve_prompts"):
+            if getattr(self, name) is not None and not self.preserves():
+                raise ConfigError(f"cat_factor: expected a number > 0 with {name}, got 0")
         if not self.target_modules:
             raise ConfigError("target_modules: expected at least one layer name, got none")
         if not self.trigger and self.preserves():

@@ -11,7 +11,7 @@ from cat_rs._version import __version__
 from cat_rs.adapter_file import save_lora
 from cat_rs.processes import Processes
 from cat_rs.step import CatStep
-from cat_rs.step.cat_factor import CatFactorRamp, CatFactorRatio
+from cat_rs.step.cat_factor import CatFactor, CatFactorRamp, CatFactorRatio, CatFactorTarget
 from cat_rs.step.teacher_bank import TeacherBank
 from cat_rs.training.config import TrainConfig, base_model_name
 from cat_rs.training.encoded_dataset import EncodedDataset
@@ -116,6 +116,7 @@ class Trainer:
             "cat_factor": config.cat_factor,
             "cat_factor_end": config.cat_factor_end,
             "cat_ratio": config.cat_ratio,
+            "cat_drift": config.cat_drift,
             "preserve_every": config.preserve_every,
             "snr_gamma": config.snr_gamma,
             "teacher_draws": config.teacher_draws,
@@ -177,10 +178,13 @@ class Trainer:
         return torch.stack([value.float() for value in metrics])
 
 
-def _cat_factor(config: TrainConfig) -> float | CatFactorRamp | CatFactorRatio:
+def _cat_factor(config: TrainConfig) -> CatFactor:
     """Return the weight of the preservation term as the settings describe it."""
+    start = config.cat_factor
     if config.cat_ratio is not None:
-        return CatFactorRatio(config.cat_ratio, maximum=config.cat_factor)
+        return CatFactorRatio(config.cat_ratio, maximum=start)
+    if config.cat_drift is not None:
+        return CatFactorTarget(config.cat_drift, start=start, minimum=0.1 * start, maximum=100 * start)
     if config.cat_factor_end is None:
         return config.cat_factor
     last = max(config.steps - 1, 1)
