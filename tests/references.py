@@ -59,6 +59,66 @@ def cat_loss(
     return CatLoss(diffusion + cat_factor * cat, diffusion, cat)
 
 
+def consistency_loss(
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    base_pred: torch.Tensor,
+    beta: float,
+    sample_weight: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> CatLoss:
+    """DCO's loss in float64, the diffusion term, and by how much it exceeds the base model's."""
+    nothing = torch.zeros_like(model_pred)
+
+    def term(pred: torch.Tensor, i: int) -> torch.Tensor:
+        weight = None if sample_weight is None else sample_weight[i : i + 1]
+        own_mask = None if mask is None else mask.expand_as(pred)[i : i + 1]
+        one = slice(i, i + 1)
+        return cat_loss(pred[one], target[one], nothing[one], nothing[one], sample_weight=weight, mask=own_mask).total
+
+    pairs = [(term(model_pred, i), term(base_pred, i)) for i in range(len(target))]
+    losses = [torch.log(1 + torch.exp(beta * (own - base))) for own, base in pairs]
+    margin = torch.stack([own - base for own, base in pairs]).mean()
+    return CatLoss(torch.stack(losses).mean(), torch.stack([own for own, _ in pairs]).mean(), margin)
+
+
+def update_norm(model: torch.nn.Module) -> torch.Tensor:
+    """sum ||s B A||_F^2 over a PEFT model's LoRA layers, in float64, from the whole product."""
+    return torch.stack(
+        [
+            (layer.scaling["default"] * B.weight.double().flatten(1) @ A.weight.double().flatten(1)).square().sum()
+            for _, layer, A, B in lora_layers(model)
+        ]
+    ).sum()
+
+
+def lora_layers(model: torch.nn.Module) -> list[tuple[str, Any, Any, Any]]:
+    """Name, layer, A and B of the LoRA layers of the adapter "default"."""
+    found: list[tuple[str, Any]] = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "lora_A")]
+    return [(name, layer, layer.lora_A["default"], layer.lora_B["default"]) for name, layer in found]
+
+
+def layer_changes(model: torch.nn.Module, base_model: torch.nn.Module, call: Callable[[Any], Any]) -> torch.Tensor:
+    """mean (s B A x)^2 / mean (W x + b)^2, averaged over the layers, while ``call`` runs the base model."""
+    changes: list[torch.Tensor] = []
+    hooks = []
+    for name, layer, A, B in lora_layers(model):
+
+        def compare(
+            module: Any, given: Any, output: Any, A: Any = A, B: Any = B, scaling: float = layer.scaling["default"]
+        ) -> None:
+            with torch.enable_grad():
+                change = scaling * B(A(given[0].detach().to(A.weight.dtype)))
+                changes.append(change.double().square().mean() / output.detach().double().square().mean())
+
+        hooks.append(base_model.get_submodule(name).register_forward_hook(compare))
+    with torch.no_grad():
+        call(base_model)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(changes).mean()
+
+
 def snr_weights(
     timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str = "epsilon"
 ) -> torch.Tensor:
@@ -179,7 +239,8 @@ class PlainRecipe:
             through a float32 copy, as mixed-precision training does.
         base_model: The frozen model without an adapter.
         scheduler: A diffusers scheduler; makes the noisy latents and the velocity.
-        cat_factor, preserve_every, snr_gamma, prediction_type, accumulate, max_grad_norm: As of cat_rs.CatStep.
+        cat_factor, preserve_every, preservation, snr_gamma, prediction_type, accumulate, max_grad_norm: As of
+            cat_rs.CatStep.
         predict: How to call the model.
         text_encoders: Further modules that train.
         grad_scaler: Scales the loss.
@@ -194,6 +255,7 @@ class PlainRecipe:
         *,
         cat_factor: float = 1.0,
         preserve_every: int = 1,
+        preservation: str = "cat",
         snr_gamma: float | None = None,
         prediction_type: str = "epsilon",
         accumulate: int = 1,
@@ -206,6 +268,7 @@ class PlainRecipe:
         self.model, self.base_model, self.scheduler, self.predict = model, base_model, scheduler, predict
         self.cat_factor, self.snr_gamma, self.prediction_type = cat_factor, snr_gamma, prediction_type
         self.accumulate, self.max_grad_norm, self.preserve_every = accumulate, max_grad_norm, preserve_every
+        self.preservation = preservation
         self.grad_scaler = grad_scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.trainable = [
             param for trained in (model, *text_encoders) for param in trained.parameters() if param.requires_grad
@@ -232,7 +295,7 @@ class PlainRecipe:
     ) -> dict[str, float]:
         """One step; returns loss, diffusion, cat and, on an optimizer step, grad_norm.
 
-        Where text encoders train, ``cond_base`` is the condition without the trigger of the base text encoders.
+        Where text encoders train, ``cond_base`` is the base model's condition, of the base text encoders.
         ``preserve`` has the latents, noise, timesteps, sample_weight and mask of the preservation term.
         """
         cond, cond_no_trigger = (
@@ -240,25 +303,57 @@ class PlainRecipe:
         )
         noisy, target = self._noising(latents, noise, timesteps)
         weight = self._weight(timesteps, sample_weight)
-        diffusion = self._mse(self.predict(self.model, noisy, timesteps, cond), target, weight, mask)
+        student = self.predict(self.model, noisy, timesteps, cond)
+        diffusion = self._mse(student, target, weight, mask)
         cat = torch.zeros(())
         in_turn = (self.calls // self.accumulate + 1) % self.preserve_every == 0
         if self.cat_factor and in_turn:
-            if preserve is not None:
-                timesteps, mask = preserve.timesteps, preserve.mask
-                noisy, _ = self._noising(preserve.latents, preserve.noise, timesteps)
-                weight = self._weight(timesteps, preserve.sample_weight)
-            with torch.no_grad():
-                base = self.predict(self.base_model, noisy, timesteps, cond_base or cond_no_trigger)
-            student = self.predict(self.model, noisy, timesteps, cond_no_trigger)
-            cat = self._mse(student, base, weight, mask)
+            if self.preservation == "dco":
+                with torch.no_grad():
+                    base = self.predict(self.base_model, noisy, timesteps, cond_base or cond)
+                dco = consistency_loss(student, target, base, self.cat_factor, weight, mask)
+                cat = dco.cat
+            elif self.preservation == "l2":
+                cat = update_norm(self.model).to(diffusion.dtype)
+            else:
+                if preserve is not None:
+                    timesteps, mask = preserve.timesteps, preserve.mask
+                    noisy, target = self._noising(preserve.latents, preserve.noise, timesteps)
+                    weight = self._weight(timesteps, preserve.sample_weight)
+                cond_base = cond_base or cond_no_trigger
+                cat = self._cat(noisy, timesteps, target, cond_no_trigger, cond_base, weight, mask)
         loss = diffusion + self.preserve_every * self.cat_factor * cat
+        if self.preservation == "dco" and self.cat_factor:
+            loss = dco.total.to(diffusion.dtype)
         self.grad_scaler.scale(loss / self.accumulate).backward()
         metrics = {"loss": loss.item(), "diffusion": diffusion.item(), "cat": cat.item() if in_turn else math.nan}
         self.calls += 1
         if self.calls % self.accumulate == 0:
             metrics["grad_norm"] = self._update()
         return metrics
+
+    def _cat(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        target: torch.Tensor,
+        cond: Mapping[str, Any],
+        cond_base: Mapping[str, Any],
+        weight: torch.Tensor | None,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The term of preservation samples."""
+        if self.preservation == "layers":
+            changes = layer_changes(
+                self.model, self.base_model, lambda base: self.predict(base, noisy, timesteps, cond_base)
+            )
+            return changes.to(noisy.dtype)
+        student = self.predict(self.model, noisy, timesteps, cond)
+        if self.preservation == "prior":
+            return self._mse(student, target, weight, mask)
+        with torch.no_grad():
+            base = self.predict(self.base_model, noisy, timesteps, cond_base)
+        return self._mse(student, base, weight, mask)
 
     def _noising(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor

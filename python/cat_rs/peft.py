@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from cat_rs.arguments import check_module
+from cat_rs.dtypes import compute_dtype
 from cat_rs.errors import AdapterError
 from cat_rs.frozen_layers import FrozenConv2d, FrozenLinear, patch_frozen, unpatch_frozen
 from cat_rs.ops.frozen_linear import frozen_linear
@@ -30,9 +31,11 @@ __all__ = [
     "adapter_disabled",
     "base_parameters",
     "has_adapter",
+    "layer_changes",
     "lower_dtype",
     "patch_peft",
     "unpatch_peft",
+    "update_norm",
     "use_copies_of",
 ]
 
@@ -393,6 +396,64 @@ def _adapter_names(model: torch.nn.Module) -> frozenset[str]:
 def has_adapter(model: torch.nn.Module) -> bool:
     """Whether the model has PEFT adapter layers."""
     return any(True for _ in _adapter_modules(model))
+
+
+def _lora_branches(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Module, torch.nn.Module, float]]:
+    """Layer, A, B and scaling of each active LoRA adapter over a linear layer or a convolution."""
+    for _, layer in _adapter_modules(model):
+        for name in getattr(layer, "active_adapters", ()):
+            if name in getattr(layer, "lora_A", ()):
+                yield layer, layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+
+
+def update_norm(models: Iterable[torch.nn.Module]) -> torch.Tensor:
+    """The squared norm of what LoRA adapters add to the weights, sum ||s B A||_F^2; autograd reaches A and B.
+
+    ||s B A||_F^2 = s^2 tr(B^T B A A^T), from products of r x r elements.
+
+    Raises:
+        AdapterError: The models have no LoRA layers.
+    """
+    norms = []
+    for _, down, up, scaling in (branch for model in models for branch in _lora_branches(model)):
+        A, B = (part.weight.to(compute_dtype(part.weight)).flatten(1) for part in (down, up))
+        norms.append(scaling**2 * ((B.T @ B) * (A @ A.T)).sum())
+    if not norms:
+        raise AdapterError("CatStep: `model` must have LoRA layers for this preservation, got none")
+    return torch.stack(norms).sum()
+
+
+@contextmanager
+def layer_changes(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects what the adapter would change in each layer that is called with the adapter off.
+
+    Of each call, mean (s B A x)^2 / mean (W x + b)^2 over the elements; autograd reaches A and B alone. There is no
+    dropout.
+
+    Raises:
+        AdapterError: The model has no LoRA layers.
+    """
+    branches: dict[Any, list[tuple[Any, Any, float]]] = {}
+    for layer, down, up, scaling in _lora_branches(model):
+        branches.setdefault(layer, []).append((down, up, scaling))
+    if not branches:
+        raise AdapterError("CatStep: `model` must have LoRA layers for this preservation, got none")
+    changes: list[torch.Tensor] = []
+
+    def collect(layer: Any, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        with torch.enable_grad():
+            x = given[0].detach()
+            parts = [scaling * up(down(x.to(down.weight.dtype))) for down, up, scaling in branches[layer]]
+            change = torch.stack(parts).sum(0)
+            dtype = compute_dtype(change)
+            changes.append(change.to(dtype).square().mean() / output.to(dtype).square().mean())
+
+    hooks = [layer.register_forward_hook(collect) for layer in branches]
+    try:
+        yield changes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,7 +25,7 @@ from tests.comparison import SETTINGS, cat_step, compare_with_recipe, ddpm, flow
 from tests.cuda import reference_core
 from tests.cuda.simulation import NoWaiting, Recorder, SimulatedGraphs
 from tests.models import CROSS, add_lora, batch, lora_parameters, tiny_text_encoder, tiny_transformer, tiny_unet
-from tests.step.test_cat_step import unet_pair
+from tests.step.test_cat_step import preserved_batch, unet_pair
 from tests.step.test_text_encoders import adapted
 
 EAGER_STEPS = cuda_graphs.WARM_UP
@@ -108,6 +108,7 @@ def test_equals_the_plain_recipe_with_flow_matching() -> None:
         pytest.param({"cat_factor": CatFactorRamp(0.0, 1.0, 4)}, id="ramp"),
         pytest.param({"cat_factor": CatFactorRatio(0.3), "preserve_every": 2}, id="every-second"),
         pytest.param({"cat_factor": CatFactorTarget(1e-3), "accumulate": 2}, id="target"),
+        *(pytest.param({"preservation": kind}, id=kind) for kind in ("dco", "l2", "layers")),
     ],
 )
 def test_a_step_waits_for_nothing(options: dict[str, Any]) -> None:
@@ -683,6 +684,12 @@ def test_replays_equal_eager_steps_with_a_bank() -> None:
         lambda: {"teacher_bank": bank, "generator": torch.Generator().manual_seed(2)},
         [stored_batch(n, cond) for n in range(STEPS)],
     )
+
+
+@pytest.mark.parametrize("kind", ["prior", "dco", "l2", "layers"])
+def test_replays_equal_eager_steps_with_other_preservations(kind: str) -> None:
+    batches = [preserved_batch(n, 3) if kind == "prior" else undrawn(n) for n in range(STEPS)]
+    compare(lambda: {"preservation": kind, "cat_factor": 0.1}, batches)
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["predicted", "stored"])

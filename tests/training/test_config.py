@@ -92,6 +92,28 @@ def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
         TrainConfig(**REQUIRED, rank=8).check_continues(earlier)
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"preservation": "l2", "teacher_draws": 3}, "preservation: expected cat with teacher_draws, got l2"),
+        (
+            {"preservation": "dco", "preserve_prompts": "prompts.txt"},
+            "preservation: expected cat or layers with preserve_prompts, got dco",
+        ),
+        (
+            {"preservation": "dco", "cat_ratio": 0.1},
+            "preservation: expected cat or l2 or layers with cat_ratio, got dco",
+        ),
+        ({"preservation": "dco", "cat_drift": 0.1}, "preservation: expected .* with cat_drift, got dco"),
+        ({"preservation": "dco", "preserve_every": 2}, "preserve_every: expected 1 with preservation dco, got 2"),
+    ],
+    ids=["draws", "prompts", "ratio", "drift", "every"],
+)
+def test_what_a_preservation_does_not_have_is_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{text}"):
+        TrainConfig(**REQUIRED, **settings)
+
+
 def test_plain_lora_has_no_term_to_leave_out() -> None:
     with pytest.raises(ConfigError, match="preserve_every: expected 1 with cat_factor 0, got 4"):
         TrainConfig(**REQUIRED, cat_factor=0.0, preserve_every=4)

@@ -261,8 +261,14 @@ def test_callers_random_state_is_untouched(configure: Configure) -> None:
         {"dtype": "float16"},
         {"preserve_every": 2, "accumulate": 2, "cat_ratio": 0.3},
         {"cat_drift": 1e-3},
+        {"preservation": "dco", "cat_factor": 100.0},
+        {"preservation": "l2"},
+        {"preservation": "layers"},
     ],
-    ids=["default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16", "every-second", "target"],
+    ids=[
+        *("default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16", "every-second", "target"),
+        *("dco", "l2", "layers"),
+    ],
 )
 def test_resumed_run_equals_uninterrupted_run(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

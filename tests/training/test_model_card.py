@@ -86,6 +86,21 @@ def test_no_trigger_no_trigger_words() -> None:
     assert "without a preservation term" in card.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "by [Contrastive Adapter Training](https://arxiv.org/abs/2404.07554): in every step, without the trigger"),
+        ({"preserve_every": 4}, "Training](https://arxiv.org/abs/2404.07554): in one of 4 steps, without the trigger"),
+        ({"preservation": "dco"}, "by [Direct Consistency Optimization](https://arxiv.org/abs/2402.12004)"),
+        ({"preservation": "l2"}, "with a penalty on the change of the weights in every step"),
+        ({"preservation": "layers"}, "in each layer without the trigger in every step, so that it forgets less"),
+    ],
+    ids=["cat", "every", "dco", "l2", "layers"],
+)
+def test_the_method_is_named(settings: dict[str, Any], text: str) -> None:
+    assert text in card_of(**settings).text
+
+
 def test_local_paths_are_nobody_elses_business(configure: Configure) -> None:
     config = configure()
     file = quiet(config)

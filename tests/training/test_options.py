@@ -82,6 +82,7 @@ OPTIONS: dict[str, Case] = {
         0.1, {"step.cat_drift": (0.1, 2.0, 0.2, 200.0), "metadata.cat_drift": 0.1}, {"cat_factor": 2.0, "steps": 3}
     ),
     "preserve_every": Case(2, {"step.preserve_every": 2, "metadata.preserve_every": 2, "row.with_cat": [2]}),
+    "preservation": Case("l2", {"step.preservation": "l2", "metadata.preservation": "l2"}),
     "preserve_prompts": Case("<preserve>", {"preserved": ("a dog", "a red car")}),
     "preserve_share": Case(1.0, {"preserve_share": 1.0}, {"preserve_prompts": "<preserve>"}),
     "snr_gamma": Case(0.05, {"step.snr_gamma": 0.05, "metadata.snr_gamma": 0.05}),

@@ -81,6 +81,20 @@ class Adapters:
                 stack.enter_context(adapter_disabled(module))
             yield
 
+    def update_norm(self) -> torch.Tensor:
+        """sum ||s B A||_F^2 over the layers of all modules."""
+        from cat_rs.peft import update_norm
+
+        return update_norm(self._modules)
+
+    @contextmanager
+    def layer_changes(self) -> Iterator[list[torch.Tensor]]:
+        """Within the context, collects what the adapter would change in each layer of the model that runs."""
+        from cat_rs.peft import layer_changes
+
+        with layer_changes(self.model) as changes:
+            yield changes
+
     @torch.no_grad()
     def load(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Copies saved parameters into those of the same names; raises AdapterError where names or shapes differ."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cat_rs.arguments import check, refusing
-from cat_rs.errors import AdapterError
+from cat_rs.errors import AdapterError, InvalidValueError
 from cat_rs.ops.cat_loss import student_loss
 from cat_rs.ops.noising import noising
 from cat_rs.step import collectives, device_values, inputs
@@ -24,6 +24,7 @@ from cat_rs.step.denoiser import Predict, convention_of, denoiser_predict, predi
 from cat_rs.step.device_values import DeviceValues
 from cat_rs.step.inputs import PreservationSamples, StepInputs
 from cat_rs.step.noise_schedule import NoiseSchedule
+from cat_rs.step.preservation import NO_PRESERVATION, Preservation, consistency_loss, find_preservation
 
 if TYPE_CHECKING:
     from cat_rs.step.teacher_bank import TeacherBank
@@ -36,9 +37,11 @@ class StepMetrics(NamedTuple):
 
     Attributes:
         loss: diffusion + preserve_every * cat_factor * cat; diffusion alone in a step without a preservation term.
+            With preservation "dco", its loss.
         diffusion: The diffusion term.
         cat: The preservation term, without its factor; 0 with cat_factor 0, and NaN, as nothing measures it, in the
-            steps that ``preserve_every`` leaves without one.
+            steps that ``preserve_every`` leaves without one. With "dco", by how much the diffusion term exceeds the
+            base model's.
         grad_norm: The gradient's L2 norm before clipping; NaN on a step that only accumulates.
         cat_factor: The weight of the preservation term, a mean over the steps: without ``preserve_every``.
     """
@@ -81,6 +84,13 @@ class CatStep:
             it: arXiv 1912.04958, appendix B). The other steps cost what plain LoRA costs. With accumulation a term
             belongs to all calls of its step. The first term is in step number ``preserve_every``: a new adapter has
             nothing to preserve yet. See ``preserves_next``.
+        preservation: What keeps the base model; docs/preserving.md has the formulas and says when to use which.
+            "cat": the student's predictions for ``cond_no_trigger`` stay at the base model's. "prior": the student
+            learns pictures that the base model drew, those of ``preserve`` (DreamBooth's prior preservation). "dco":
+            the loss is that of Direct Consistency Optimization, with ``cat_factor`` as its beta; 1000 is usual. "l2":
+            the squared norm of what the adapter adds to the weights. "layers": what the adapter would change in each
+            layer, at the base model's activations. "dco" and "l2" look at neither ``cond_no_trigger`` nor
+            ``preserve``.
         snr_gamma: Min-SNR weighting of both terms (arXiv 2303.09556); None for uniform weights.
         noise_offset: Adds this much of one more draw for each sample and channel to the noise that the step draws, so
             that brightness is learned too; for latents [B, C, H, W] or [B, C, F, H, W]. 0.05 to 0.1 is usual.
@@ -147,6 +157,7 @@ class CatStep:
         max_grad_norm: float | None = 1.0,
         cat_factor: CatFactor = 1.0,
         preserve_every: int = 1,
+        preservation: str = "cat",
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
         prediction_type: str | None = None,
@@ -173,6 +184,13 @@ class CatStep:
         device_values.warn_of_slow_bfloat16("CatStep", device, self.model.parameters())
         inputs.check_options(
             device, accumulate, preserve_every, noise_offset, generator, teacher_bank, self.text_encoders
+        )
+        self.preservation = preservation
+        self._term = find_preservation(
+            preservation,
+            every=preserve_every,
+            has_bank=teacher_bank is not None,
+            trains_text=bool(self.text_encoders),
         )
         self.cat_factor, self.preserve_every = cat_factor, preserve_every
         self.snr_gamma, self.noise_offset = snr_gamma, noise_offset
@@ -216,12 +234,19 @@ class CatStep:
 
     @cat_factor.setter
     def cat_factor(self, value: CatFactor) -> None:
+        if isinstance(value, TermFollower) and not self._term.adds_up:
+            kind = type(value).__name__
+            raise InvalidValueError(
+                f"CatStep: `cat_factor` must be a number or a function of the step with "
+                f"preservation={self.preservation!r}, which has one term, got a {kind}"
+            )
         self._cat_factor = value if callable(value) else check_cat_factor(value)
 
     @property
     def preserves_next(self) -> bool:
         """Whether the next call has a preservation term; if not, it looks at neither cond_no_trigger nor preserve."""
-        return self._is_in_turn() and _is_positive(factor_after(self._cat_factor, self.steps_done))
+        factor = factor_after(self._cat_factor, self.steps_done)
+        return self._term.looks_at_samples and self._is_in_turn() and _is_positive(factor)
 
     def _is_in_turn(self) -> bool:
         """Whether ``preserve_every`` puts a preservation term into the coming optimizer step."""
@@ -272,12 +297,18 @@ class CatStep:
         inputs.check_preserve(preserve, self._teacher_bank)
         cat_factor, in_turn = factor_after(self._cat_factor, self.steps_done), self._is_in_turn()
         preserves = in_turn and _is_positive(cat_factor)
-        if not preserves:
+        looks_at_samples = preserves and self._term.looks_at_samples
+        if not looks_at_samples:
             preserve = None
-        predicts_base = preserve is None or preserve.base_pred is None
-        conditions = evaluate_conditions(
-            cond, cond_no_trigger, self._adapters, preserve=preserves, predict_base=predicts_base
-        )
+        elif preserve is None and self._term.base is None:
+            # On the concept's own, the words without the trigger would learn the concept.
+            raise InvalidValueError(
+                f"CatStep: `preserve` must be PreservationSamples with preservation={self.preservation!r}, which "
+                "learns their pictures, got None"
+            )
+        predicts_base = preserves and (preserve is None or preserve.base_pred is None)
+        base = self._term.base if predicts_base else None
+        conditions = evaluate_conditions(cond, cond_no_trigger, self._adapters, preserve=looks_at_samples, base=base)
         if self._teacher_bank is None:
             drawn = inputs.draw(latents, noise, timesteps, self._schedule, self.noise_offset, self.generator)
         else:
@@ -287,7 +318,7 @@ class CatStep:
             self._compares_conditions &= not preserves
         if preserve is not None:
             preserve = inputs.draw_preserved(preserve, latents, self._schedule, self.noise_offset, self.generator)
-        given = StepInputs(*drawn, sample_weight, mask, conditions, preserve)
+        given = StepInputs(*drawn, sample_weight, mask, conditions, preserves, preserve)
         self._factors.write([self.preserve_every * cat_factor, 1.0 / self.accumulate])
         if self._captured is None:
             loss, parts, grad_norm = *self._forward_backward(given), None
@@ -311,26 +342,28 @@ class CatStep:
 
     def _forward_backward(self, given: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds the loss's gradient to the parameters'; returns the loss and [diffusion, cat]."""
+        term = self._term if given.preserves else NO_PRESERVATION
+        batch, own, timesteps = given.latents.shape[0], given.preserve, given.timesteps
         cond, cond_no_trigger, cond_base = given.conditions
-        timesteps, batch, own = given.timesteps, given.latents.shape[0], given.preserve
-        copies = 2 if cond_no_trigger is not None and own is None else 1
-        noisy, target, weight = self._noised(given, copies)
-        own_weight, own_mask = weight, given.mask
-        base_pred = None
-        if cond_no_trigger is not None:
-            base_pred = given.base_pred
-            preserved, preserved_timesteps = noisy[:batch], timesteps
-            if own is not None:
-                assert own.timesteps is not None
-                preserved, _, own_weight = self._noised(own, copies)
-                preserved_timesteps, own_mask, base_pred = own.timesteps, own.mask, own.base_pred
+        noisy, target, weight = self._noised(given, 2 if term.pairs and own is None else 1)
+        # Of the preservation samples; of what their predictions are compared with, where it is known.
+        preserved, own_timesteps, own_weight, own_mask = noisy[:batch], timesteps, weight, given.mask
+        reference = given.base_pred if term.pairs else None
+        if own is not None:
+            assert own.timesteps is not None
+            preserved, own_target, own_weight = self._noised(own, 1)
+            own_timesteps, own_mask = own.timesteps, own.mask
+            if term.pairs:
+                reference = own_target if term.base is None else own.base_pred
                 noisy = torch.cat([noisy, preserved])
-            if base_pred is None:
-                with torch.no_grad(), self._adapters.disabled():
-                    base_cond = cond_base or cond_no_trigger
-                    base_pred = self._prediction(preserved, preserved_timesteps, base_cond, "cond_no_trigger")
+        penalty = None
+        if term.base is not None and reference is None:
+            base_cond = cond_base or (cond if term.base == "cond" else cond_no_trigger)
+            reference, penalty = self._base_prediction(term, preserved, own_timesteps, base_cond)
+        if term.pairs:
+            assert cond_no_trigger is not None
             cond = self._join_conditions(cond, cond_no_trigger, (batch, preserved.shape[0]))
-            timesteps = torch.cat([timesteps, preserved_timesteps])
+            timesteps = torch.cat([timesteps, own_timesteps])
         student = self._prediction(noisy, timesteps, cond)
         if not student.requires_grad:
             got = "a prediction without a gradient: call the step outside of torch.no_grad()"
@@ -339,14 +372,41 @@ class CatStep:
         if self.grad_scaler is not None:
             # In the kernel: small errors would leave no gradient in float16 that could be scaled.
             grad_factor = self.grad_scaler.scale(grad_factor)
-        loss, parts, grad = student_loss(
-            student, target, base_pred, weight, given.mask, own_weight, own_mask, cat_factor, grad_factor
-        )
-        del base_pred  # not kept during the backward pass
         # Autocast is for forward passes: the backward of each operation runs in the dtype of its forward.
-        with torch.autocast(grad.device.type, enabled=False):
-            torch.autograd.backward(student, grad)
+        with torch.autocast(student.device.type, enabled=False):
+            if term.adds_up:
+                loss, parts, grad = student_loss(
+                    student, target, reference, weight, given.mask, own_weight, own_mask, cat_factor, grad_factor
+                )
+            else:
+                assert reference is not None
+                loss, parts, grad = consistency_loss(
+                    student, target, reference, weight, given.mask, cat_factor, grad_factor
+                )
+            del reference  # not kept during the backward pass
+            roots, gradients = [student], [grad]
+            if term.penalty == "update":
+                penalty = self._adapters.update_norm()
+            if penalty is not None:
+                value = penalty.detach().to(loss.dtype)
+                loss, parts = loss + (cat_factor * value).to(loss.dtype), torch.stack([parts[0], value])
+                roots.append(penalty)
+                gradients.append((cat_factor * grad_factor).to(penalty.dtype))
+            torch.autograd.backward(roots, gradients)
         return loss, parts
+
+    def _base_prediction(
+        self, term: Preservation, latents: torch.Tensor, timesteps: torch.Tensor, cond: Mapping[str, Any] | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the base model predicts; of a penalty of its layers the penalty alone."""
+        assert cond is not None
+        assert term.base is not None
+        with torch.no_grad(), self._adapters.disabled():
+            if term.penalty is None:
+                return self._prediction(latents, timesteps, cond, term.base), None
+            with self._adapters.layer_changes() as changes:
+                self._prediction(latents, timesteps, cond, term.base)
+            return None, torch.stack(changes).mean()
 
     def _noised(
         self, samples: StepInputs | PreservationSamples, copies: int

@@ -24,8 +24,8 @@ class Conditions(NamedTuple):
     Attributes:
         trigger: c.
         no_trigger: c0; None for plain LoRA.
-        base: c0 from the base text encoders; None where no text encoder trains, so that it is ``no_trigger``, and
-            where the base predictions are known.
+        base: What the base model predicts for, from the base text encoders; None where no text encoder trains, so that
+            it is one of the others, and where the base model does not predict.
     """
 
     trigger: Mapping[str, Any]
@@ -39,22 +39,27 @@ def evaluate_conditions(
     adapters: Adapters,
     *,
     preserve: bool,
-    predict_base: bool,
+    base: str | None,
 ) -> Conditions:
-    """The conditions of a step; without a preservation term ``cond_no_trigger`` is not called.
+    """The conditions of a step.
+
+    Args:
+        cond, cond_no_trigger: As given to the step.
+        adapters: Those that train.
+        preserve: Whether to evaluate ``cond_no_trigger``.
+        base: Name of the one for which the base model predicts; None if it does not.
 
     Raises:
         InvalidValueError: A condition has another type, or does not train the text encoders.
     """
     trains_text = bool(adapters.text_encoders)
     trigger = _evaluate("cond", cond, trains_text)
-    if not preserve:
-        return Conditions(trigger)
-    no_trigger = _evaluate("cond_no_trigger", cond_no_trigger, trains_text)
-    if not (trains_text and predict_base):
+    no_trigger = _evaluate("cond_no_trigger", cond_no_trigger, trains_text) if preserve else None
+    if base is None or not trains_text:
         return Conditions(trigger, no_trigger)
     with torch.no_grad(), adapters.disabled():
-        return Conditions(trigger, no_trigger, _evaluate("cond_no_trigger", cond_no_trigger, trains_text))
+        given = cond if base == "cond" else cond_no_trigger
+        return Conditions(trigger, no_trigger, _evaluate(base, given, trains_text))
 
 
 def _evaluate(name: str, cond: Cond | Callable[[], Cond] | None, trains_text: bool) -> Mapping[str, Any]:

@@ -60,7 +60,8 @@ class StepInputs(NamedTuple):
         base_pred: f_base(z_t, t, c0) of a teacher bank, [B, ...].
         sample_weight, mask: As given.
         conditions: The model's keyword arguments.
-        preserve: The samples of the preservation term, where they are not the concept's.
+        preserves: Whether there is a preservation term.
+        preserve: Its samples, where they are not the concept's.
     """
 
     latents: torch.Tensor
@@ -70,6 +71,7 @@ class StepInputs(NamedTuple):
     sample_weight: torch.Tensor | None
     mask: torch.Tensor | None
     conditions: Conditions
+    preserves: bool
     preserve: PreservationSamples | None
 
 

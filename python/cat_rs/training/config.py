@@ -29,6 +29,14 @@ _FREE_ON_RESUME = frozenset(
     | {"evaluate_inference_steps", "evaluate_guidance", "evaluate_batch", "evaluate_keep"}
 )
 
+# Settings that mean nothing beside other preservations than these.
+_BESIDE_PRESERVATION = {
+    "teacher_draws": ("cat",),
+    "preserve_prompts": ("cat", "layers"),
+    "cat_ratio": ("cat", "l2", "layers"),
+    "cat_drift": ("cat", "l2", "layers"),
+}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -80,8 +88,8 @@ class TrainConfig:
     cat_drift: float | None = option(
         None,
         group=_CAT,
-        help="hold L_cat at this fraction of L_diff instead: the weight begins with cat_factor, rises while the fraction "
-        "is above this one, and falls while it is below, between a tenth and a hundred times cat_factor",
+        help="hold L_cat at this fraction of L_diff instead: the weight begins with cat_factor, rises while the "
+        "fraction is above this one, and falls while it is below, between a tenth and a hundred times cat_factor",
         metavar="DRIFT",
     )
     preserve_every: int = option(
@@ -89,6 +97,13 @@ class TrainConfig:
         group=_CAT,
         help="the preservation term is in every so many steps only, at so many times its weight; the others cost what "
         "plain LoRA costs",
+    )
+    preservation: Literal["cat", "dco", "l2", "layers"] = option(
+        "cat",
+        group=_CAT,
+        help="what keeps the base model: its predictions without the trigger (cat); Direct Consistency Optimization, "
+        "whose beta is cat_factor (dco); the norm of the weights' change (l2); the change of each layer's output "
+        "(layers)",
     )
     preserve_prompts: str | None = option(
         None, group=_CAT, help="file of more prompts to preserve, one a line, beside the captions", metavar="FILE"
@@ -225,6 +240,12 @@ class TrainConfig:
             raise ConfigError("target_modules: expected at least one layer name, got none")
         if not self.trigger and self.preserves():
             raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
+        for name, allowed in _BESIDE_PRESERVATION.items():
+            if getattr(self, name) and self.preservation not in allowed:
+                expected = " or ".join(allowed)
+                raise ConfigError(f"preservation: expected {expected} with {name}, got {self.preservation}")
+        if self.preservation == "dco" and self.preserve_every > 1:
+            raise ConfigError(f"preserve_every: expected 1 with preservation dco, got {self.preserve_every}")
         if self.preserve_every > 1 and not self.preserves():
             raise ConfigError(f"preserve_every: expected 1 with cat_factor 0, got {self.preserve_every}")
         if self.teacher_draws and not self.preserves():

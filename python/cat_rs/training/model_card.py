@@ -122,10 +122,16 @@ def _subject(config: TrainConfig) -> Iterator[str]:
 def _method(config: TrainConfig) -> str:
     if not config.preserves():
         return "without a preservation term (plain LoRA)"
-    return (
-        f"by {_PAPER}: in every step, without the trigger the adapted model also had to predict what the base model "
-        "predicts, so that it forgets less"
-    )
+    when = f"in one of {config.preserve_every} steps" if config.preserve_every > 1 else "in every step"
+    method = {
+        "cat": f"by {_PAPER}: {when}, without the trigger the adapted model also had to predict what the base model "
+        "predicts",
+        "dco": "by [Direct Consistency Optimization](https://arxiv.org/abs/2402.12004), which compares its errors "
+        "with the base model's",
+        "l2": f"with a penalty on the change of the weights {when}",
+        "layers": f"with a penalty on what it changes in each layer without the trigger {when}",
+    }[config.preservation]
+    return f"{method}, so that it forgets less"
 
 
 def _usage(model: str, trigger_words: list[str], prompt: str) -> str:
