@@ -49,6 +49,8 @@ BY_NAME: dict[str, str] = {
     "grad_total": "tensor(())",
     "cat_factor": "0.5",
     "mask_normalize": "False",
+    "preservation": '"cat"',
+    "preserve_every": "2",
     "scale": "1.0",
     "wanted": "(True, True)",
     "factors": "tensor((2,))",

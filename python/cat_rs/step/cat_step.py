@@ -244,7 +244,7 @@ class CatStep:
 
     @property
     def preserves_next(self) -> bool:
-        """Whether the next call has a preservation term; if not, it looks at neither cond_no_trigger nor preserve."""
+        """Whether the next call looks at ``cond_no_trigger`` and ``preserve``; if not, they need not be given."""
         factor = factor_after(self._cat_factor, self.steps_done)
         return self._term.looks_at_samples and self._is_in_turn() and _is_positive(factor)
 
