@@ -51,7 +51,7 @@ def test_consistency_loss_equals_its_definition(shape: tuple[int, ...], dtype: t
     assert loss.dtype == parts.dtype == wide
     assert grad.dtype == dtype
     # Sums of a sample's elements, and differences of them.
-    scale_of_sums = float(expected.diffusion.abs() + expected.cat.abs()) + 1
+    scale_of_sums = float((expected.diffusion.abs() + expected.cat.abs()).detach()) + 1
     assert_close(loss, expected.total, scale=scale_of_sums, factor=10, label="loss")
     assert_close(parts, torch.stack([expected.diffusion, expected.cat]), scale=scale_of_sums, factor=10, label="parts")
     assert exact.grad is not None
@@ -124,7 +124,9 @@ def test_layer_changes_equal_their_definition(dtype: torch.dtype, patched: bool)
 @pytest.mark.parametrize("kind", FACTORS)
 def test_equals_the_plain_recipe(kind: str, options: dict[str, Any]) -> None:
     batches = [one_step(kind, n) for n in range(4)]
-    compare_with_recipe(*unet_pair(), batches, **{"preservation": kind, "cat_factor": FACTORS[kind], **options})
+    settings = {"preservation": kind, "cat_factor": FACTORS[kind], **options}
+    # DCO's margin is a difference of errors that are nearly the same.
+    compare_with_recipe(*unet_pair(), batches, tolerance=1e-3 if kind == "dco" else 1e-4, **settings)
 
 
 @pytest.mark.parametrize("kind", FACTORS)

@@ -89,7 +89,10 @@ def test_no_trigger_no_trigger_words() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({}, "by [Contrastive Adapter Training](https://arxiv.org/abs/2404.07554): in every step, without the trigger"),
+        (
+            {},
+            "by [Contrastive Adapter Training](https://arxiv.org/abs/2404.07554): in every step, without the trigger",
+        ),
         ({"preserve_every": 4}, "Training](https://arxiv.org/abs/2404.07554): in one of 4 steps, without the trigger"),
         ({"preservation": "dco"}, "by [Direct Consistency Optimization](https://arxiv.org/abs/2402.12004)"),
         ({"preservation": "l2"}, "with a penalty on the change of the weights in every step"),

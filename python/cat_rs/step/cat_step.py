@@ -406,7 +406,7 @@ class CatStep:
                 return self._prediction(latents, timesteps, cond, term.base), None
             with self._adapters.layer_changes() as changes:
                 self._prediction(latents, timesteps, cond, term.base)
-            return None, torch.stack(changes).mean()
+        return None, torch.stack(changes).mean()
 
     def _noised(
         self, samples: StepInputs | PreservationSamples, copies: int

@@ -109,9 +109,7 @@ class TrainingLog:
         for (step, lr, seconds, _), row in zip(waiting, values, strict=True):
             self._write(step, dict(zip(FIGURES, row, strict=True)) | {"lr": lr, "seconds": round(seconds, 3)})
             self._shown |= {
-                name: f"{value:.4g}"
-                for name, value in zip(FIGURES[:3], row, strict=False)
-                if math.isfinite(value)
+                name: f"{value:.4g}" for name, value in zip(FIGURES[:3], row, strict=False) if math.isfinite(value)
             }
         self._bar.update(len(waiting))
         self._bar.set_postfix(self._shown)
