@@ -398,7 +398,7 @@ def has_adapter(model: torch.nn.Module) -> bool:
     return any(True for _ in _adapter_modules(model))
 
 
-def _lora_branches(model: torch.nn.Module) -> Iterator[tuple[Any, torch.nn.Module, torch.nn.Module, float]]:
+def _lora_branches(model: torch.nn.Module) -> Iterator[tuple[Any, Any, Any, float]]:
     """Layer, A, B and scaling of each active LoRA adapter over a linear layer or a convolution."""
     for _, layer in _adapter_modules(model):
         for name in getattr(layer, "active_adapters", ()):
