@@ -346,3 +346,20 @@ def test_a_text_that_names_no_file_is_an_error(tmp_path: Path, name: str) -> Non
         atomic.write_bytes(tmp_path / name, b"")
     with pytest.raises(OSError, match="No name of a file"), atomic.new_folder(tmp_path / name):
         pass
+
+
+def test_a_locked_folder_is_anothers_only_afterwards(tmp_path: Path) -> None:
+    folder, order, started = tmp_path / "new" / "folder", [], threading.Event()
+
+    def other() -> None:
+        started.set()
+        with atomic.locked_folder(folder):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with atomic.locked_folder(folder):
+        thread.start()
+        started.wait()
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["TEMPORARY_PREFIX", "new_file", "new_folder", "write_bytes"]
+__all__ = ["TEMPORARY_PREFIX", "locked_folder", "new_file", "new_folder", "write_bytes"]
 
 TEMPORARY_PREFIX = ".unfinished-"
 _REPLACED_PREFIX = ".replaced-"
@@ -76,6 +76,27 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _replace_folder(path, unfinished)
     _sync_folder(path.parent)
     _settle_replaced(path)
+
+
+@contextmanager
+def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a folder, and wait until no other process is in such a block with it.
+
+    Who waited may find that the other has removed the folder.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    lock = None
+    while lock is None:
+        os.makedirs(path, exist_ok=True)
+        # Another process may remove it before it is locked.
+        with suppress(FileNotFoundError):
+            lock = _lock(Path(path))
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _file_name(path: str | os.PathLike[str]) -> Path:

@@ -22,7 +22,7 @@ from cat_rs.evaluation import (
     generate_pictures,
     save_pictures,
 )
-from cat_rs.evaluation.generation import picture_generator
+from cat_rs.evaluation.generation import generate_batch, generate_latents, picture_generator, request_batches
 
 PROMPTS = ["a cat", "a red background", "a dog"]
 
@@ -40,6 +40,15 @@ def test_pictures_differ_by_prompt_and_seed(pipeline: Any, config: EvaluationCon
     grid = generate_pictures(pipeline, PROMPTS, config, progress=False)
     assert len(grid.images) == len(PROMPTS) * len(config.seeds) == len(grid.latents)
     assert len({image.tobytes() for image in grid.images}) == len(grid.images)
+
+
+def test_latents_alone_are_those_of_the_pictures(
+    pipeline: Any, config: EvaluationConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = request_batches(PROMPTS, config)[0]
+    expected = generate_batch(pipeline, requests, config).latents
+    monkeypatch.setattr(pipeline.vae, "decode", lambda *_, **__: pytest.fail("decoded"))
+    assert torch.equal(generate_latents(pipeline, requests, config), expected)
 
 
 def test_a_prompt_more_leaves_the_others_alone(pipeline: Any, config: EvaluationConfig) -> None:

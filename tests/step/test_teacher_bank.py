@@ -362,7 +362,7 @@ def test_files_that_are_no_bank_are_refused(tmp_path: Path) -> None:
         TeacherBank.load(tmp_path / "absent", latents=None)
     path = tmp_path / "bank.safetensors"
     path.write_bytes(b"no bank")
-    with pytest.raises(InvalidValueError, match=r"`path` must be a teacher bank, got .*bank.safetensors: "):
+    with pytest.raises(InvalidValueError, match=r"`path` must be a file of format .*, got .*bank.safetensors: "):
         TeacherBank.load(path, latents=None)
     save_file({"a": torch.ones(1)}, path)
     with pytest.raises(InvalidValueError, match=r"`path` must be a file of format .* got .* of format None"):

@@ -122,6 +122,27 @@ def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: Ev
     Raises:
         EvaluationInputError: The pipeline's safety checker blacked out a picture.
     """
+    output, latents = _generate(pipeline, requests, config, "pil")
+    flags = getattr(output, "nsfw_content_detected", None) or ()
+    for request, flagged in zip(requests, flags, strict=False):
+        if flagged:
+            # Black pictures of both models would be alike, and score 1.
+            raise EvaluationInputError(
+                "pipeline: expected pictures, got one that the safety checker blacked out for "
+                f"{request.prompt!r}, seed {request.seed}; set pipeline.safety_checker = None to evaluate"
+            )
+    return PictureBatch(tuple(output.images), latents)
+
+
+def generate_latents(pipeline: Any, requests: Sequence[PictureRequest], config: EvaluationConfig) -> torch.Tensor:
+    """Generate in one call without decoding; the latents, [B, ...], float32 on the CPU."""
+    return _generate(pipeline, requests, config, "latent")[1]
+
+
+def _generate(
+    pipeline: Any, requests: Sequence[PictureRequest], config: EvaluationConfig, output_type: str
+) -> tuple[Any, torch.Tensor]:
+    """What the pipeline returns, and what its last denoising step did."""
     last: dict[str, torch.Tensor] = {}
 
     def keep_latents(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -137,17 +158,9 @@ def generate_batch(pipeline: Any, requests: Sequence[PictureRequest], config: Ev
             height=config.height,
             width=config.width,
             callback_on_step_end=keep_latents,
-            output_type="pil",
+            output_type=output_type,
         )
-    flags = getattr(output, "nsfw_content_detected", None) or ()
-    for request, flagged in zip(requests, flags, strict=False):
-        if flagged:
-            # Black pictures of both models would be alike, and score 1.
-            raise EvaluationInputError(
-                "pipeline: expected pictures, got one that the safety checker blacked out for "
-                f"{request.prompt!r}, seed {request.seed}; set pipeline.safety_checker = None to evaluate"
-            )
-    return PictureBatch(tuple(output.images), last["latents"].detach().to("cpu", torch.float32))
+    return output, last["latents"].detach().to("cpu", torch.float32)
 
 
 @contextmanager

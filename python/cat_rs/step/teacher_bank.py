@@ -34,7 +34,7 @@ from cat_rs.step.inputs import check_generator, check_tensors
 from cat_rs.step.noise_schedule import NoiseSchedule
 from cat_rs.step.pytree import map_tensors, named_tensors
 
-__all__ = ["TeacherBank", "TeacherDraws"]
+__all__ = ["TeacherBank", "TeacherDraws", "base_fingerprint", "check_base", "read_stored"]
 
 FORMAT = "cat-rs teacher bank 1"
 STORAGE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -166,7 +166,7 @@ class TeacherBank:
             "pictures": str(pictures),
             "draws": str(draws),
             "prediction_type": schedule.prediction_type,
-            "model": _fingerprint(model),
+            "model": base_fingerprint(model),
             "cond_shapes": json.dumps({name: list(tensor.shape[1:]) for name, tensor in cond_tensors.items()}),
         }
         # A bank without predictions reads the draws that the predictions are made from.
@@ -197,7 +197,7 @@ class TeacherBank:
         """
         check_no_mode("TeacherBank.load")
         check_path("TeacherBank.load", "path", path)
-        tensors, metadata = _read(path)
+        tensors, metadata = read_stored("TeacherBank.load", path, FORMAT)
         bank = cls(tensors, metadata)
         if not torch.allclose(bank._first_noise(), tensors["noise_check"], rtol=0, atol=0.05):
             raise InvalidValueError(
@@ -234,24 +234,10 @@ class TeacherBank:
     def check_model(self, model: torch.nn.Module, schedule: NoiseSchedule) -> None:
         """Refuses a step of another base model or schedule.
 
-        Of each weight a sample of its values and its dtype are compared.
-
         Raises:
             InvalidValueError: The predictions are not those of this base model and schedule.
         """
-        must = "CatStep: `teacher_bank` must be of"
-        if self.prediction_type != schedule.prediction_type:
-            raise InvalidValueError(
-                f"{must} prediction type {schedule.prediction_type!r}, got one of {self.prediction_type!r}"
-            )
-        ours, theirs = schedule.table(), self._tensors["schedule"]
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6):
-            raise InvalidValueError(f"{must} this scheduler's noise schedule, got one of another")
-        if self._metadata["model"] != (fingerprint := _fingerprint(model)):
-            raise InvalidValueError(
-                f"{must} this base model (fingerprint {fingerprint[:12]}), got one of another base model or dtype "
-                f"({self._metadata['model'][:12]})"
-            )
+        check_base("CatStep: `teacher_bank`", self._metadata, self._tensors["schedule"], model, schedule)
 
     def check_cond(self, pictures: torch.Tensor, cond_no_trigger: Mapping[str, Any], *, compare: bool = True) -> None:
         """Refuses conditions other than those that these pictures' predictions were made with.
@@ -355,27 +341,59 @@ class TeacherBank:
             yield stored
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a bank's file, mapped into memory, and its metadata."""
+def check_base(
+    argument: str, facts: Mapping[str, str], table: torch.Tensor, model: torch.nn.Module, schedule: NoiseSchedule
+) -> None:
+    """Refuses a base model or schedule other than those that stored tensors were made with.
+
+    Of each weight a sample of its values and its dtype are compared.
+
+    Args:
+        argument: What errors call the stored tensors, such as "CatStep: `teacher_bank`".
+        facts: Their prediction_type, and as model its fingerprint.
+        table: That of their schedule.
+        model: The model, its adapter on or off, or the base model alone.
+        schedule: That of the training.
+
+    Raises:
+        InvalidValueError: They are others.
+    """
+    must = f"{argument} must be of"
+    if facts["prediction_type"] != schedule.prediction_type:
+        raise InvalidValueError(
+            f"{must} prediction type {schedule.prediction_type!r}, got one of {facts['prediction_type']!r}"
+        )
+    ours = schedule.table()
+    if ours.shape != table.shape or not torch.allclose(ours, table, rtol=1e-4, atol=1e-6):
+        raise InvalidValueError(f"{must} this scheduler's noise schedule, got one of another")
+    if facts["model"] != (fingerprint := base_fingerprint(model)):
+        raise InvalidValueError(
+            f"{must} this base model (fingerprint {fingerprint[:12]}), got one of another base model or dtype "
+            f"({facts['model'][:12]})"
+        )
+
+
+def read_stored(
+    op: str, path: str | os.PathLike[str], expected: str
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a file of the expected format, mapped into memory, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
     place = Path(path)
     if place.exists() and not (place.is_file() or place.is_dir()):
-        raise InvalidValueError(f"TeacherBank.load: `path` must be a file, got {path}, a pipe or a device")
+        raise InvalidValueError(f"{op}: `path` must be a file, got {path}, a pipe or a device")
     # safe_open's own error does not tell a missing file from a folder.
     with open(path, "rb"):
         pass
+    must = f"{op}: `path` must be a file of format {expected!r}, got {path}"
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise InvalidValueError(
-                    f"TeacherBank.load: `path` must be a file of format {FORMAT!r}, got {path} of format "
-                    f"{metadata.get('format')!r}"
-                )
+            if metadata.get("format") != expected:
+                raise InvalidValueError(f"{must} of format {metadata.get('format')!r}")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise InvalidValueError(f"TeacherBank.load: `path` must be a teacher bank, got {path}: {error}") from error
+        raise InvalidValueError(f"{must}: {error}") from error
 
 
 def _check_latents(latents: torch.Tensor, latents_std: torch.Tensor | None) -> None:
@@ -442,7 +460,7 @@ def _first_difference(ours: torch.Tensor, theirs: torch.Tensor) -> int | None:
     return None if same.all() else int((~same).nonzero()[0])
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
+def base_fingerprint(model: torch.nn.Module) -> str:
     """A hash of names, shapes, dtypes and a sample of the values of the base model's parameters."""
     from cat_rs.peft import base_parameters
 
