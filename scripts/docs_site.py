@@ -31,6 +31,8 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "CatStep",
             "PreservationSamples",
+            "PreservationSet",
+            "PreservationDraw",
             "StepMetrics",
             "CatFactorRamp",
             "CatFactorRatio",

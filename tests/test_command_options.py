@@ -14,7 +14,8 @@ import torch
 
 import cat_rs
 from cat_rs.adapter_check import WeightReport
-from cat_rs.commands import check, convert, demo, evaluate, generate, merge, report
+from cat_rs.commands import check, convert, demo, evaluate, generate, merge, preserve, report
+from cat_rs.text_files import general_prompts
 from tests.conftest import draw_picture
 from tests.option_cases import Case, Seen, check_case, check_table
 
@@ -80,6 +81,24 @@ DEMO: dict[str, Case] = {
     "dtype": Case("bfloat16", {"loaded.dtype": torch.bfloat16, "train.dtype": ["bfloat16"] * 2}),
 }
 
+PRESERVE: dict[str, Case] = {
+    **SAMPLING,
+    "action": Case("draw", {"error": "preserve: expected build, got 'draw'"}),
+    "model": Case("other model", {"loaded": "other model"}),
+    "output": Case("elsewhere", {"built": "elsewhere"}),
+    "overwrite": Case(True, {"built": "<earlier>/set"}, {"output": "<earlier>/set"}),
+    "teacher_draws": Case(3, {"draws": 3}),
+    "prompts": Case(("<more>", "<plain>"), {"prompts": ["a sks cat outdoors", "a sks outdoors"]}),
+    "general": Case(True, {"prompts": ["a sks cat", *general_prompts()]}),
+    "data": Case("<data>", {"prompts": ["a sks cat", "a cat on a hill"]}, {"trigger": ("sks",)}),
+    "trigger": Case(
+        ("sks=cat",), {"prompts": ["a sks cat", "a cat on a hill"]}, {"data": "<data>", "trigger": ("zwx",)}
+    ),
+    "class_word": Case(
+        "tabby", {"prompts": ["a sks cat", "a tabby on a hill"]}, {"data": "<bare>", "trigger": ("sks",)}
+    ),
+}
+
 CONVERT: dict[str, Case] = {
     "input": Case("<other>", {"read": "<other>"}),
     "output": Case("elsewhere", {"written": "elsewhere"}),
@@ -133,6 +152,11 @@ BASES: dict[str, tuple[Any, dict[str, Case], dict[str, Any]]] = {
         DEMO,
         {"emoji_model": "<emoji>", "output_dir": "<output>", "concepts": (), "seeds": (0,), "device": "cpu"},
     ),
+    "preserve": (
+        preserve,
+        PRESERVE,
+        {"action": "build", "model": "model", "output": "output", "prompts": ("<prompts>",), "device": "cpu"},
+    ),
     "convert": (convert, CONVERT, {"input": "<lora>", "output": "output", "to": "diffusers"}),
     "report": (report, REPORT, {"runs": ("run",)}),
     "merge": (merge, MERGE, {"adapters": ("a",), "output": "output"}),
@@ -164,11 +188,15 @@ def places(tmp_path: Path) -> dict[str, str]:
         ]
         (tmp_path / folder / "prompts.json").write_text(json.dumps({"trigger_word": "sks", "concepts": concepts}))
     (tmp_path / "earlier").mkdir()
-    for file in ("metadata.jsonl", "results.json", "pytorch_lora_weights.safetensors", "report.html"):
+    for file in ("metadata.jsonl", "results.json", "pytorch_lora_weights.safetensors", "report.html", "set"):
         (tmp_path / "earlier" / file).touch()
+    for folder, caption in (("data", "a sks cat on a hill"), ("bare", "a sks on a hill")):
+        (tmp_path / folder).mkdir()
+        draw_picture(tmp_path / folder / "0.png", "red")
+        (tmp_path / folder / "0.txt").write_text(caption)
     places = {
         f"<{name}>": str(tmp_path / name)
-        for name in ("earlier", "prompts", "plain", "more", "output", "elsewhere", "emoji", "other")
+        for name in ("earlier", "prompts", "plain", "more", "output", "elsewhere", "emoji", "other", "data", "bare")
     }
     return places | {"<concepts>": str(tmp_path / "concepts.json"), "<lora>": str(tmp_path / "lora")}
 
@@ -229,6 +257,11 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         note(checked=adapter, models=sorted(models))
         return WeightReport("peft", None, (), ())
 
+    def build(pipeline: Any, prompts: Any, path: Any, *, sampling: Any, draws: Any, processes: Any) -> list[str]:
+        sample(sampling)
+        note(prompts=prompts, built=path, draws=draws)
+        return prompts
+
     def write_report(runs: Any, output: Any, *, title: Any) -> None:
         note(runs=runs, output=output, title=title)
 
@@ -246,6 +279,7 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         "report.training_curves": lambda metrics, path: draw_picture(path, "red"),
         "report.print_table": lambda result: None,
         "report.write_report": write_report,
+        "training.preservation_set.PreservationSet.build": build,
         "adapter_file.save_lora": save_lora,
         "adapter_file.merge_loras": merge_loras,
         "adapter_check.check_weights": check_weights,
@@ -263,6 +297,8 @@ def named(value: Any, places: dict[str, str]) -> Any:
     """The value with its <names> filled in."""
     if isinstance(value, dict):
         return {name: named(item, places) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(named(item, places) for item in value)
     if isinstance(value, str) and value.startswith("<"):
         name, end, rest = value.partition(">")
         return places[name + end] + rest
@@ -284,7 +320,7 @@ def run(command: Any, seen: Seen, options: dict[str, Any], places: dict[str, str
     return dict(seen)
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "convert", "report"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "preserve", "convert", "report"])
 def test_earlier_files_are_found_before_anything_is_loaded(command: str, seen: Seen, places: dict[str, str]) -> None:
     module, table, basis = BASES[command]
     after = run(module, seen, basis | table["overwrite"].given, places)

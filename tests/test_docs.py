@@ -39,6 +39,7 @@ SHORTER = (
 )
 SHORT_OPTIONS = {
     "train": "--steps 2 --rank 2 --resolution 16 --device cpu",
+    "preserve": "--inference-steps 1 --device cpu",
     "generate": "--inference-steps 2 --device cpu",
     "evaluate": "--inference-steps 2 --device cpu",
 }
@@ -126,6 +127,8 @@ def reader(
         for number, colour in enumerate(("red", "green" if side == "base" else "blue")):
             draw_picture(Path(side, kind, f"{number}.png"), colour)
     Path("prompts.txt").write_text("a sks dog on a beach\na photo of a sks dog\n")
+    Path("my_prompts.txt").write_text("a lighthouse\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "runs").mkdir()
 
 
@@ -162,6 +165,8 @@ def names_for(block: Block) -> dict[str, Any]:
     if block.page == "docs/preserving.md":
         names |= {"cat_step": CatStep(unet, ddpm()), "general_latents": torch.randn(3, 4, 8, 8)}
         names["general_prompts"] = ["a lemon", "a castle", "an oil painting"]
+        # As many tokens as the text encoder of the pipeline gives.
+        names["encode"] = lambda prompts: torch.randn(len(prompts), 40, CROSS)
     elif block.page == "docs/in-your-script.md":
         names["unet"] = tiny_unet() if "get_peft_model" in block.code else unet
         names["dataset"] = [{name: values[0] for name, values in batch.items()}] * 8

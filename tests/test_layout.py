@@ -315,7 +315,7 @@ def test_reports_need_no_training_and_no_model() -> None:
 
 def test_training_needs_no_report() -> None:
     may_use = {"evaluation", "errors", "_version", "options", "processes", "run_folder", "image_files"}
-    may_use |= {"atomic", "hub", "adapter_file", "prompts", "step", "text_files"}
+    may_use |= {"arguments", "atomic", "hub", "adapter_file", "prompts", "step", "text_files"}
     used = parts_used("training")
     assert used <= may_use, used - may_use
 

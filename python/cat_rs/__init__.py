@@ -23,6 +23,7 @@ from cat_rs.step.teacher_bank import TeacherBank, TeacherDraws
 if TYPE_CHECKING:
     from cat_rs.evaluation import KpsEvaluator
     from cat_rs.peft import adapter_disabled, patch_peft, unpatch_peft
+    from cat_rs.training.preservation_set import PreservationDraw, PreservationSet
 
 __all__ = [
     "CatFactorRamp",
@@ -35,7 +36,9 @@ __all__ = [
     "KpsResult",
     "LoraFile",
     "MergedLora",
+    "PreservationDraw",
     "PreservationSamples",
+    "PreservationSet",
     "StepMetrics",
     "TeacherBank",
     "TeacherDraws",
@@ -62,6 +65,8 @@ __all__ = [
 # What needs PEFT, diffusers or transformers is imported when first used: cat_loss alone needs only PyTorch.
 _LAZY = {
     "KpsEvaluator": "cat_rs.evaluation",
+    "PreservationDraw": "cat_rs.training.preservation_set",
+    "PreservationSet": "cat_rs.training.preservation_set",
     "adapter_disabled": "cat_rs.peft",
     "patch_peft": "cat_rs.peft",
     "unpatch_peft": "cat_rs.peft",

@@ -45,6 +45,14 @@ _COMMANDS = {
         "(L_diff), without it the model keeps predicting what the base model predicts (L_cat). "
         "pipe.load_lora_weights(output_dir) reads the result.",
     ),
+    "preserve": _Command(
+        "cat_rs.commands.preserve",
+        "draw the pictures that preserve a base model, for all trainings on it",
+        "Draws pictures with the base model, and writes their latents and embedded prompts as a preservation set, at "
+        "which cat-rs train --preserve set takes the preservation term. A build that was killed goes on where it "
+        "stopped.",
+        "build ",
+    ),
     "generate": _Command(
         "cat_rs.commands.generate",
         "draw pictures, with or without an adapter",

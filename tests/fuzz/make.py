@@ -495,6 +495,19 @@ def bank_file(**settings: Any) -> str:
     return place
 
 
+def preservation_set() -> cat_rs.PreservationSet:
+    return cat_rs.PreservationSet.load(set_file(), model(), scheduler())
+
+
+def set_file() -> str:
+    from cat_rs.training.preservation_set import write_set
+
+    place, pipeline = path("set.safetensors"), SimpleNamespace(unet=model(), scheduler=scheduler())
+    made = {"latents": tensor((3, 4, 4, 4)), "prompt": torch.arange(3)}
+    write_set(Path(place), pipeline, ["a", "b", "c"], {"text": tensor((3, 2, CROSS))}, [made], "key")
+    return place
+
+
 def encoder() -> Callable[[Any], torch.Tensor]:
     """An image encoder, as KpsEvaluator takes it."""
     return lambda images: torch.ones(len(images), 4)

@@ -174,6 +174,9 @@ BY_TARGET: dict[str, dict[str, str]] = {
     "TeacherBank.load": {"path": "bank_file()", "latents": "tensor((3, 4, 4, 4))"},
     "TeacherBank.read": {"pictures": "indices(0, 1)", "draws": "indices(1, 0)"},
     "TeacherBank.draw": {"pictures": "indices(0, 2)"},
+    "PreservationSet.load": {"path": "set_file()"},
+    "PreservationSet.joined": {"sets": "[preservation_set()]", "shares": "[1.0]"},
+    "PreservationSet.draw": {"count": "2"},
     "KpsEvaluator.score": dict.fromkeys(
         ("base_no_trigger", "adapted_no_trigger", "base_trigger", "adapted_trigger"), "pictures(3)"
     ),
@@ -188,6 +191,7 @@ RECEIVERS = {
     "CatFactorRatio": "ratio()",
     "CatFactorTarget": "drift_target()",
     "TeacherBank": "bank()",
+    "PreservationSet": "preservation_set()",
     "LoraFile": "lora_file()",
     "KpsEvaluator": "cat_rs.KpsEvaluator(encoder())",
 }
@@ -200,6 +204,9 @@ NOT_CALLED = {
     "CatLossParts": "holds what it is given",
     "StepMetrics": "holds what it is given",
     "TeacherDraws": "holds what it is given",
+    "PreservationDraw": "holds what it is given",
+    "PreservationSet": "is made by build, load and joined",
+    "PreservationSet.build": "needs a pipeline",
     "FlatAdamW.before_launch": "is half of a step",
     "FlatAdamW.launch": "is half of a step, on a GPU",
     "FlatAdamW.after_launch": "is half of a step",
@@ -209,7 +216,14 @@ NOT_CALLED = {
 }
 """What is public by its name, but not for callers; with why."""
 
-SELDOM = {"compile_kernels": 0.02, "KpsEvaluator": 0.2, "TeacherBank": 0.3, "CatStep": 0.7, "LoraFile": 0.3}
+SELDOM = {
+    "compile_kernels": 0.02,
+    "KpsEvaluator": 0.2,
+    "TeacherBank": 0.3,
+    "PreservationSet": 0.3,
+    "CatStep": 0.7,
+    "LoraFile": 0.3,
+}
 """Weights of what takes long, by function or class; of everything else 1."""
 
 

@@ -75,6 +75,7 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
         {"cat_drift": 0.0},
         {"preserve_share": 0.0},
         {"preserve_share": 1.5},
+        {"preserve_batch": 0},
         {"noise_offset": -0.1},
         {"resume": True, "overwrite": True},
     ],
@@ -98,7 +99,7 @@ def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
         ({"preservation": "l2", "teacher_draws": 3}, "preservation: expected cat with teacher_draws, got l2"),
         (
             {"preservation": "dco", "preserve_prompts": "prompts.txt"},
-            "preservation: expected cat or layers with preserve_prompts, got dco",
+            "preservation: expected cat or prior or layers with preserve_prompts, got dco",
         ),
         (
             {"preservation": "dco", "cat_ratio": 0.1},
@@ -117,6 +118,27 @@ def test_what_a_preservation_does_not_have_is_refused(settings: dict[str, Any], 
 def test_plain_lora_has_no_term_to_leave_out() -> None:
     with pytest.raises(ConfigError, match="preserve_every: expected 1 with cat_factor 0, got 4"):
         TrainConfig(**REQUIRED, cat_factor=0.0, preserve_every=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preserve_set": ("a",)}, "preserve: expected set with preserve_set or preserve_batch, got captions"),
+        ({"preserve_batch": 2}, "preserve: expected set with preserve_set or preserve_batch, got captions"),
+        ({"preserve": "set", "preserve_set": ("a",), "teacher_draws": 2}, "preserve_set: expected none with"),
+        ({"preserve": "set", "preserve_set": ("a",), "preserve_prompts": "b"}, "preserve_set: expected none with"),
+        ({"preserve": "set", "cat_factor": 0.0}, "preserve: expected captions with cat_factor 0, got set"),
+        ({"preserve": "set", "preservation": "l2"}, "preservation: expected cat, prior or layers with preserve set"),
+        ({"preservation": "prior"}, "preserve: expected set with preservation prior, which learns it"),
+    ],
+)
+def test_settings_of_a_preservation_set_fit_each_other(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        TrainConfig(**REQUIRED, **settings)
+
+
+def test_a_preservation_set_has_draws_of_any_prompts() -> None:
+    TrainConfig(**REQUIRED, preserve="set", teacher_draws=3, preserve_prompts="prompts.txt", noise_offset=0.1)
 
 
 def test_plain_lora_has_no_base_predictions_to_cache() -> None:

@@ -95,13 +95,20 @@ def test_no_trigger_no_trigger_words() -> None:
         ),
         ({"preserve_every": 4}, "Training](https://arxiv.org/abs/2404.07554): in one of 4 steps, without the trigger"),
         ({"preservation": "dco"}, "by [Direct Consistency Optimization](https://arxiv.org/abs/2402.12004)"),
+        ({"preservation": "prior", "preserve": "set"}, "in every step, it also learned pictures that the base model"),
         ({"preservation": "l2"}, "with a penalty on the change of the weights in every step"),
         ({"preservation": "layers"}, "in each layer without the trigger in every step, so that it forgets less"),
     ],
-    ids=["cat", "every", "dco", "l2", "layers"],
+    ids=["cat", "every", "dco", "prior", "l2", "layers"],
 )
 def test_the_method_is_named(settings: dict[str, Any], text: str) -> None:
     assert text in card_of(**settings).text
+
+
+def test_files_of_preservation_sets_are_named_without_their_folder() -> None:
+    text = card_of(preserve="set", preserve_set=("/home/ann/general.safetensors",)).text
+    assert "general.safetensors" in text
+    assert "/home" not in text
 
 
 def test_local_paths_are_nobody_elses_business(configure: Configure) -> None:

@@ -16,10 +16,11 @@ from accelerate import tracking
 from safetensors.torch import load_file
 
 import cat_rs
+from cat_rs.cli import main
 from cat_rs.errors import CatRsError
 from cat_rs.evaluation import EvaluationConfig, EvaluationResult, Interval, Scores
 from cat_rs.step.teacher_bank import TeacherBank
-from cat_rs.training import TrainConfig, encoded_dataset, evaluation, loop, trainer
+from cat_rs.training import TrainConfig, encoded_dataset, evaluation, loop, preserved_pictures, trainer
 from cat_rs.training.encoded_dataset import EncodedDataset
 from cat_rs.training.log import TrainingLog
 from tests.conftest import draw_picture
@@ -83,6 +84,11 @@ OPTIONS: dict[str, Case] = {
     ),
     "preserve_every": Case(2, {"step.preserve_every": 2, "metadata.preserve_every": 2, "row.with_cat": [2]}),
     "preservation": Case("l2", {"step.preservation": "l2", "metadata.preservation": "l2"}),
+    "preserve": Case(
+        "set", {"preserved.latents": [(2, 4, 8, 8)] * 2, "preserved.draws": 0, "metadata.preserve": "set"}
+    ),
+    "preserve_set": Case(("<set>",), {"set": {"a dog", "a red car"}}, {"preserve": "set"}),
+    "preserve_batch": Case(3, {"preserved.latents": [(3, 4, 8, 8)] * 2}, {"preserve": "set"}),
     "preserve_prompts": Case("<preserve>", {"preserved": ("a dog", "a red car")}),
     "preserve_share": Case(1.0, {"preserve_share": 1.0}, {"preserve_prompts": "<preserve>"}),
     "snr_gamma": Case(0.05, {"step.snr_gamma": 0.05, "metadata.snr_gamma": 0.05}),
@@ -160,7 +166,13 @@ LEARN_NOTHING = {
 
 
 @pytest.fixture
-def places(tiny_pipeline_dir: Path, tiny_sdxl_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) -> dict[str, str]:
+def places(
+    tiny_pipeline_dir: Path,
+    tiny_sdxl_pipeline_dir: Path,
+    concept_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> dict[str, str]:
     """The paths that values name as <name>."""
     for folder in ("two", "bare"):
         (tmp_path / folder).mkdir()
@@ -185,8 +197,10 @@ def places(tiny_pipeline_dir: Path, tiny_sdxl_pipeline_dir: Path, concept_dir: P
         (tmp_path / name).write_text(text)
     outside = {"model": tiny_pipeline_dir, "sdxl": tiny_sdxl_pipeline_dir, "data": concept_dir}
     inside = {
-        name.removesuffix(".json"): tmp_path / name for name in (*texts, "two", "bare", "output", "other", "earlier")
+        name.removesuffix(".json"): tmp_path / name
+        for name in (*texts, "two", "bare", "output", "other", "earlier", "set")
     }
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return {f"<{name}>": str(path) for name, path in (outside | inside).items()}
 
 
@@ -219,6 +233,8 @@ class Spy:
             patch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", _tracker_class(seen))
             patch.setattr(tracking, "_available_trackers", ["tensorboard", "wandb"])
             _watch(patch, loop, "load_pipeline", lambda pipeline: seen.update(pipeline=type(pipeline).__name__))
+            patch.setattr(preserved_pictures, "general_prompts", lambda: ["a house"])
+            _watch(patch, loop, "open_set", lambda preserved: seen.update(_of_set(preserved)))
             _watch(patch, TeacherBank, "build", lambda bank: seen.update(bank=(bank.pictures, bank.draws)))
             _watch(patch, TrainingLog, "flush", lambda _: seen.update(flushed=seen["flushed"] + 1))
             yield
@@ -233,6 +249,10 @@ def _watch(patch: pytest.MonkeyPatch, owner: Any, name: str, look: Callable[[Any
         return result
 
     patch.setattr(owner, name, watched)
+
+
+def _of_set(preserved: cat_rs.PreservationSet | None) -> Seen:
+    return {} if preserved is None else {"set": set(preserved.prompts), "preserved.draws": preserved.draws}
 
 
 def _step_class(seen: Seen) -> type[cat_rs.CatStep]:
@@ -256,6 +276,9 @@ def _step_class(seen: Seen) -> type[cat_rs.CatStep]:
             seen["gradient_checkpointing"] = model.is_gradient_checkpointing
 
         def __call__(self, latents: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+            samples = settings.get("preserve")
+            if samples is not None:
+                seen.setdefault("preserved.latents", []).append(tuple(samples.latents.shape))
             seen["latents"].append(tuple(latents.shape))
             seen["dtypes"] = (latents.dtype, self.model.dtype)
             return super().__call__(latents, *arguments, **settings)
@@ -359,6 +382,9 @@ def run(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Callable[[di
         options = BASIS | options
         if options["output_dir"] == "<earlier>" and not Path(places["<earlier>"]).exists():
             Spy(monkeypatch).run(configured(BASIS | {"output_dir": "<earlier>", "steps": 1, "checkpoint_every": 1}))
+        if "<set>" in options.get("preserve_set", ()):
+            arguments = ["--model", places["<model>"], "--output", places["<set>"], "--prompts", places["<preserve>"]]
+            assert main(["preserve", "build", *arguments, "--inference-steps", "1", "--device", "cpu"]) == 0
         return Spy(monkeypatch).run(configured(options))
 
     return train

@@ -18,14 +18,16 @@ from cat_rs.training.errors import CheckpointError
 def open_bank(
     config: TrainConfig, unet: Any, scheduler: Any, dataset: EncodedDataset, processes: Processes, progress: bool
 ) -> TeacherBank | None:
-    """Build or find the bank in the output folder, where it stays until the training ends; None without draws.
+    """Build or find the bank in the output folder, where it stays until the training ends.
+
+    None without draws, and where a preservation set has them.
 
     Rank 0 builds, all ranks read its file.
 
     Raises:
         CheckpointError: The bank cannot be written.
     """
-    if not config.teacher_draws:
+    if not config.teacher_draws or config.preserve == "set":
         return None
     mean, std, cond_no_trigger = dataset.all_views()
     latents, latents_std = (values.to("cpu", getattr(torch, config.dtype)) for values in (mean, std))

@@ -32,7 +32,7 @@ _FREE_ON_RESUME = frozenset(
 # Settings that mean nothing beside other preservations than these.
 _BESIDE_PRESERVATION = {
     "teacher_draws": ("cat",),
-    "preserve_prompts": ("cat", "layers"),
+    "preserve_prompts": ("cat", "prior", "layers"),
     "cat_ratio": ("cat", "l2", "layers"),
     "cat_drift": ("cat", "l2", "layers"),
 }
@@ -98,18 +98,39 @@ class TrainConfig:
         help="the preservation term is in every so many steps only, at so many times its weight; the others cost what "
         "plain LoRA costs",
     )
-    preservation: Literal["cat", "dco", "l2", "layers"] = option(
+    preservation: Literal["cat", "prior", "dco", "l2", "layers"] = option(
         "cat",
         group=_CAT,
-        help="what keeps the base model: its predictions without the trigger (cat); Direct Consistency Optimization, "
+        help="what keeps the base model: its predictions without the trigger (cat); prior preservation, which learns "
+        "the pictures of --preserve set (prior); Direct Consistency Optimization, "
         "whose beta is cat_factor (dco); the norm of the weights' change (l2); the change of each layer's output "
         "(layers)",
     )
+    preserve: Literal["captions", "set"] = option(
+        "captions",
+        group=_CAT,
+        help="what L_cat is taken at: the pictures of the concept, for their captions without the trigger; or a set "
+        "of pictures that the base model drew for those captions and for general prompts",
+    )
     preserve_prompts: str | None = option(
-        None, group=_CAT, help="file of more prompts to preserve, one a line, beside the captions", metavar="FILE"
+        None,
+        group=_CAT,
+        help="file of more prompts to preserve, one a line, beside the captions; with --preserve set, in the place of "
+        "the bundled general prompts",
+        metavar="FILE",
     )
     preserve_share: float = option(
         0.5, group=_CAT, help="how often one of them takes the place of a caption without the trigger"
+    )
+    preserve_set: tuple[str, ...] = option(
+        (),
+        group=_CAT,
+        help="sets that cat-rs preserve wrote, with equal shares; if not given, the set is built, and kept in the "
+        "user's cache for other trainings",
+        metavar="FILE",
+    )
+    preserve_batch: int | None = option(
+        None, group=_CAT, help="pictures of the set in a batch; batch_size if not given"
     )
     snr_gamma: float | None = option(
         None, group=_CAT, help="weight both terms by min-SNR with this gamma (5 is usual)", metavar="GAMMA"
@@ -117,8 +138,8 @@ class TrainConfig:
     teacher_draws: int = option(
         0,
         group=_CAT,
-        help="cached base predictions per picture (per view of it, with crops or mirroring); 0 predicts anew in every "
-        "step",
+        help="cached base predictions per picture (per view of it, with crops or mirroring; or per picture of the "
+        "set); 0 predicts anew in every step",
     )
 
     rank: int = option(16, group=_ADAPTER, help="rank r: A is r x in, B is out x r")
@@ -216,7 +237,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "batch_size", "accumulate", "crops", "keep_checkpoints", "log_every"):
             check_range(name, getattr(self, name), 1)
-        for name in ("preserve_every", "evaluate_inference_steps", "evaluate_batch"):
+        for name in ("preserve_every", "preserve_batch", "evaluate_inference_steps", "evaluate_batch"):
             check_range(name, getattr(self, name), 1)
         for name in ("cat_factor", "weight_decay", "lr_warmup_steps", "max_grad_norm", "checkpoint_every", "seed"):
             check_range(name, getattr(self, name), 0)
@@ -236,6 +257,14 @@ class TrainConfig:
         for name in ("cat_ratio", "cat_drift", "preserve_prompts"):
             if getattr(self, name) is not None and not self.preserves():
                 raise ConfigError(f"cat_factor: expected a number > 0 with {name}, got 0")
+        from_captions = self.preserve == "captions"
+        if not (self.preserves() or from_captions):
+            raise ConfigError("preserve: expected captions with cat_factor 0, got set")
+        if not from_captions and self.preservation not in ("cat", "prior", "layers"):
+            expected = "cat, prior or layers with preserve set"
+            raise ConfigError(f"preservation: expected {expected}, got {self.preservation}")
+        if from_captions and self.preservation == "prior":
+            raise ConfigError("preserve: expected set with preservation prior, which learns it, got captions")
         if not self.target_modules:
             raise ConfigError("target_modules: expected at least one layer name, got none")
         if not self.trigger and self.preserves():
@@ -250,7 +279,13 @@ class TrainConfig:
             raise ConfigError(f"preserve_every: expected 1 with cat_factor 0, got {self.preserve_every}")
         if self.teacher_draws and not self.preserves():
             raise ConfigError(f"teacher_draws: expected 0 with cat_factor 0, got {self.teacher_draws}")
-        if self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
+        if from_captions and (self.preserve_set or self.preserve_batch is not None):
+            raise ConfigError("preserve: expected set with preserve_set or preserve_batch, got captions")
+        if self.preserve_set and (self.preserve_prompts is not None or self.teacher_draws):
+            raise ConfigError(
+                "preserve_set: expected none with preserve_prompts or teacher_draws, with which one is built; got both"
+            )
+        if from_captions and self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
             # A bank holds one prompt a picture, and its noise.
             raise ConfigError("teacher_draws: expected 0 with preserve_prompts or noise_offset, got both")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
@@ -319,6 +354,7 @@ def learning_settings(config: TrainConfig) -> dict[str, Any]:
     values = {name: value for name, value in config.to_dict().items() if name not in without}
     if config.preserve_prompts is not None:
         values["preserve_prompts"] = Path(config.preserve_prompts).name
+    values["preserve_set"] = [Path(file).name for file in config.preserve_set]
     return values
 
 

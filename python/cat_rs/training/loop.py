@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import closing
@@ -28,6 +29,7 @@ from cat_rs.training.log import TrainingLog
 from cat_rs.training.model import add_adapter, choose_device, load_pipeline
 from cat_rs.training.model_card import make_card
 from cat_rs.training.output_folder import OutputFolder
+from cat_rs.training.preserved_pictures import open_set
 from cat_rs.training.samples import Samples
 from cat_rs.training.trackers import check_trackers, start_trackers
 from cat_rs.training.trainer import Trainer
@@ -115,6 +117,10 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         pipeline = load_pipeline(config.model, getattr(torch, config.dtype), device)
+        preserved = open_set(config, pipeline, captions, processes, progress)
+        if preserved is not None:
+            captions = dataclasses.replace(captions, preserved=())
+            report(f"{len(preserved)} pictures of {len(set(preserved.prompts))} prompts are preserved")
         dataset = encode_dataset(pipeline, bar(examples, desc="encoding pictures"), captions, config)
         unet, scheduler, pipeline_name = pipeline.unet, pipeline.scheduler, type(pipeline).__name__
         if config.gradient_checkpointing:
@@ -125,7 +131,7 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
         processes.on_main(lambda: trackers.extend(start_trackers(config)))
         processes.on_main(lambda: output.open(after_step=state["run"]["steps_done"] if state else 0))
         bank = open_bank(config, unet, scheduler, dataset, processes, progress)
-        trainer = Trainer(config, unet, scheduler, dataset, processes, bank)
+        trainer = Trainer(config, unet, scheduler, dataset, processes, bank, preserved)
         if not processes.is_main:
             # The adapter is drawn; what dropout draws from here on differs between the ranks.
             torch.manual_seed(config.seed + processes.rank)

@@ -126,6 +126,8 @@ def _method(config: TrainConfig) -> str:
     method = {
         "cat": f"by {_PAPER}: {when}, without the trigger the adapted model also had to predict what the base model "
         "predicts",
+        "prior": f"with [prior preservation](https://arxiv.org/abs/2208.12242): {when}, it also learned pictures that "
+        "the base model drew",
         "dco": "by [Direct Consistency Optimization](https://arxiv.org/abs/2402.12004), which compares its errors "
         "with the base model's",
         "l2": f"with a penalty on the change of the weights {when}",

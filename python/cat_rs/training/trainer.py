@@ -9,12 +9,14 @@ import torch
 
 from cat_rs._version import __version__
 from cat_rs.adapter_file import save_lora
+from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
 from cat_rs.step import CatStep
 from cat_rs.step.cat_factor import CatFactor, CatFactorRamp, CatFactorRatio, CatFactorTarget
 from cat_rs.step.teacher_bank import TeacherBank
 from cat_rs.training.config import TrainConfig, base_model_name
 from cat_rs.training.encoded_dataset import EncodedDataset
+from cat_rs.training.preservation_set import PreservationSet
 from cat_rs.training.sampler import BatchSampler
 
 
@@ -34,6 +36,7 @@ class Trainer:
         dataset: The encoded pictures.
         processes: The ranks that train together.
         bank: Base predictions of all views of the dataset; None predicts anew in every step.
+        preserved: Pictures for the preservation term; None takes it at those of the dataset.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Trainer:
         dataset: EncodedDataset,
         processes: Processes,
         bank: TeacherBank | None = None,
+        preserved: PreservationSet | None = None,
     ) -> None:
         from diffusers.optimization import get_scheduler
 
@@ -54,6 +58,7 @@ class Trainer:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._dataset = dataset
         self._from_bank = bank is not None
+        self._preserved = preserved
         self._device: torch.device = unet.device
         self._generator = torch.Generator(self._device).manual_seed(config.seed + processes.rank)
         # On the CPU they share one generator.
@@ -122,6 +127,7 @@ class Trainer:
             "preservation": config.preservation,
             "snr_gamma": config.snr_gamma,
             "teacher_draws": config.teacher_draws,
+            "preserve": config.preserve,
             "rank": config.rank,
             "lr": config.lr,
             "batch_size": config.batch_size * config.accumulate * self._world_size,
@@ -138,11 +144,18 @@ class Trainer:
             "lr_scheduler": self._lr_scheduler.state_dict(),
             "order": self._sampler.state_dict(),
             "choices": self._choices.get_state(),
+            "preserved": self._preserved_key(),
             **self._global_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was called, with the same settings."""
+        """Continue where `state_dict` was called, with the same settings.
+
+        Raises:
+            ConfigError: The preservation set is another.
+        """
+        if state.get("preserved") != self._preserved_key():
+            raise ConfigError("resume: expected the preservation set of the checkpoint, got another")
         self.steps_done = state["steps_done"]
         self._step.load_state_dict(state["step"])
         self._lr_scheduler.load_state_dict(state["lr_scheduler"])
@@ -172,11 +185,18 @@ class Trainer:
         if state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
+    def _preserved_key(self) -> str | None:
+        return None if self._preserved is None else self._preserved.key
+
     def _advance_batch(self) -> torch.Tensor:
         pictures = self._sampler.next_batch()[self._part]
         batch = self._dataset.batch(pictures, self._generator, self._choices, from_bank=self._from_bank)
         latents = batch.latents if self._from_bank else batch.latents.to(self._dtype)
-        metrics = self._step(latents, batch.cond, batch.cond_no_trigger)
+        if self._preserved is None or not self._step.preserves_next:
+            metrics = self._step(latents, batch.cond, batch.cond_no_trigger)
+        else:
+            drawn = self._preserved.draw(self._config.preserve_batch or self._config.batch_size, self._choices)
+            metrics = self._step(latents, batch.cond, drawn.cond, preserve=drawn.samples)
         return torch.stack([value.float() for value in metrics])
 
 

@@ -1,0 +1,89 @@
+"""The preservation set of a training: `preserve`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cat_rs.evaluation import EvaluationConfig
+from cat_rs.options import ConfigError
+from cat_rs.processes import Processes
+from cat_rs.prompts import remove_trigger
+from cat_rs.text_files import general_prompts
+from cat_rs.training.captions import CaptionPairs
+from cat_rs.training.config import TrainConfig
+from cat_rs.training.errors import DatasetError
+from cat_rs.training.preservation_set import PreservationSet
+
+# Of the captions together, at least: as many as the study has.
+CAPTION_PICTURES = 40
+
+
+def open_set(
+    config: TrainConfig, pipeline: Any, captions: CaptionPairs, processes: Processes, progress: bool
+) -> PreservationSet | None:
+    """Read the given sets, or find or build those of the captions and the general prompts; None for `captions`.
+
+    Those that are built stay in the user's cache, where other trainings on the model find them.
+
+    Args:
+        config: The settings.
+        pipeline: The base model, as it was loaded.
+        captions: Of the pictures.
+        processes: The ranks, which draw in turns.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        DatasetError: A set holds a prompt with a trigger.
+        InvalidValueError, ShapeError: A file is no set of this model, or the sets do not fit each other.
+        OSError: A file cannot be read or written.
+    """
+    if config.preserve != "set" or not config.preserves():
+        return None
+    # Without class words: nothing takes a trigger's place here.
+    triggers = list(config.class_words())
+    if config.preserve_set:
+        sets = [PreservationSet.load(path, pipeline.unet, pipeline.scheduler) for path in config.preserve_set]
+        for prompt in dict.fromkeys(prompt for each in sets for prompt in each.prompts):
+            if remove_trigger(prompt, triggers)[1]:
+                raise DatasetError(f"preserve_set: expected prompts without a trigger, got {prompt!r}")
+        return PreservationSet.joined(sets)
+
+    def built(prompts: Sequence[str], seeds: int) -> PreservationSet:
+        return PreservationSet.build(
+            pipeline,
+            prompts,
+            cache_folder(),
+            sampling=EvaluationConfig(seeds=tuple(range(seeds)), height=config.resolution, width=config.resolution),
+            draws=config.teacher_draws,
+            processes=processes,
+            progress=progress,
+        )
+
+    own = list(dict.fromkeys(captions.without_trigger))
+    general = captions.preserved or [text for text in general_prompts() if not remove_trigger(text, triggers)[1]]
+    of_general = built(general, 1)
+    if config.preserve_share == 1:
+        return of_general
+    of_captions = built(own, math.ceil(CAPTION_PICTURES / len(own)))
+    return PreservationSet.joined([of_captions, of_general], [1 - config.preserve_share, config.preserve_share])
+
+
+def cache_folder() -> Path:
+    """Return the folder of sets that serve every training of this user, made if it does not exist.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cat-rs" / "preservation-sets"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"preserve: expected a cache that can be written, got {folder}: {error}; set XDG_CACHE_HOME, or give "
+            "preserve_set"
+        ) from error
+    return folder
