@@ -380,7 +380,7 @@ def test_report_on_a_training_with_evaluations(
 ) -> None:
     # The tiny model's pictures are noise: any identity counts as beyond the base model's.
     below = Interval(-1.0, -1.0, -1.0)
-    monkeypatch.setattr("cat_rs.training.evaluation._base_identity", lambda _result: below)
+    monkeypatch.setattr("cat_rs.training.evaluation.base_identity", lambda _result: below)
     (tmp_path / "prompts.txt").write_text("a sks cat\na sks cat outdoors\n")
     judged = ["--evaluate-prompts", str(tmp_path / "prompts.txt"), "--evaluate-encoder", str(tiny_clip_dir)]
     assert main([*train_arguments, "--evaluate-every", "2", *judged, "--evaluate-inference-steps", "1"]) == 0

@@ -24,10 +24,12 @@ from cat_rs.evaluation import (
     EvaluationResult,
     KpsEvaluator,
     ModelPictures,
+    ScaledAdapter,
     evaluate,
 )
 from cat_rs.evaluation.disk_cache import EvaluationCache
 from cat_rs.evaluation.generation import PictureRequest, request_batches
+from cat_rs.evaluation.task import scaled
 
 from .conftest import CountingPipeline, Stopped, write_adapter
 
@@ -108,7 +110,7 @@ def test_second_evaluation_calls_neither_pipeline_nor_encoder(
         return encode(self, images)
 
     monkeypatch.setattr(ClipEncoder, "encode_images", counted)
-    monkeypatch.setattr("cat_rs.evaluation.adapter_evaluation.adapter_loaded", lambda *_: loaded.append(1))
+    monkeypatch.setattr("cat_rs.evaluation.batches.adapters_loaded", lambda *_: loaded.append(1))
     second = evaluated(cache=cache)
     assert counting.pictures == loaded == []
     assert embedded == [len(concept_images)]
@@ -291,7 +293,7 @@ class TestKeys:
             given |= changed
             requests = request_batches(given["prompts"], given["config"])[0]
             cache = EvaluationCache(tmp_path, given["pipeline"], given["config"])
-            return cache.picture_key(given["adapter"], requests)
+            return cache.picture_key(scaled(given["adapter"]), requests)
 
         return make
 
@@ -344,6 +346,11 @@ class TestKeys:
     ) -> None:
         other = write_adapter(tiny_pipeline_dir, tmp_path / "other", seed=5)
         assert len({key(), key(adapter=None), key(adapter=other)}) == 3
+
+    def test_its_scale_matters(self, key: Callable[..., str], adapter_dir: Path) -> None:
+        whole, half = (key(adapter=ScaledAdapter(adapter_dir, scale)) for scale in (1.0, 0.5))
+        assert whole == key()
+        assert half != whole
 
     def test_every_file_of_a_peft_folder_matters(
         self, key: Callable[..., str], adapter_dir: Path, tmp_path: Path
@@ -413,7 +420,7 @@ class TestKeys:
     ) -> None:
         cache = EvaluationCache(tmp_path, pipeline, config)
         requests = [PictureRequest(*values) for values in (("a", 0, 0), ("b", 0, 0), ("a", 1, 0), ("a", 0, 1))]
-        assert len({cache.picture_key(None, (request,)) for request in requests}) == len(requests)
+        assert len({cache.picture_key((), (request,)) for request in requests}) == len(requests)
 
     def test_embeddings_are_those_of_pictures_encoder_and_batch_size(
         self, pipeline: Any, config: EvaluationConfig, tmp_path: Path

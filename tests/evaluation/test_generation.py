@@ -18,11 +18,20 @@ from cat_rs.evaluation import (
     EvaluationConfig,
     EvaluationFileError,
     EvaluationInputError,
+    ScaledAdapter,
     adapter_loaded,
     generate_pictures,
     save_pictures,
 )
-from cat_rs.evaluation.generation import generate_batch, generate_latents, picture_generator, request_batches
+from cat_rs.evaluation.generation import (
+    adapters_loaded,
+    generate_batch,
+    generate_latents,
+    picture_generator,
+    request_batches,
+)
+
+from .conftest import write_adapter
 
 PROMPTS = ["a cat", "a red background", "a dog"]
 
@@ -78,6 +87,22 @@ def test_adapter_is_loaded_and_unloaded(pipeline: Any, config: EvaluationConfig,
     after = generate_pictures(pipeline, PROMPTS, config, progress=False)
     assert (adapted.latents - before.latents).abs().max() > 0.01
     assert torch.equal(before.latents, after.latents)
+
+
+def test_adapters_are_loaded_at_their_scales(
+    pipeline: Any, config: EvaluationConfig, adapter_dir: Path, tiny_pipeline_dir: Path, tmp_path: Path
+) -> None:
+    def drawn(*adapters: ScaledAdapter) -> torch.Tensor:
+        with adapters_loaded(pipeline, adapters):
+            batches = [generate_batch(pipeline, each, config) for each in request_batches(PROMPTS, config)]
+        return torch.cat([batch.latents for batch in batches])
+
+    other = write_adapter(tiny_pipeline_dir, tmp_path / "other", seed=5)
+    for paths, scales in (([adapter_dir], [0.5]), ([adapter_dir, other], [0.7, 0.2])):
+        file = cat_rs.save_lora(tmp_path / "merged.safetensors", cat_rs.merge_loras(paths, scales).lora)
+        torch.testing.assert_close(drawn(*map(ScaledAdapter, paths, scales)), drawn(ScaledAdapter(file)))
+    assert torch.equal(drawn(ScaledAdapter(adapter_dir, 0.0)), drawn())
+    assert not torch.equal(drawn(ScaledAdapter(adapter_dir, 0.5)), drawn(ScaledAdapter(adapter_dir)))
 
 
 def test_adapter_is_unloaded_after_an_error(pipeline: Any, adapter_dir: Path) -> None:

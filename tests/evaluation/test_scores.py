@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from cat_rs.evaluation import Interval, Scores
-from cat_rs.evaluation.scores import Embedded, EmbeddedModel, References, _ratio, score_model, score_other_seed
+from cat_rs.evaluation.scores import (
+    Embedded,
+    EmbeddedModel,
+    References,
+    all_kinds,
+    ratio_of,
+    score_kind,
+    score_kind_other_seed,
+    score_model,
+    score_other_seed,
+)
 
 from .conftest import noise_picture
 
@@ -198,19 +209,19 @@ def test_single_pair_has_no_interval() -> None:
 def test_a_ratios_interval_has_the_noise_of_both() -> None:
     generator = np.random.default_rng(3)
     base = 0.2 + 0.1 * generator.random((400, 1))
-    ratio = _ratio(0.5 * base, base)
+    ratio = ratio_of(0.5 * base, base)
     # Half as much for each prompt: whichever prompts are drawn, the ratio is a half.
     assert ratio is not None
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((0.5,) * 3)
     own = 0.1 + 0.05 * generator.random((400, 1))
     drawn = generator.integers(400, size=(20_000, 400))
     resampled = own.ravel()[drawn].mean(axis=1) / base.ravel()[drawn].mean(axis=1)
-    ratio = _ratio(own, base)
+    ratio = ratio_of(own, base)
     assert ratio is not None
     spread = float(resampled.std())
     assert (ratio.low, ratio.high) == pytest.approx(np.quantile(resampled, (0.025, 0.975)), abs=0.15 * spread)
     # With the base model's diversity taken for exact, it would be two thirds as wide.
-    alone = _ratio(own, np.full_like(base, base.mean()))
+    alone = ratio_of(own, np.full_like(base, base.mean()))
     assert alone is not None
     assert alone.high - alone.low < 0.8 * (ratio.high - ratio.low)
 
@@ -249,3 +260,24 @@ def test_prompt_rows_of_the_base_have_no_comparison() -> None:
     rows = score_model("base", base, random_references())[1]
     assert all(row.similarity == row.pixel_rmse == row.latent_rmse == () for row in rows)
     assert all(len(row.prompt_similarity) == SEEDS for row in rows)
+
+
+def test_prompts_of_one_kind_are_scored_as_those_without_the_trigger() -> None:
+    base, adapted, references = random_model(0), random_model(1), random_references()
+    whole, all_rows = score_model("mine", adapted, references, base)
+    kind, rows = score_kind("mine", adapted.no_trigger, references.no_trigger_texts, base.no_trigger)
+    with_trigger = {"kps": None, "tps": None, "identity": None, "prompt_similarity": None}
+    assert kind == replace(whole, **with_trigger)
+    assert rows == tuple(row for row in all_rows if not row.trigger)
+    floor = score_other_seed(base)
+    assert floor is not None
+    assert score_kind_other_seed(base.no_trigger) == replace(floor, **with_trigger)
+    assert score_kind_other_seed(random_pictures(0, seeds=1)) is None
+
+
+def test_kinds_are_joined_prompt_by_prompt() -> None:
+    first, second = random_pictures(0), random_pictures(1)
+    both = all_kinds([first, second])
+    assert both.prompts == first.prompts + second.prompts
+    one, other = (score_kind("x", each, None, first)[1] for each in (first, second))
+    assert score_kind("x", both, None, all_kinds([first, first]))[1] == one + other

@@ -23,9 +23,10 @@ from cat_rs.evaluation import (
     Interval,
     evaluate,
 )
+from cat_rs.evaluation.front import choose_best, on_front
 from cat_rs.options import ConfigError
 from cat_rs.training import CheckpointError, TrainConfig, TrainingInterrupted, train
-from cat_rs.training.evaluation import CheckpointEvaluations, choose_best, on_front
+from cat_rs.training.evaluation import CheckpointEvaluations
 from tests.evaluation.conftest import tiny_clip_dir  # noqa: F401
 
 pytest.importorskip("diffusers")
@@ -59,7 +60,7 @@ def configure(
 @pytest.fixture
 def every_step_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's pictures are noise: any identity counts as beyond the base model's."""
-    monkeypatch.setattr("cat_rs.training.evaluation._base_identity", lambda _result: Interval(-1.0, -1.0, -1.0))
+    monkeypatch.setattr("cat_rs.training.evaluation.base_identity", lambda _result: Interval(-1.0, -1.0, -1.0))
 
 
 def quiet(config: TrainConfig) -> list[str]:
@@ -162,7 +163,7 @@ def test_no_best_while_no_identity_is_beyond_the_base_models(
     configure: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = Interval(0.5, 0.4, 1.0)
-    monkeypatch.setattr("cat_rs.training.evaluation._base_identity", lambda _result: base)
+    monkeypatch.setattr("cat_rs.training.evaluation.base_identity", lambda _result: base)
     config = configure()
     news = [line for line in quiet(config) if line.startswith("step")]
     assert all(line.endswith("; base: identity 0.500 [0.400, 1.000]; no step is beyond the base yet") for line in news)

@@ -48,8 +48,10 @@ def check_fits(pipeline: Any, lora: LoraFile) -> dict[str, torch.nn.Module]:
 
 
 @contextmanager
-def adapter_in(pipeline: Any, lora: LoraFile) -> Iterator[None]:
+def adapter_in(pipeline: Any, lora: LoraFile, scale: float = 1.0) -> Iterator[None]:
     """Give a pipeline without adapters one, for the length of a block; then it is as it was.
+
+    Its update is multiplied by ``scale``.
 
     Raises:
         AdapterError: The adapter does not fit the pipeline's models.
@@ -61,10 +63,12 @@ def adapter_in(pipeline: Any, lora: LoraFile) -> Iterator[None]:
         with _not_offloaded(pipeline), torch.random.fork_rng(devices=[]):
             for component, model in models.items():
                 lora.load_into(model, component)
+                layer: Any
                 for layer in model.modules():
                     if isinstance(base := getattr(layer, "base_layer", None), torch.nn.Module):
                         # PEFT adds layers in training mode: their dropout would change pictures at random.
                         layer.train(base.training)
+                        layer.scale_layer(scale)
         yield
     finally:
         with _not_offloaded(pipeline):

@@ -6,7 +6,13 @@ from cat_rs.evaluation.adapter_evaluation import evaluate
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.encoder import CallableEncoder, ClipEncoder, Dinov2Encoder, Encoder, load_encoder
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
-from cat_rs.evaluation.generation import PictureGrid, adapter_loaded, generate_pictures, save_pictures
+from cat_rs.evaluation.generation import (
+    PictureGrid,
+    ScaledAdapter,
+    adapter_loaded,
+    generate_pictures,
+    save_pictures,
+)
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
 from cat_rs.evaluation.live_evaluation import LiveEvaluation
 from cat_rs.evaluation.measures import Comparison, Interval, PromptScores, Scores
@@ -33,6 +39,7 @@ __all__ = [
     "PictureGrid",
     "Pictures",
     "PromptScores",
+    "ScaledAdapter",
     "Scores",
     "adapter_loaded",
     "evaluate",

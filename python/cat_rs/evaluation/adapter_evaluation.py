@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-
+from cat_rs.evaluation.batches import embedded_batches
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.disk_cache import EvaluationCache
-from cat_rs.evaluation.distributed import compute_missing
 from cat_rs.evaluation.encoder import EncoderSource
 from cat_rs.evaluation.errors import EvaluationInputError
-from cat_rs.evaluation.generation import (
-    PictureBatch,
-    adapter_loaded,
-    check_adapter,
-    generate_batch,
-    require_no_adapter,
-)
+from cat_rs.evaluation.generation import ScaledAdapter, check_adapter, require_no_adapter
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
 from cat_rs.evaluation.measures import BASE
-from cat_rs.evaluation.pictures import Pictures, PictureSource
+from cat_rs.evaluation.pictures import PictureSource
 from cat_rs.evaluation.prompts import EvaluationPrompts
 from cat_rs.evaluation.result import EvaluationResult
-from cat_rs.evaluation.task import AdapterPath, EmbeddedBatch, EvaluationTask, ModelBatch
+from cat_rs.evaluation.task import AdapterPath, EvaluationTask, Models, scaled
 from cat_rs.processes import Processes
 
 # What tables call the base model against itself.
@@ -36,7 +26,7 @@ _OTHER_SEED = "other seed"
 
 def evaluate(
     pipeline: Any,
-    adapters: Mapping[str, AdapterPath],
+    adapters: Mapping[str, ScaledAdapter | AdapterPath],
     prompts: EvaluationPrompts,
     encoder: KpsEvaluator | EncoderSource,
     *,
@@ -60,8 +50,8 @@ def evaluate(
 
     Args:
         pipeline: A diffusers pipeline without adapters.
-        adapters: A name for reports, and a safetensors file or the folder that training wrote. None stands for the
-            base model: a control that scores 1.
+        adapters: A name for reports, and a safetensors file or the folder that training wrote, or a `ScaledAdapter`.
+            None stands for the base model: a control that scores 1.
         prompts: Prompts with the trigger and without it.
         encoder: The encoder that embeds pictures and prompts, see `KpsEvaluator`. Without a text side there is no
             prompt similarity.
@@ -82,98 +72,22 @@ def evaluate(
     """
     config = config or EvaluationConfig()
     require_no_adapter(pipeline)
-    _check_adapters(adapters, pipeline)
-    task = EvaluationTask(pipeline, adapters, prompts, encoder, concept_images, config)
-    batches = _Batches(
-        task,
-        task.batches({BASE: None, **adapters}),
-        pipeline,
-        None if cache is None else EvaluationCache(cache, pipeline, config),
-        Processes.current() if processes is None else processes,
-        progress,
-    )
-    return task.result(batches.embedded())
+    models = {name: scaled(adapter) for name, adapter in adapters.items()}
+    _check_adapters(models, pipeline)
+    task = EvaluationTask(pipeline, models, prompts, encoder, concept_images, config)
+    kept = None if cache is None else EvaluationCache(cache, pipeline, config)
+    processes = Processes.current() if processes is None else processes
+    return task.result(embedded_batches(task, {BASE: (), **models}, pipeline, kept, processes, progress))
 
 
-def _check_adapters(adapters: Mapping[str, AdapterPath], pipeline: Any) -> None:
+def _check_adapters(adapters: Models, pipeline: Any) -> None:
     """Fail before the first picture, not after an hour of them."""
     if not adapters:
         raise EvaluationInputError("adapters: expected at least one, got none")
-    for name, path in adapters.items():
+    for name, parts in adapters.items():
         if name in ("", BASE, _OTHER_SEED):
             raise EvaluationInputError(
                 f"adapters: expected a name other than {BASE!r} and {_OTHER_SEED!r}, got {name!r}"
             )
-        if path is not None:
+        for path, _ in parts:
             check_adapter(pipeline, path)
-
-
-class _Batches:
-    """Batches that all ranks generate and embed, kept in the cache if there is one."""
-
-    def __init__(
-        self,
-        task: EvaluationTask,
-        batches: Sequence[ModelBatch],
-        pipeline: Any,
-        cache: EvaluationCache | None,
-        processes: Processes,
-        progress: bool,
-    ) -> None:
-        self._task = task
-        self._batches = batches
-        self._pipeline = pipeline
-        self._cache = cache
-        self._processes = processes
-        self._progress = progress and processes.is_main
-        self._keys = [
-            str(number) if cache is None else cache.picture_key(batch.adapter, batch.requests)
-            for number, batch in enumerate(batches)
-        ]
-
-    def embedded(self) -> list[EmbeddedBatch]:
-        pictures = self._pictures()
-        embeddings = self._embeddings(pictures)
-        return [EmbeddedBatch(*parts) for parts in zip(self._batches, pictures, embeddings, strict=True)]
-
-    def _pictures(self) -> list[PictureBatch]:
-        """Generate what the cache lacks; an adapter is loaded only if one of its pictures is missing."""
-
-        def generate(numbers: Sequence[int], add: Callable[[int, PictureBatch], None]) -> None:
-            with self._bar(numbers) as bar:
-                for name, of_model in groupby(numbers, lambda number: self._batches[number].model):
-                    bar.set_description(f"generate {name}")
-                    own = list(of_model)
-                    with adapter_loaded(self._pipeline, self._batches[own[0]].adapter):
-                        for number in own:
-                            requests = self._batches[number].requests
-                            add(number, generate_batch(self._pipeline, requests, self._task.config))
-                            bar.update(len(requests))
-
-        store = None if self._cache is None else self._cache.pictures
-        return compute_missing(self._keys, generate, store, self._processes)
-
-    def _embeddings(self, pictures: Sequence[PictureBatch]) -> list[torch.Tensor]:
-        """Embed each batch by itself: embeddings differ by rounding with the others in their call."""
-        evaluator = self._task.evaluator
-
-        def embed(numbers: Sequence[int], add: Callable[[int, torch.Tensor], None]) -> None:
-            with self._bar(numbers) as bar:
-                bar.set_description("embed")
-                for number in numbers:
-                    labelled = Pictures(pictures[number].images, self._batches[number].labels())
-                    add(number, evaluator.embed_images(labelled))
-                    bar.update(len(labelled))
-
-        encoder = None if self._cache is None else evaluator.fingerprint()
-        if self._cache is None or encoder is None:
-            return compute_missing([str(number) for number in range(len(pictures))], embed, None, self._processes)
-        keys = [
-            self._cache.embedding_key(key, encoder, min(evaluator.batch_size, len(batch.requests)))
-            for key, batch in zip(self._keys, self._batches, strict=True)
-        ]
-        return compute_missing(keys, embed, self._cache.embeddings, self._processes)
-
-    def _bar(self, numbers: Sequence[int]) -> Any:
-        total = sum(len(self._batches[number].requests) for number in numbers)
-        return tqdm(total=total, unit="picture", disable=not self._progress or total == 0)

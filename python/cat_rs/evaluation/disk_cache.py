@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -24,7 +24,7 @@ from cat_rs.evaluation.fingerprint import (
     tensors_hash,
     text_hash,
 )
-from cat_rs.evaluation.generation import PictureBatch, PictureRequest, adapter_files
+from cat_rs.evaluation.generation import PictureBatch, PictureRequest, ScaledAdapter, adapter_files
 from cat_rs.image_files import png_bytes
 
 T = TypeVar("T")
@@ -98,9 +98,10 @@ class Store(Generic[T]):
 class EvaluationCache:
     """The pictures of a pipeline, and their embeddings.
 
-    The key of a batch of pictures is the fingerprint of the pipeline, the SHA-256 of the adapter's files, the prompts,
-    their indices and the seeds, the sampler settings, the type of device, and the versions of the libraries. The key
-    of its embeddings is the key of the batch and the fingerprint of the encoder. Keys contain no paths.
+    The key of a batch of pictures is the fingerprint of the pipeline, the SHA-256 of the adapters' files, their
+    scales, the prompts, their indices and the seeds, the sampler settings, the type of device, and the versions of the
+    libraries. The key of its embeddings is the key of the batch and the fingerprint of the encoder. Keys contain no
+    paths.
 
     Args:
         folder: Where the cache is; created if it does not exist.
@@ -128,12 +129,15 @@ class EvaluationCache:
         }
         self._adapters: dict[str, str] = {}
 
-    def picture_key(self, adapter: str | os.PathLike[str] | None, requests: tuple[PictureRequest, ...]) -> str:
-        """Return the key of a batch; `adapter` is a file or a folder that holds one."""
+    def picture_key(self, adapters: Sequence[ScaledAdapter], requests: tuple[PictureRequest, ...]) -> str:
+        """Return the key of a batch of the model that these adapters make."""
+        hashes = [(self._adapter_hash(path), scale) for path, scale in adapters]
+        # A single one as it is has the key that it had before there were scales.
+        adapter = hashes[0][0] if [scale for _, scale in hashes] == [1.0] else hashes or None
         return canonical_json(
             {
                 **self._common,
-                "adapter": None if adapter is None else self._adapter_hash(adapter),
+                "adapter": adapter,
                 "pictures": [[request.prompt, request.prompt_index, request.seed] for request in requests],
             }
         )

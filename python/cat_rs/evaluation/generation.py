@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from cat_rs.adapter_file import paths
+from cat_rs.adapter_file.merge import merge_loras
 from cat_rs.adapter_file.pipeline import adapter_in, adapter_names, check_fits, pipeline_models
 from cat_rs.adapter_file.read import read_lora
 from cat_rs.atomic import write_bytes
@@ -23,6 +24,18 @@ from cat_rs.errors import AdapterError
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.image_files import png_bytes
+
+
+class ScaledAdapter(NamedTuple):
+    """An adapter, and how much of it a model gets.
+
+    Attributes:
+        path: A file or folder as `cat_rs.load_lora` reads it.
+        scale: What its update is multiplied by.
+    """
+
+    path: str | os.PathLike[str]
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -220,18 +233,32 @@ def adapter_loaded(pipeline: Any, path: str | os.PathLike[str] | None) -> Iterat
         EvaluationInputError: The pipeline carries an adapter already, or the file does not fit the model.
         EvaluationFileError: There is no such file, or it cannot be read.
     """
+    with adapters_loaded(pipeline, () if path is None else (ScaledAdapter(path),)):
+        yield
+
+
+@contextmanager
+def adapters_loaded(pipeline: Any, adapters: Sequence[ScaledAdapter]) -> Iterator[None]:
+    """Load the sum of some LoRAs, each at its scale; none leaves the base model. Errors are `adapter_loaded`'s."""
     require_no_adapter(pipeline)
-    if path is None:
+    if not adapters:
         yield
         return
-    with _file_errors(path):
-        lora = read_lora(path, pipeline_models(pipeline))
+    loras = []
+    for path, _ in adapters:
+        with _file_errors(path):
+            loras.append(read_lora(path, pipeline_models(pipeline)))
     with ExitStack() as stack:
         try:
-            stack.enter_context(adapter_in(pipeline, lora))
+            if len(loras) == 1:
+                stack.enter_context(adapter_in(pipeline, loras[0], adapters[0].scale))
+            else:
+                merged = merge_loras(loras, [each.scale for each in adapters])
+                stack.enter_context(adapter_in(pipeline, merged.lora))
         except Exception as error:
             # PEFT has errors of its own for settings in a file that it cannot use.
-            raise EvaluationInputError(f"adapter: {os.fspath(path)}: {error}") from error
+            named = " and ".join(os.fspath(path) for path, _ in adapters)
+            raise EvaluationInputError(f"adapter: {named}: {error}") from error
         yield
 
 

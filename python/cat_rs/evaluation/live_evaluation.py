@@ -60,7 +60,7 @@ class LiveEvaluation:
 
     def _embedded(self, name: str) -> list[EmbeddedBatch]:
         """Generate and embed with the pipeline as it is."""
-        batches = self._task.batches({name: None})
+        batches = self._task.batches({name: ()})
         pictures = [generate_batch(self._pipeline, batch.requests, self._task.config) for batch in batches]
         return [
             EmbeddedBatch(batch, made, self._task.evaluator.embed_images(Pictures(made.images, batch.labels())))

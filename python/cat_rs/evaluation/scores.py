@@ -107,7 +107,7 @@ def score_model(
         scores = replace(
             _summary(trigger, no_trigger),
             kps=_kps(base, model),
-            diversity_retained=_ratio(diversity(model.no_trigger), diversity(base.no_trigger)),
+            diversity_retained=ratio_of(diversity(model.no_trigger), diversity(base.no_trigger)),
         )
     rows = _prompt_rows(name, True, model.trigger, trigger) + _prompt_rows(name, False, model.no_trigger, no_trigger)
     return scores, rows
@@ -123,6 +123,44 @@ def score_other_seed(base: EmbeddedModel) -> Scores | None:
     trigger = _compared_columns(left.trigger, right.trigger)
     no_trigger = _compared_columns(left.no_trigger, right.no_trigger)
     return replace(_summary(trigger, no_trigger), kps=_kps(left, right))
+
+
+def score_kind(
+    name: str, pictures: Embedded, texts: torch.Tensor | None = None, base: Embedded | None = None
+) -> tuple[Scores, tuple[PromptScores, ...]]:
+    """Score a model on prompts of one kind as a whole and prompt by prompt, by the measures without the trigger.
+
+    Args:
+        name: What the prompts' scores call it.
+        pictures: Its pictures.
+        texts: [P, D], embeddings of what the prompts ask for; None leaves prompt similarity out.
+        base: The base model's pictures for the same prompts and seeds; None for the base model itself.
+    """
+    columns = _own_columns(pictures, texts)
+    if base is not None:
+        columns |= _compared_columns(base, pictures)
+    scores = _summary({}, columns)
+    if base is not None:
+        scores = replace(scores, diversity_retained=ratio_of(diversity(pictures), diversity(base)))
+    return scores, _prompt_rows(name, False, pictures, columns)
+
+
+def score_kind_other_seed(base: Embedded) -> Scores | None:
+    """Score the base model on prompts of one kind against itself with other noise; None for a single seed."""
+    if base.seed_count < 2:
+        return None
+    return _summary({}, _compared_columns(_picked(base, "left"), _picked(base, "right")))
+
+
+def all_kinds(pictures: Sequence[Embedded]) -> Embedded:
+    """Return the pictures of several kinds of prompts as those of one."""
+    return Embedded(
+        tuple(prompt for each in pictures for prompt in each.prompts),
+        pictures[0].seed_count,
+        torch.cat([each.embeddings for each in pictures]),
+        tuple(image for each in pictures for image in each.images),
+        torch.cat([each.latents for each in pictures]),
+    )
 
 
 def compare_prompts(a: str, rows_a: Sequence[PromptScores], b: str, rows_b: Sequence[PromptScores]) -> Comparison:
@@ -206,19 +244,19 @@ def paired_kps_interval(no_trigger: Paired, trigger: Paired) -> Interval:
 
 def paired_similarity(base: Embedded, other: Embedded) -> Values:
     """Return s between pictures with the same number; [P, S]."""
-    return _by_prompt(similarity(base.embeddings, other.embeddings), base)
+    return by_prompt(similarity(base.embeddings, other.embeddings), base)
 
 
 def concept_cosines(pictures: Embedded, references: References) -> Values:
     """Return the mean cosine of each picture to the concept's pictures; [P, S]."""
     similarities = cross_similarity(pictures.embeddings, references.concept, reduce="mean")
-    return 2.0 * _by_prompt(similarities, pictures) - 1.0
+    return 2.0 * by_prompt(similarities, pictures) - 1.0
 
 
 def text_cosines(pictures: Embedded, texts: torch.Tensor) -> Values:
     """Return the cosine of each picture to its prompt; [P, S]."""
     of_pictures = texts.repeat_interleave(pictures.seed_count, dim=0)
-    return 2.0 * _by_prompt(similarity(pictures.embeddings, of_pictures), pictures) - 1.0
+    return 2.0 * by_prompt(similarity(pictures.embeddings, of_pictures), pictures) - 1.0
 
 
 def diversity(pictures: Embedded) -> Values | None:
@@ -233,13 +271,13 @@ def pixel_rmse(base: Embedded, other: Embedded) -> Values:
     """Return the root mean squared difference of the colours in [0, 1]; [P, S]."""
     pairs = zip(base.images, other.images, strict=True)
     squares = [np.mean(np.square(_colours(left) - _colours(right))) for left, right in pairs]
-    return _by_prompt(np.sqrt(squares), base)
+    return by_prompt(np.sqrt(squares), base)
 
 
 def latent_rmse(base: Embedded, other: Embedded) -> Values:
     """Return the root mean squared difference of the final latents; [P, S]."""
     difference = (base.latents.double() - other.latents.double()).flatten(start_dim=1)
-    return _by_prompt(difference.square().mean(dim=1).sqrt(), base)
+    return by_prompt(difference.square().mean(dim=1).sqrt(), base)
 
 
 def _own_columns(pictures: Embedded, texts: torch.Tensor | None) -> Columns:
@@ -266,7 +304,7 @@ def _summary(trigger: Columns, no_trigger: Columns) -> Scores:
     for name, measure in MEASURES.items():
         values = (trigger if measure.trigger else no_trigger).get(measure.column)
         if measure.statistic is not None and values is not None:
-            interval = _interval(values, measure.statistic)
+            interval = interval_of(values, measure.statistic)
             scores[name] = interval.mapped(-1.0, 1.0) if measure.complement else interval
     return Scores(**scores)
 
@@ -307,7 +345,7 @@ def _picked(pictures: Embedded, side: Literal["left", "right"]) -> Embedded:
     )
 
 
-def _interval(values: Values, statistic: Statistic = "mean") -> Interval:
+def interval_of(values: Values, statistic: Statistic = "mean") -> Interval:
     """Return the statistic of values [P, K] and its interval; a single value has no bounds."""
     value = _statistic(values.ravel(), statistic)
     if values.size == 1:
@@ -329,8 +367,8 @@ def _clusters(prompts: Numbers) -> Numbers | None:
     return prompts if (prompts != prompts[0]).any() else None
 
 
-def _ratio(numerator: Values | None, denominator: Values | None) -> Interval | None:
-    """Return the ratio R = a / b of the means of paired diversities; None where the base has none.
+def ratio_of(numerator: Values | None, denominator: Values | None) -> Interval | None:
+    """Return the ratio R = a / b of the means of paired values [P, K]; None where there is none or b is nothing.
 
     Its interval is the bootstrap interval of the mean of R + (a_i - R b_i) / b, the ratio's linearization: the mean
     is exactly R, and no resample divides by a small number.
@@ -338,12 +376,12 @@ def _ratio(numerator: Values | None, denominator: Values | None) -> Interval | N
     if numerator is None or denominator is None or denominator.mean() <= _NO_DIVERSITY:
         return None
     ratio = numerator.mean() / denominator.mean()
-    return _interval(ratio + (numerator - ratio * denominator) / denominator.mean())
+    return interval_of(ratio + (numerator - ratio * denominator) / denominator.mean())
 
 
 def _colours(image: Image.Image) -> Values:
     return np.asarray(image.convert("RGB"), dtype=np.float64) / 255.0
 
 
-def _by_prompt(values: torch.Tensor | NDArray[np.floating], pictures: Embedded) -> Values:
+def by_prompt(values: torch.Tensor | NDArray[np.floating], pictures: Embedded) -> Values:
     return np.asarray(values, dtype=np.float64).reshape(len(pictures.prompts), pictures.seed_count)

@@ -6,13 +6,20 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.encoder import EncoderSource
-from cat_rs.evaluation.generation import PictureBatch, PictureRequest, joined, request_batches
+from cat_rs.evaluation.generation import (
+    PictureBatch,
+    PictureGrid,
+    PictureRequest,
+    ScaledAdapter,
+    joined,
+    request_batches,
+)
 from cat_rs.evaluation.kps_evaluator import KpsEvaluator
 from cat_rs.evaluation.measures import BASE
 from cat_rs.evaluation.pictures import Pictures, PictureSource, check_same_sizes, load_pictures
@@ -21,15 +28,17 @@ from cat_rs.evaluation.result import EvaluationPictures, EvaluationResult, Model
 from cat_rs.evaluation.scores import Embedded, EmbeddedModel, References, score_model, score_other_seed
 
 AdapterPath = str | os.PathLike[str] | None
+Models = Mapping[str, tuple[ScaledAdapter, ...]]
+"""Name -> the adapters that make the model; none are the base model."""
 
 
 @dataclass(frozen=True)
 class ModelBatch:
-    """The pictures of one model that one call of the pipeline generates."""
+    """The pictures of one model that one call of the pipeline generates; all prompts are of one kind."""
 
     model: str
-    adapter: AdapterPath
-    trigger: bool
+    adapters: tuple[ScaledAdapter, ...]
+    kind: str
     requests: tuple[PictureRequest, ...]
 
     def labels(self) -> tuple[str, ...]:
@@ -46,8 +55,75 @@ class EmbeddedBatch:
     embeddings: torch.Tensor
 
 
-class EvaluationTask:
-    """Prompts, sampler settings, encoder and concept: the same for the base model and every adapter.
+class KindPictures(NamedTuple):
+    """The pictures of one model for the prompts of one kind."""
+
+    grid: PictureGrid
+    embedded: Embedded
+
+
+class PictureTask:
+    """Prompts by kind, sampler settings and encoder: the same for the base model and every other.
+
+    Args:
+        kinds: Kind -> its prompts.
+        encoder: Embeds pictures and prompts.
+        config: The sampler settings.
+
+    Attributes:
+        evaluator: The encoder, with batches and checks.
+        config: The sampler settings.
+    """
+
+    def __init__(
+        self, kinds: Mapping[str, tuple[str, ...]], encoder: KpsEvaluator | EncoderSource, config: EvaluationConfig
+    ) -> None:
+        self.evaluator = encoder if isinstance(encoder, KpsEvaluator) else KpsEvaluator(encoder)
+        self.config = config
+        self._kinds = kinds
+
+    def batches(self, models: Models) -> list[ModelBatch]:
+        """Return what the pipeline generates for every model, in the order of the pictures."""
+        return [
+            ModelBatch(name, adapters, kind, requests)
+            for name, adapters in models.items()
+            for kind, prompts in self._kinds.items()
+            for requests in request_batches(prompts, self.config)
+        ]
+
+    def by_model(self, embedded: Sequence[EmbeddedBatch]) -> dict[str, dict[str, KindPictures]]:
+        """Put batches together: model -> kind -> pictures.
+
+        Raises:
+            EvaluationInputError: A picture differs in size from the first model's.
+        """
+        first: dict[str, Pictures] = {}
+        models: dict[str, dict[str, KindPictures]] = {}
+        for name in dict.fromkeys(item.batch.model for item in embedded):
+            models[name] = {}
+            for kind, prompts in self._kinds.items():
+                own = [item for item in embedded if (item.batch.model, item.batch.kind) == (name, kind)]
+                grid = joined(prompts, self.config.seeds, [item.pictures for item in own])
+                labelled = Pictures(grid.images, tuple(label for item in own for label in item.batch.labels()))
+                check_same_sizes(first.setdefault(kind, labelled), labelled)
+                embeddings = torch.cat([item.embeddings for item in own])
+                side = Embedded(prompts, len(grid.seeds), embeddings, grid.images, grid.latents)
+                models[name][kind] = KindPictures(grid, side)
+        return models
+
+    def sampling_settings(self, pipeline: Any) -> dict[str, Any]:
+        """Return how pictures are generated and embedded, as JSON types."""
+        return {
+            "pipeline": type(pipeline).__name__,
+            "scheduler": type(pipeline.scheduler).__name__,
+            "encoder": self.evaluator.name,
+            "sampling": {**asdict(self.config), "seeds": list(self.config.seeds)},
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        }
+
+
+class EvaluationTask(PictureTask):
+    """Prompts with the trigger and without it, and the concept's pictures.
 
     Args:
         pipeline: The pipeline that generates.
@@ -58,23 +134,19 @@ class EvaluationTask:
         config: The sampler settings.
 
     Attributes:
-        evaluator: The encoder, with batches and checks.
-        config: The sampler settings.
         settings: What a reader needs to repeat the evaluation, as JSON types.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        adapters: Mapping[str, AdapterPath],
+        adapters: Models,
         prompts: EvaluationPrompts,
         encoder: KpsEvaluator | EncoderSource,
         concept_images: PictureSource,
         config: EvaluationConfig,
     ) -> None:
-        self.evaluator = encoder if isinstance(encoder, KpsEvaluator) else KpsEvaluator(encoder)
-        self.config = config
-        self._prompts = prompts
+        super().__init__({"trigger": prompts.trigger, "no_trigger": prompts.no_trigger}, encoder, config)
         self._concept = load_pictures(concept_images)
         has_text = self.evaluator.has_text
         self._references = References(
@@ -83,11 +155,8 @@ class EvaluationTask:
             no_trigger_texts=self.evaluator.embed_texts(prompts.no_trigger) if has_text else None,
         )
         self.settings = {
-            "pipeline": type(pipeline).__name__,
-            "scheduler": type(pipeline.scheduler).__name__,
-            "adapters": {name: None if path is None else os.fspath(path) for name, path in adapters.items()},
-            "encoder": self.evaluator.name,
-            "sampling": {**asdict(config), "seeds": list(config.seeds)},
+            **self.sampling_settings(pipeline),
+            "adapters": {name: _plain(parts) for name, parts in adapters.items()},
             "prompts": {
                 "trigger": list(prompts.trigger),
                 "no_trigger": list(prompts.no_trigger),
@@ -95,17 +164,7 @@ class EvaluationTask:
                 "class_word": prompts.class_word,
             },
             "concept_images": list(self._concept.names),
-            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         }
-
-    def batches(self, models: Mapping[str, AdapterPath]) -> list[ModelBatch]:
-        """Return what the pipeline generates for every model, in the order of the pictures."""
-        return [
-            ModelBatch(name, path, trigger, requests)
-            for name, path in models.items()
-            for trigger, prompts in self._kinds()
-            for requests in request_batches(prompts, self.config)
-        ]
 
     def result(self, embedded: Sequence[EmbeddedBatch]) -> EvaluationResult:
         """Score the batches of the base model and of each adapter.
@@ -113,26 +172,16 @@ class EvaluationTask:
         Raises:
             EvaluationInputError: A picture differs in size from the base model's.
         """
-        names = list(dict.fromkeys(item.batch.model for item in embedded))
-        first: dict[bool, Pictures] = {}
         pictures, models = {}, {}
-        for name in names:
-            grids, sides = [], []
-            for trigger, prompts in self._kinds():
-                own = [item for item in embedded if (item.batch.model, item.batch.trigger) == (name, trigger)]
-                grid = joined(prompts, self.config.seeds, [item.pictures for item in own])
-                labelled = Pictures(grid.images, tuple(label for item in own for label in item.batch.labels()))
-                check_same_sizes(first.setdefault(trigger, labelled), labelled)
-                embeddings = torch.cat([item.embeddings for item in own])
-                grids.append(grid)
-                sides.append(Embedded(prompts, len(grid.seeds), embeddings, grid.images, grid.latents))
-            pictures[name], models[name] = ModelPictures(*grids), EmbeddedModel(*sides)
+        for name, kinds in self.by_model(embedded).items():
+            pictures[name] = ModelPictures(**{kind: own.grid for kind, own in kinds.items()})
+            models[name] = EmbeddedModel(**{kind: own.embedded for kind, own in kinds.items()})
         base = models[BASE]
         scored = {
             name: score_model(name, model, self._references, None if name == BASE else base)
             for name, model in models.items()
         }
-        adapters = [name for name in names if name != BASE]
+        adapters = [name for name in models if name != BASE]
         return EvaluationResult(
             settings=self.settings,
             base=scored[BASE][0],
@@ -144,6 +193,15 @@ class EvaluationTask:
             ),
         )
 
-    def _kinds(self) -> tuple[tuple[bool, tuple[str, ...]], ...]:
-        """Whether the prompts hold the trigger, and the prompts."""
-        return (True, self._prompts.trigger), (False, self._prompts.no_trigger)
+
+def scaled(adapter: ScaledAdapter | AdapterPath) -> tuple[ScaledAdapter, ...]:
+    """Return the adapters of a model that is named by one, or by None."""
+    if adapter is None:
+        return ()
+    return (adapter if isinstance(adapter, ScaledAdapter) else ScaledAdapter(adapter),)
+
+
+def _plain(adapters: Sequence[ScaledAdapter]) -> Any:
+    """Return the adapters of a model as JSON types: nothing, a path, or paths with their scales."""
+    parts = [[os.fspath(path), scale] for path, scale in adapters]
+    return parts[0][0] if [scale for _, scale in parts] == [1.0] else parts or None

@@ -24,9 +24,8 @@ adapter is also in the folder `best`. There is none while no identity is beyond 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +44,7 @@ from cat_rs.evaluation import (
     load_encoder,
     save_pictures,
 )
+from cat_rs.evaluation.front import choose_best, on_front
 from cat_rs.evaluation.generation import picture_files
 from cat_rs.evaluation.measures import Interval, labelled_values
 from cat_rs.options import ConfigError
@@ -67,33 +67,6 @@ _SHOWN_PROMPTS = 4
 # Folders of pictures.
 _MODELS = ("base", "adapter")
 _KINDS = ("trigger", "no_trigger")
-
-
-def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Return which points (identity, UPS) no other exceeds in one figure without falling behind in the other."""
-
-    def dominates(other: tuple[float, float], point: tuple[float, float]) -> bool:
-        return other != point and other[0] >= point[0] and other[1] >= point[1]
-
-    return [not any(dominates(other, point) for other in points) for point in points]
-
-
-def choose_best(points: Sequence[tuple[float, float]], base: Interval, keep: float) -> int | None:
-    """Choose among the points (identity, UPS) of a run.
-
-    Args:
-        points: At least one.
-        base: The base model's identity; a point that is not beyond its interval may have learned nothing.
-        keep: The part of the way from there to the run's highest identity that a point must have come, in [0, 1].
-
-    Returns:
-        The index of the highest UPS among those points, the first of equal ones; None if there is no such point.
-    """
-    highest = max(identity for identity, _ in points)
-    least = min(base.value + keep * (highest - base.value), highest)
-    floor = base.value if math.isnan(base.high) else base.high
-    fit = [index for index, (identity, _) in enumerate(points) if identity > floor and identity >= least]
-    return max(fit, key=lambda index: (points[index][1], -index), default=None)
 
 
 class PicturePair(NamedTuple):
@@ -132,7 +105,7 @@ class CheckpointEvaluations:
         self._config = config
         self._output = Path(config.output_dir)
         self._folder = self._output / EVALUATION_FOLDER
-        self._prompts = _read_prompts(config) if config.evaluate_every else None
+        self._prompts = evaluation_prompts(config) if config.evaluate_every else None
 
     def load_encoder(self, device: torch.device) -> None:
         """Load the encoder, before anything is overwritten.
@@ -207,7 +180,7 @@ class CheckpointEvaluations:
         except OSError as error:
             raise CheckpointError(f"cannot write the evaluation of step {step} in {self._folder}: {error}") from error
         text = ", ".join(labelled_values(result.adapters[f"step {step}"], "identity", "ups", "kps"))
-        base = _base_identity(result)
+        base = base_identity(result)
         beside = f"base: identity {base.value:.3f} [{base.low:.3f}, {base.high:.3f}]"
         news = "; the best so far" if best == step else "; no step is beyond the base yet" if best is None else ""
         return result, f"step {step}: {text}; {beside}{news}"
@@ -257,7 +230,7 @@ class CheckpointEvaluations:
             shutil.rmtree(self._output / BEST_FOLDER, ignore_errors=True)
             return None
         points = [_point(result, step) for step, result in results.items()]
-        chosen = choose_best(points, _base_identity(results[steps[0]]), self._config.evaluate_keep)
+        chosen = choose_best(points, base_identity(results[steps[0]]), self._config.evaluate_keep)
         best = None if chosen is None else steps[chosen]
         front = {step for step, is_on in zip(steps, on_front(points), strict=True) if is_on}
         rows = [
@@ -334,7 +307,7 @@ def picture_of(result: EvaluationResult) -> NDArray[np.uint8]:
     return np.concatenate(rows, axis=0)[None]
 
 
-def _read_prompts(config: TrainConfig) -> EvaluationPrompts:
+def evaluation_prompts(config: TrainConfig) -> EvaluationPrompts:
     """Read the prompts that the settings name; the settings' triggers and class word win over the file's."""
     words = config.class_words()
     class_word = config.class_word or next((word for word in words.values() if word), None)
@@ -346,7 +319,7 @@ def _read_prompts(config: TrainConfig) -> EvaluationPrompts:
     )
 
 
-def _base_identity(result: EvaluationResult) -> Interval:
+def base_identity(result: EvaluationResult) -> Interval:
     return result.base.identity or Interval(0.0, 0.0, 0.0)
 
 
