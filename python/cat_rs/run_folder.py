@@ -1,7 +1,7 @@
 """The names and formats of what a run leaves in its folder: a training, an evaluation or a demo.
 
 Names are relative to the folder. `cat-rs train` writes the settings, the log, checkpoints and evaluations of some of
-them; `cat-rs evaluate` and `cat-rs demo` write results, pictures and drawings of them.
+them; `cat-rs evaluate`, `cat-rs demo` and `cat-rs check` write results, pictures and drawings of them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CARD_FILE = "README.md"
 LOCK_FILE = ".training.lock"
 
 RESULTS_FILE = "results.json"
+CHECK_FILE = "check.json"
 DEMO_FORMAT = "cat-rs demo 1"
 PICTURES_FOLDER = "pictures"
 CONTACT_SHEET_FILE = "contact_sheet.png"

@@ -16,7 +16,7 @@ class Settings:
 
     runs: tuple[str, ...] = option(
         group=_WHAT,
-        help="folders that evaluate, demo or train wrote, or a results.json",
+        help="folders that evaluate, demo, train or check wrote, or a results.json",
         metavar="RUN",
         positional=True,
     )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cat_rs.evaluation import EvaluationInputError, EvaluationResult
+from cat_rs.report.checks import Check
 from cat_rs.report.curves import Panel, make_panels
 from cat_rs.report.fronts import Front, FrontPoint
 from cat_rs.report.sources import Evaluation, Run, Training, read_run
@@ -52,6 +53,11 @@ class Report:
         """Those of all runs."""
         return tuple(training for run in self.runs for training in run.trainings)
 
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Those of all runs."""
+        return tuple(check for run in self.runs for check in run.checks)
+
 
 def read_report(runs: Sequence[str | os.PathLike[str]], *, title: str | None = None) -> Report:
     """Read what a report shows; arguments and errors are those of `write_report`."""
@@ -61,11 +67,12 @@ def read_report(runs: Sequence[str | os.PathLike[str]], *, title: str | None = N
     evaluations = [evaluation for run in read for evaluation in run.evaluations]
     trainings = [training for run in read for training in run.trainings]
     methods = [evaluation.method(name) for evaluation in evaluations for name in evaluation.result.adapters]
-    names = [*methods, *(training.name for training in trainings)]
+    checked = [name for run in read for check in run.checks for name in check.result.adapters]
+    names = [*methods, *(training.name for training in trainings), *checked]
     series = {name: number % len(SERIES) for number, name in enumerate(dict.fromkeys(names))}
     logs = [(training.name, series[training.name], training.metrics) for training in trainings]
     return Report(
-        title=_title(evaluations, methods or names) if title is None else title,
+        title=_title(evaluations, trainings, methods or names) if title is None else title,
         runs=tuple(read),
         series=series,
         fronts=_fronts(evaluations, series),
@@ -77,8 +84,9 @@ def report_json(report: Report) -> str:
     """Return every figure of a report as JSON: what was read, as it was read, and what its charts are drawn from.
 
     The object holds format ("cat-rs report 1"), title, runs (path, settings, summary, evaluations with label, file and
-    the JSON object of the evaluation, trainings with name, folder and settings), fronts (title, base, other_seed and
-    points) and curves (key, title, and lines with name, steps, values and smoothed). Unknown numbers are null.
+    the JSON object of the evaluation, trainings with name, folder and settings, checks with file and JSON object),
+    fronts (title, base, other_seed and points) and curves (key, title, and lines with name, steps, values and
+    smoothed). Unknown numbers are null.
     """
     content = {
         "format": FORMAT,
@@ -96,6 +104,7 @@ def report_json(report: Report) -> str:
                     {"name": each.name, "folder": os.fspath(each.folder), "settings": each.settings}
                     for each in run.trainings
                 ],
+                "checks": [{"file": os.fspath(each.file), "check": each.content} for each in run.checks],
             }
             for run in report.runs
         ],
@@ -138,9 +147,9 @@ def _place(evaluation: Evaluation) -> Path:
     return evaluation.file.parent if evaluation.file.name == RESULTS_FILE else evaluation.file
 
 
-def _title(evaluations: Sequence[Evaluation], methods: Sequence[str]) -> str:
+def _title(evaluations: Sequence[Evaluation], trainings: Sequence[Training], methods: Sequence[str]) -> str:
     if not evaluations:
-        return f"Training of {listed(methods)}"
+        return f"{'Training' if trainings else 'Check'} of {listed(methods)}"
     concepts = listed([f"“{concept_of(evaluation.result)}”" for evaluation in evaluations])
     return f"{concepts}: base model against {listed(methods)}"
 

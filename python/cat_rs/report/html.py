@@ -15,14 +15,17 @@ from typing import Any
 
 from PIL import Image
 
+from cat_rs.adapter_check import AdapterCheck, Finding, PictureCheck, StackCheck
+from cat_rs.adapter_check.result import KindGrids
 from cat_rs.evaluation import EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
 from cat_rs.evaluation.measures import BASE, MEANINGS, MEASURES, labelled_values
 from cat_rs.report.charts import to_svg
+from cat_rs.report.check_charts import draw_layers, draw_strength
 from cat_rs.report.content import Report
 from cat_rs.report.curves import draw_panel
 from cat_rs.report.fronts import draw_front
-from cat_rs.report.picture_files import spread
-from cat_rs.report.sources import MAX_SIDE, Evaluation, Run
+from cat_rs.report.picture_files import MAX_SIDE, spread
+from cat_rs.report.sources import Evaluation, Run
 from cat_rs.report.wording import encoder_of, extent_of
 from cat_rs.text_files import printable
 
@@ -32,6 +35,7 @@ _FOLDER = Path(__file__).parent / "page"
 _SHOWN_PROMPTS = 4
 _SHOWN_ROWS = 10
 _SHOWN_CONCEPT = 12
+_SHOWN_LAYERS = 5
 
 # The columns of a table of scores.
 _GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -99,12 +103,20 @@ def render_html(report: Report) -> str:
         "meanings": _meanings(report.evaluations),
         "comparisons": _comparisons(report),
         "prompt_tables": [table for table in map(_prompt_table, report.evaluations) if table["rows"]],
+        "checks": [
+            _checked(name, own, report.series[name], str(number))
+            for number, (name, own) in enumerate(
+                item for each in report.checks for item in each.result.adapters.items()
+            )
+        ],
+        "stacks": [_stacked(each.result.stack) for each in report.checks if each.result.stack is not None],
         "settings": _settings(report),
         "version": importlib.metadata.version("cat-rs"),
     }
     sections = [
         {"id": name, "title": title}
         for name, title, shown in (
+            ("checks", "Checks", content["checks"]),
             ("pictures", "Pictures", content["sheets"] or content["without_pictures"]),
             ("front", "Learned against kept", content["fronts"]),
             ("curves", "Training", content["panels"]),
@@ -152,22 +164,27 @@ def _sheet(report: Report, evaluation: Evaluation, pictures: EvaluationPictures)
         "concept_count": len(pictures.concept),
         "concept": [_picture(image, "") for image in pictures.concept[:_SHOWN_CONCEPT]],
         "halves": [
-            _half("With the trigger", "trigger", "identity", models, pictures, prompts["trigger"]),
-            _half("Without the trigger", "no_trigger", "ups", models, pictures, prompts["no_trigger"]),
+            _half(title, models, measure, _grids(pictures, kind), prompts[kind])
+            for title, measure, kind in (
+                ("With the trigger", "identity", "trigger"),
+                ("Without the trigger", "ups", "no_trigger"),
+            )
         ],
     }
 
 
+def _grids(pictures: EvaluationPictures, kind: str) -> list[PictureGrid]:
+    return [getattr(model, kind) for model in (pictures.base, *pictures.adapters.values())]
+
+
 def _half(
     title: str,
-    kind: str,
-    measure: str,
     models: Mapping[str, Scores],
-    pictures: EvaluationPictures,
+    measure: str,
+    grids: Sequence[PictureGrid],
     evaluated: Sequence[str],
 ) -> dict[str, Any]:
     """Return one side of a sheet: a group of rows for each prompt, a row for each seed, a column for each model."""
-    grids: list[PictureGrid] = [getattr(model, kind) for model in (pictures.base, *pictures.adapters.values())]
     prompts, seeds = grids[0].prompts, grids[0].seeds
     first = set(spread(len(prompts), _SHOWN_PROMPTS))
     return {
@@ -175,7 +192,7 @@ def _half(
         "notes": ["".join(labelled_values(model, measure)) for model in models.values()],
         "prompts": [
             {
-                "text": prompt,
+                "text": prompt or "(empty prompt)",
                 "extra": number not in first,
                 "rows": [
                     {
@@ -193,6 +210,68 @@ def _half(
         "hidden": len(prompts) - len(first),
         "left_out": len(evaluated) - len(prompts),
     }
+
+
+def _checked(name: str, own: AdapterCheck, series: int, prefix: str) -> dict[str, Any]:
+    """Return what the page shows of one checked adapter; `prefix` sets its charts' ids apart."""
+    checked = own.pictures
+    charts = [_chart(draw_layers(own.weights, series), f"layers{prefix}", f"{name}: layers")]
+    if checked is not None:
+        charts.insert(0, _chart(draw_strength(checked, series), f"strength{prefix}", f"{name}: effect and damage"))
+    return {
+        "name": name,
+        "series": series,
+        "findings": [*(_weight_finding(each) for each in own.weights.findings), *own.findings],
+        "charts": charts,
+        "kinds": [] if checked is None else _kinds(checked),
+        "scales": [] if checked is None else [f"{each.scale:g}" for each in checked.scales],
+        "sheet": None if checked is None or checked.grids is None else _check_sheet(checked, checked.grids, series),
+    }
+
+
+def _weight_finding(finding: Finding) -> str:
+    more = f" and {len(finding.layers) - _SHOWN_LAYERS} more" if len(finding.layers) > _SHOWN_LAYERS else ""
+    return f"Weights, {finding.kind}: {finding.text} ({', '.join(finding.layers[:_SHOWN_LAYERS])}{more})."
+
+
+def _kinds(checked: PictureCheck) -> list[dict[str, Any]]:
+    """Return a row for each kind of prompts: drift with another seed and at each scale, and the rest at the last."""
+    last = checked.scales[-1].kinds
+    rows = []
+    for kind in last:
+        floor = checked.other_seed.get(kind)
+        drifts = [None if floor is None else floor.drift, *(each.kinds[kind].drift for each in checked.scales)]
+        rest = [getattr(last[kind], name) for name in ("ups", "diversity_retained", "prompt_similarity_no_trigger")]
+        rows.append({"kind": kind, "figures": [_figure(figure) for figure in (*drifts, *rest)]})
+    return rows
+
+
+def _check_sheet(checked: PictureCheck, grids: Mapping[str, KindGrids], series: int) -> dict[str, Any]:
+    """Return pictures of the base model and of the adapter at each scale side by side, kind by kind."""
+    names = [f"{each.scale:g}" for each in checked.scales]
+    models = [{"name": BASE, "series": None}, *({"name": f"x {name}", "series": series} for name in names)]
+    halves = []
+    for kind, evaluated in checked.prompts.items():
+        scores = {BASE: checked.base[kind], **{f"x {each.scale:g}": each.kinds[kind] for each in checked.scales}}
+        own = [grids[name][kind] for name in (BASE, *names)]
+        halves.append(_half(kind.capitalize(), scores, "drift", own, evaluated))
+    return {"models": models, "halves": halves}
+
+
+def _stacked(stack: StackCheck) -> dict[str, Any]:
+    """Return what the page shows of adapters together: sentences, and pictures of every model side by side."""
+    sheet = None
+    if stack.grids is not None:
+        stacks = {each.name: Scores(drift=each.drift) for each in stack.stacks}
+        scores = {name: stacks.get(name, Scores()) for name in (BASE, *stack.scales, *stacks)}
+        sheet = {
+            "models": [{"name": name, "series": None} for name in scores],
+            "halves": [
+                _half(kind.capitalize(), scores, "drift", [stack.grids[name][kind] for name in scores], prompts)
+                for kind, prompts in stack.prompts.items()
+            ],
+        }
+    return {"findings": stack.findings, "sheet": sheet}
 
 
 def _picture(image: Image.Image, alt: str) -> dict[str, Any]:
@@ -343,12 +422,14 @@ def _prompt_table(evaluation: Evaluation) -> dict[str, Any]:
 def _settings(report: Report) -> list[dict[str, Any]]:
     """Return the settings: those that all evaluations share, those of each, and the same for the trainings."""
     evaluations = {evaluation.label: _evaluation_settings(evaluation) for evaluation in report.evaluations}
+    checks = {os.fspath(each.file): _lines(each.result.settings) for each in report.checks}
     trainings = {os.fspath(training.folder): _lines(training.settings) for training in report.trainings}
     # What a demo says of its trainings is all there is where their folders are gone.
     trainings |= {
         os.fspath(run.path): _lines(run.settings) for run in report.runs if run.settings and not run.trainings
     }
-    return [*_grouped("evaluation", evaluations), *_grouped("training", trainings)]
+    parts = {"evaluation": evaluations, "check": checks, "training": trainings}
+    return [group for kind, settings in parts.items() for group in _grouped(kind, settings)]
 
 
 def _grouped(kind: str, settings: Mapping[str, dict[str, str]]) -> Iterator[dict[str, Any]]:

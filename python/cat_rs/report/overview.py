@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from cat_rs.adapter_check import CheckResult
 from cat_rs.image_files import png_bytes
 from cat_rs.report.charts import to_png
+from cat_rs.report.check_charts import draw_layers, draw_strength
 from cat_rs.report.content import Report
 from cat_rs.report.curves import draw_panel
 from cat_rs.report.fronts import draw_front
@@ -28,12 +30,14 @@ _PROMPTS_OF_MANY = 2
 def draw_overview(report: Report) -> bytes:
     """Return a PNG: contact sheets, charts and tables, from top to bottom."""
     drawn = [evaluation for evaluation in report.evaluations if evaluation.result.pictures is not None]
-    if len(drawn) == 1:
+    if len(drawn) == 1 and not report.checks:
         parts = [draw_contact_sheet(drawn[0].result, max_prompts=_PROMPTS_OF_ONE, title=report.title)]
     else:
         heading = font(26, bold=True)
         parts = [_text(wrap(report.title, heading, _WIDTH - 2 * _MARGIN), heading)]
         parts += [draw_contact_sheet(each.result, max_prompts=_PROMPTS_OF_MANY, title=each.label) for each in drawn]
+    for each in report.checks:
+        parts += _check(report, each.result)
     parts += _rows([_picture(to_png(draw_front(front), _DPI), front.title) for front in report.fronts])
     if report.panels:
         parts.append(_legend(report))
@@ -42,6 +46,24 @@ def draw_overview(report: Report) -> bytes:
         lines = [evaluation.label, "", *format_table(evaluation.result).splitlines()]
         parts.append(_text(lines, font(14, mono=True)))
     return png_bytes(_stacked(parts))
+
+
+def _check(report: Report, result: CheckResult) -> list[Image.Image]:
+    """Draw the sentences and charts of a check."""
+    parts, face = [], font(14)
+    for name, own in result.adapters.items():
+        number = report.series[name]
+        figures = [(draw_layers(own.weights, number), f"{name}: layers")]
+        if own.pictures is not None:
+            figures.insert(0, (draw_strength(own.pictures, number), f"{name}: effect and damage"))
+        parts.append(_text(wrap(name, font(18, bold=True), _WIDTH - 2 * _MARGIN), font(18, bold=True)))
+        parts.append(_sentences(own.findings, face))
+        parts += _rows([_picture(to_png(figure, _DPI), title) for figure, title in figures])
+    return parts if result.stack is None else [*parts, _sentences(result.stack.findings, face)]
+
+
+def _sentences(sentences: Sequence[str], face: ImageFont.FreeTypeFont) -> Image.Image:
+    return _text([line for each in sentences for line in wrap(each, face, _WIDTH - 2 * _MARGIN)], face)
 
 
 def _picture(png: bytes, title: str) -> Image.Image:

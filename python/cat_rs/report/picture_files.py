@@ -6,7 +6,8 @@ A folder of pictures holds
     MODEL/trigger/*.png                 one picture for each prompt and seed, with metadata.jsonl, as
     MODEL/no_trigger/*.png              `cat_rs.evaluation.save_pictures` writes them
 
-MODEL is "base" or an adapter's name, in which what a file name cannot hold is percent-encoded.
+MODEL is "base" or an adapter's name, in which what a file name cannot hold is percent-encoded. Those of a check are in
+adapters/NAME/MODEL/KIND and in stack/MODEL/KIND, in the same way.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
 from PIL import Image
 
+from cat_rs.adapter_check import CheckResult
+from cat_rs.adapter_check.result import KindGrids
 from cat_rs.atomic import new_folder
 from cat_rs.evaluation import (
     EvaluationFileError,
@@ -38,6 +41,10 @@ from cat_rs.text_files import json_lines
 
 _CONCEPT = "concept"
 _CONCEPT_SIDE = 512
+# What a page holds without growing out of a mail's size.
+MAX_SIDE = 256
+_CHECK_PROMPTS = 3
+_CHECK_SEEDS = 1
 
 
 def save_all_pictures(result: EvaluationResult, folder: str | os.PathLike[str]) -> None:
@@ -59,6 +66,39 @@ def save_all_pictures(result: EvaluationResult, folder: str | os.PathLike[str]) 
         for name, model in {BASE: result.pictures.base, **result.pictures.adapters}.items():
             save_pictures(model.trigger, target / folder_name(name) / "trigger")
             save_pictures(model.no_trigger, target / folder_name(name) / "no_trigger")
+
+
+def save_check_pictures(result: CheckResult, folder: str | os.PathLike[str]) -> None:
+    """Write every picture of a check as a file; a folder that exists is replaced as a whole or not at all."""
+    with new_folder(folder) as target:
+        for name, own in result.adapters.items():
+            if own.pictures is not None:
+                _save_kinds(own.pictures.grids, adapter_folder(target, name))
+        if result.stack is not None:
+            _save_kinds(result.stack.grids, stack_folder(target))
+
+
+def adapter_folder(folder: Path, name: str) -> Path:
+    """Return where the pictures of a check's adapter are."""
+    return folder / "adapters" / folder_name(name)
+
+
+def stack_folder(folder: Path) -> Path:
+    """Return where the pictures of a check's stacks are."""
+    return folder / "stack"
+
+
+def read_kinds(
+    folder: Path, prompts: Mapping[str, tuple[str, ...]], seeds: tuple[int, ...]
+) -> dict[str, dict[str, PictureGrid]]:
+    """Read some pictures of every model and kind that `save_check_pictures` wrote; errors are `read_pictures`'s."""
+    return {
+        unquote(model.name): {
+            kind: _read_grid(model / folder_name(kind), texts, seeds, _CHECK_PROMPTS, _CHECK_SEEDS, MAX_SIDE)
+            for kind, texts in prompts.items()
+        }
+        for model in sorted(folder.iterdir())
+    }
 
 
 def read_pictures(
@@ -114,6 +154,12 @@ def scaled_down(image: Image.Image, side: int) -> Image.Image:
 def spread(count: int, shown: int) -> list[int]:
     """Return `shown` of `count` numbers, spread from the first to the last: prompts of one kind stand together."""
     return np.unique(np.linspace(0, count - 1, min(shown, count)).round().astype(int)).tolist()
+
+
+def _save_kinds(grids: Mapping[str, KindGrids] | None, folder: Path) -> None:
+    for model, kinds in (grids or {}).items():
+        for kind, grid in kinds.items():
+            save_pictures(grid, folder / folder_name(model) / folder_name(kind))
 
 
 def _read_grid(

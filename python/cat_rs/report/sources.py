@@ -17,10 +17,12 @@ from cat_rs.errors import CatRsError
 from cat_rs.evaluation import Comparison, EvaluationFileError, EvaluationInputError, EvaluationResult, Interval
 from cat_rs.evaluation.measures import MEASURES, prompt_values
 from cat_rs.options import read_config_file
+from cat_rs.report.checks import Check, read_check
 from cat_rs.report.curves import read_log
-from cat_rs.report.picture_files import read_pictures
+from cat_rs.report.picture_files import MAX_SIDE, read_pictures
 from cat_rs.report.wording import concept_of
 from cat_rs.run_folder import (
+    CHECK_FILE,
     CONFIG_FILE,
     DEMO_FORMAT,
     FRONT_FILE,
@@ -34,7 +36,6 @@ from cat_rs.text_files import printable, read_text
 # What a page holds without growing out of a mail's size.
 MAX_PROMPTS = 24
 MAX_SEEDS = 4
-MAX_SIDE = 256
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Run:
         trainings: Those of `cat-rs train` and `cat-rs demo`.
         settings: What all trainings of a demo share; empty otherwise.
         summary: The means over a demo's runs, and the differences between the adapters; empty otherwise.
+        checks: Those of `cat-rs check`.
     """
 
     path: Path
@@ -106,13 +108,14 @@ class Run:
     trainings: tuple[Training, ...] = ()
     settings: Mapping[str, Any] | None = None
     summary: Mapping[str, Any] | None = None
+    checks: tuple[Check, ...] = ()
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
     """Read one run.
 
     Args:
-        path: A folder that `cat-rs evaluate`, `demo` or `train` wrote, or the JSON of an evaluation or a demo.
+        path: A folder that `cat-rs evaluate`, `demo`, `train` or `check` wrote, or the JSON of all but a training.
 
     Raises:
         EvaluationFileError: A file is missing or cannot be read; names it.
@@ -121,7 +124,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """
     given = Path(path)
     if not given.is_dir():
-        return _read_results(given, given)
+        return Run(given, checks=(read_check(given),)) if given.name == CHECK_FILE else _read_results(given, given)
     run = Run(given)
     if (given / RESULTS_FILE).is_file():
         run = _read_results(given, given / RESULTS_FILE)
@@ -130,10 +133,12 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         run = replace(run, trainings=(*run.trainings, training))
         if (given / FRONT_FILE).is_file():
             run = replace(run, evaluations=(*run.evaluations, read_front(given, training.name)))
-    if not run.evaluations and not run.trainings:
+    if (given / CHECK_FILE).is_file():
+        run = replace(run, checks=(read_check(given / CHECK_FILE),))
+    if not run.evaluations and not run.trainings and not run.checks:
         raise EvaluationFileError(
-            f"runs: expected a folder that cat-rs evaluate, demo or train wrote, with {RESULTS_FILE} or "
-            f"{CONFIG_FILE}, got {given}"
+            f"runs: expected a folder that cat-rs evaluate, demo, train or check wrote, with {RESULTS_FILE}, "
+            f"{CONFIG_FILE} or {CHECK_FILE}, got {given}"
         )
     return run
 

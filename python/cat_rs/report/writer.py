@@ -20,8 +20,8 @@ def write_report(
     """Write report.html, report.png and report.json.
 
     Args:
-        runs: What to report on: folders that `cat-rs evaluate`, `demo` and `train` wrote, or the JSON of an evaluation
-            or a demo.
+        runs: What to report on: folders that `cat-rs evaluate`, `demo`, `train` and `check` wrote, or the JSON of all
+            but a training.
         folder: The folder to write into.
         title: The headline; says what was compared if not given.
 
