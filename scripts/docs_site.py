@@ -51,6 +51,7 @@ REFERENCE: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
     "files": ("Adapter files", "cat_rs", ("save_lora", "load_lora", "LoraFile", "merge_loras", "MergedLora")),
+    "check": ("Checks of adapters", "cat_rs.adapter_check", ()),
     "scores": ("Scores", "cat_rs", ()),
     "evaluation": ("cat_rs.evaluation", "cat_rs.evaluation", ()),
     "report": ("cat_rs.report", "cat_rs.report", ()),

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import cat_rs
-from cat_rs.adapter_check import WeightReport
+from cat_rs.adapter_check import CheckResult, WeightReport
 from cat_rs.commands import check, convert, demo, evaluate, generate, merge, preserve, report
 from cat_rs.text_files import general_prompts
+from cat_rs.training import Rewind
 from tests.conftest import draw_picture
 from tests.option_cases import Case, Seen, check_case, check_table
 
@@ -120,9 +121,24 @@ MERGE: dict[str, Case] = {
 }
 
 CHECK: dict[str, Case] = {
-    "adapters": Case(("b",), {"checked": "b"}),
-    "model": Case("model", {"loaded": "model", "models": ["unet"]}),
-    "output": Case("<elsewhere>", {"json": "<elsewhere>"}),
+    **SAMPLING,
+    "adapters": Case(("mine=b",), {"adapters": {"mine": "b"}}),
+    "model": Case("other model", {"loaded": "other model"}),
+    "weights_only": Case(True, {"weights": "a", "models": ["unet"]}),
+    "encoder": Case("other encoder", {"encoder": "other encoder"}),
+    "output_dir": Case("<elsewhere>", {"cache": "<elsewhere>/cache", "results": "<elsewhere>/check.json"}),
+    "overwrite": Case(True, {"results": "<earlier>/check.json"}, {"output_dir": "<earlier>"}),
+    "cache": Case("kept", {"cache": "kept"}),
+    "trigger": Case(("sks",), {"triggers": ("sks",)}),
+    "class_word": Case(("cat",), {"class_words": ("cat",)}),
+    "prompts": Case("<more>", {"prompts": "<more>"}),
+    "limit": Case(7, {"limit": 7}),
+    "scales": Case((0.5,), {"scales": (0.5,)}),
+    "max_drift": Case(0.1, {"max_drift": 0.1}),
+    "stack": Case(True, {"stack": True}),
+    "stack_scales": Case((0.5,), {"stack_scales": (0.5,)}),
+    "concepts": Case(("mine=pictures",), {"concepts": {"mine": "pictures"}}),
+    "rewind": Case("best", {"rewound": "a", "written": "best"}, {"adapters": ("a",)}),
 }
 
 REPORT: dict[str, Case] = {
@@ -160,7 +176,11 @@ BASES: dict[str, tuple[Any, dict[str, Case], dict[str, Any]]] = {
     "convert": (convert, CONVERT, {"input": "<lora>", "output": "output", "to": "diffusers"}),
     "report": (report, REPORT, {"runs": ("run",)}),
     "merge": (merge, MERGE, {"adapters": ("a",), "output": "output"}),
-    "check": (check, CHECK, {"adapters": ("a",)}),
+    "check": (
+        check,
+        CHECK,
+        {"adapters": ("mine=a",), "model": "model", "output_dir": "<output>", "device": "cpu"},
+    ),
 }
 
 
@@ -188,7 +208,8 @@ def places(tmp_path: Path) -> dict[str, str]:
         ]
         (tmp_path / folder / "prompts.json").write_text(json.dumps({"trigger_word": "sks", "concepts": concepts}))
     (tmp_path / "earlier").mkdir()
-    for file in ("metadata.jsonl", "results.json", "pytorch_lora_weights.safetensors", "report.html", "set"):
+    files = ("metadata.jsonl", "results.json", "check.json", "pytorch_lora_weights.safetensors", "report.html", "set")
+    for file in files:
         (tmp_path / "earlier" / file).touch()
     for folder, caption in (("data", "a sks cat on a hill"), ("bare", "a sks on a hill")):
         (tmp_path / folder).mkdir()
@@ -254,7 +275,7 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(alphas={}), ()
 
     def check_weights(adapter: Any, models: Any) -> WeightReport:
-        note(checked=adapter, models=sorted(models))
+        note(weights=adapter, models=sorted(models))
         return WeightReport("peft", None, (), ())
 
     def build(pipeline: Any, prompts: Any, path: Any, *, sampling: Any, draws: Any, processes: Any) -> list[str]:
@@ -262,12 +283,22 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         note(prompts=prompts, built=path, draws=draws)
         return prompts
 
+    def check_adapters(adapters: Any, pipeline: Any, encoder: Any, **given: Any) -> CheckResult:
+        sample(given.pop("config"))
+        note(adapters=adapters, **{name: value for name, value in given.items() if name != "processes"})
+        return CheckResult({}, {})
+
+    def rewind(run: Any, output: Any, **given: Any) -> Rewind:
+        note(rewound=run, written=output)
+        return Rewind((), None, None)
+
     def write_report(runs: Any, output: Any, *, title: Any) -> None:
         note(runs=runs, output=output, title=title)
 
     fakes: dict[str, Callable[..., Any]] = {
         "training.model.load_pipeline": load_pipeline,
         "training.train": train,
+        "training.rewind": rewind,
         "evaluation.generate_pictures": generate_pictures,
         "evaluation.save_pictures": lambda grid, folder: note(folder=folder) or [],
         "evaluation.generation.adapter_files": lambda path: {},
@@ -282,8 +313,9 @@ def _watched(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
         "training.preservation_set.PreservationSet.build": build,
         "adapter_file.save_lora": save_lora,
         "adapter_file.merge_loras": merge_loras,
+        "adapter_check.check": check_adapters,
         "adapter_check.check_weights": check_weights,
-        "atomic.write_bytes": lambda path, content: note(json=path),
+        "adapter_check.CheckResult.save": lambda _, path: note(results=path),
         "adapter_file.read.read_lora": read_lora,
         "adapter_file.lora_file.check_fit": lambda lora, models: note(checked=sorted(models)),
         "training.model.pipeline_models": lambda pipeline: {"unet": pipeline},
@@ -320,7 +352,7 @@ def run(command: Any, seen: Seen, options: dict[str, Any], places: dict[str, str
     return dict(seen)
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "preserve", "convert", "report"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "preserve", "convert", "report", "check"])
 def test_earlier_files_are_found_before_anything_is_loaded(command: str, seen: Seen, places: dict[str, str]) -> None:
     module, table, basis = BASES[command]
     after = run(module, seen, basis | table["overwrite"].given, places)

@@ -42,6 +42,7 @@ SHORT_OPTIONS = {
     "preserve": "--inference-steps 1 --device cpu",
     "generate": "--inference-steps 2 --device cpu",
     "evaluate": "--inference-steps 2 --device cpu",
+    "check": "--inference-steps 1 --device cpu --limit 1 --scales 1",
 }
 SHORT_EVALUATIONS = "--evaluate-every 2 --evaluate-inference-steps 2 --evaluate-seeds 0"
 

@@ -228,16 +228,24 @@ ADAPTER_FILE_FLOORS = (
 )
 EVALUATION_FLOORS = (
     "errors config measures",
-    "fingerprint pictures prompts generation scores",
+    "fingerprint pictures prompts generation scores front",
     "encoder disk_cache result",
     "distributed kps_evaluator",
     "task",
+    "batches",
     "adapter_evaluation live_evaluation",
+)
+ADAPTER_CHECK_FLOORS = (
+    "trigger weights",
+    "prompts result",
+    "pictures stack",
+    "wording",
+    "checking",
 )
 REPORT_FLOORS = (
     "style wording picture_files",
-    "charts table",
-    "curves fronts sheet",
+    "charts table checks",
+    "curves fronts sheet check_charts",
     "sources",
     "content",
     "html overview",
@@ -264,6 +272,7 @@ def parts_used(package: str) -> set[str]:
         ("adapter_file", ADAPTER_FILE_FLOORS),
         ("step", STEP_FLOORS),
         ("evaluation", EVALUATION_FLOORS),
+        ("adapter_check", ADAPTER_CHECK_FLOORS),
         ("report", REPORT_FLOORS),
     ],
 )
@@ -308,9 +317,17 @@ def test_evaluations_need_no_training_and_no_report() -> None:
     }, used
 
 
+def test_checks_need_no_training_and_no_report() -> None:
+    used = parts_used("adapter_check")
+    may_use = {"adapter_file", "arguments", "atomic", "evaluation", "errors", "ops", "processes", "prompts"}
+    may_use |= {"text_files"}
+    assert used <= may_use, used - may_use
+
+
 def test_reports_need_no_training_and_no_model() -> None:
     used = parts_used("report")
-    assert used <= {"errors", "options", "atomic", "image_files", "run_folder", "evaluation", "text_files"}, used
+    may_use = {"errors", "options", "atomic", "image_files", "run_folder", "adapter_check", "evaluation", "text_files"}
+    assert used <= may_use, used - may_use
 
 
 def test_training_needs_no_report() -> None:
@@ -327,7 +344,9 @@ def test_python_imports_form_no_circle() -> None:
         pytest.fail(" <- ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("package", ["cat_rs", "cat_rs.evaluation", "cat_rs.report", "cat_rs.training"])
+@pytest.mark.parametrize(
+    "package", ["cat_rs", "cat_rs.adapter_check", "cat_rs.evaluation", "cat_rs.report", "cat_rs.training"]
+)
 def test_no_module_has_the_name_of_a_function(package: str) -> None:
     module = importlib.import_module(package)
     folder = Path(str(module.__file__)).parent

@@ -17,7 +17,14 @@ from cat_rs import cli
 from cat_rs.options import add_options
 
 LIST = Path(__file__).with_name("public_names.json")
-MODULES = ("cat_rs", "cat_rs.errors", "cat_rs.evaluation", "cat_rs.report", "cat_rs.training")
+MODULES = (
+    "cat_rs",
+    "cat_rs.adapter_check",
+    "cat_rs.errors",
+    "cat_rs.evaluation",
+    "cat_rs.report",
+    "cat_rs.training",
+)
 
 
 def _signature(function: Any) -> str:

@@ -21,6 +21,7 @@ from cat_rs.step.optimizer import FlatAdamW
 from cat_rs.step.teacher_bank import TeacherBank, TeacherDraws
 
 if TYPE_CHECKING:
+    from cat_rs.adapter_check import CheckResult, check
     from cat_rs.evaluation import KpsEvaluator
     from cat_rs.peft import adapter_disabled, patch_peft, unpatch_peft
     from cat_rs.training.preservation_set import PreservationDraw, PreservationSet
@@ -31,6 +32,7 @@ __all__ = [
     "CatFactorTarget",
     "CatLossParts",
     "CatStep",
+    "CheckResult",
     "FlatAdamW",
     "KpsEvaluator",
     "KpsResult",
@@ -46,6 +48,7 @@ __all__ = [
     "bootstrap_difference",
     "bootstrap_interval",
     "cat_loss",
+    "check",
     "cross_similarity",
     "errors",
     "harmonic_mean",
@@ -64,10 +67,12 @@ __all__ = [
 
 # What needs PEFT, diffusers or transformers is imported when first used: cat_loss alone needs only PyTorch.
 _LAZY = {
+    "CheckResult": "cat_rs.adapter_check",
     "KpsEvaluator": "cat_rs.evaluation",
     "PreservationDraw": "cat_rs.training.preservation_set",
     "PreservationSet": "cat_rs.training.preservation_set",
     "adapter_disabled": "cat_rs.peft",
+    "check": "cat_rs.adapter_check",
     "patch_peft": "cat_rs.peft",
     "unpatch_peft": "cat_rs.peft",
 }

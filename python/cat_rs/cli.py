@@ -68,9 +68,10 @@ _COMMANDS = {
     "report": _Command(
         "cat_rs.commands.report",
         "one page from evaluations and trainings: pictures, charts, tables",
-        "Reads folders that cat-rs evaluate, demo and train wrote, or a results.json alone, and writes report.html, "
-        "one file that needs no other: pictures of all models side by side, what was learned against what was kept, "
-        "training curves, tables, settings. report.png is the page as a picture, report.json its figures.",
+        "Reads folders that cat-rs evaluate, demo, train and check wrote, or a results.json alone, and writes "
+        "report.html, one file that needs no other: pictures of all models side by side, what was learned against "
+        "what was kept, training curves, tables, settings. report.png is the page as a picture, report.json its "
+        "figures.",
         "RUN... ",
     ),
     "convert": _Command(
@@ -89,9 +90,12 @@ _COMMANDS = {
     ),
     "check": _Command(
         "cat_rs.commands.check",
-        "what is in an adapter file, layer by layer, and what is wrong with it",
-        "Prints ranks, scales, sizes and effective ranks of an adapter's layers, and names the layers that are out of "
-        "line: NaN, zeros, duplicates, spikes, another scale than the others, layers that the model does not have.",
+        "what is in any adapter file, what it does to a model, and how strong it may be",
+        "Needs no training data. Prints ranks, scales, sizes and effective ranks of an adapter's layers, and names "
+        "the layers that are out of line: NaN, zeros, duplicates, spikes, another scale than the others, layers that "
+        "the model does not have. With a model, it draws prompts of several kinds (with the trigger, without it, "
+        "false triggers, ...) at several scales, and says what changes, beside what another seed changes; with "
+        "--stack several adapters together. cat-rs report makes a page of the results.",
         "ADAPTER... ",
     ),
     "info": _Command(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import cat_rs
 from cat_rs.adapter_check import WeightReport, check_weights
+from cat_rs.adapter_file.update import Factors, singular_values
 from cat_rs.cli import main
 from tests.adapter_file.models import UNET_LAYERS, add_text_lora, clip, flux_transformer, kohya_state
 from tests.models import add_lora, tiny_unet
@@ -67,6 +68,26 @@ def test_figures_are_those_of_the_whole_update(rslora: bool, tmp_path: Path) -> 
         assert layer.first_share == pytest.approx(float(exact[0] ** 2 / exact.square().sum()), rel=1e-10)
         assert layer.relative == pytest.approx(layer.norm / float(module.base_layer.weight.detach().double().norm()))
     assert report.findings == ()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e4, 1e9, 1e13, math.inf])
+def test_singular_values_of_factors_of_any_condition(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(rows: int) -> torch.Tensor:
+        """Of 6 directions, the last as small as the spread says."""
+        sizes = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05, 1.0 / spread], dtype=torch.float64)
+        random = torch.randn(rows, 6, dtype=torch.float64, generator=generator)
+        turned = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator)).Q
+        return torch.linalg.qr(random).Q * sizes @ turned
+
+    for rows, columns in ((40, 30), (40, 4), (3, 30), (5, 5)):
+        update = Factors(factor(max(rows, 6))[:rows], factor(max(columns, 6))[:columns].T)
+        exact = torch.linalg.svdvals(update.B @ update.A)
+        values = singular_values(update)
+        count = min(rows, columns, 6)
+        assert len(values) == count
+        torch.testing.assert_close(values, exact[:count], rtol=1e-10, atol=1e-15)
 
 
 def test_without_the_model_nothing_is_compared_with_it(file: Path) -> None:
@@ -160,15 +181,16 @@ def test_a_text_encoder_with_other_spellings_fits(tmp_path: Path, monkeypatch: p
 
 def test_the_command_prints_and_writes(file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     spiked = changed(file, lambda tensors: tensors["lora_unet_conv_in.lora_up.weight"].mul_(50))
-    output = tmp_path / "new" / "check.json"
-    assert main(["check", str(file), str(spiked), "--output", str(output)]) == 0
+    output = tmp_path / "new"
+    assert main(["check", str(file), f"other={spiked}", "--output-dir", str(output)]) == 0
     text = capsys.readouterr().out
     assert "rank 3, 4, scale" in text
     assert "nothing out of line" in text
     assert "spike" in text
     assert "unet: conv_in" in text
-    content = json.loads(output.read_text())
-    assert content[str(file)]["findings"] == []
-    assert content[str(spiked)]["findings"][0]["kind"] == "spike"
+    content = json.loads((output / "check.json").read_text())["adapters"]
+    assert content["a"]["weights"]["findings"] == []
+    assert content["other"]["weights"]["findings"][0]["kind"] == "spike"
+    assert main(["check", str(file), "--output-dir", str(output)]) == 2
     assert main(["check", str(tmp_path / "none.safetensors")]) == 2
     assert main(["check"]) == 2

@@ -153,6 +153,7 @@ BY_TARGET: dict[str, dict[str, str]] = {
     "kps": {"clusters": "(None, None)"},
     "read_safetensors": {"path": "adapter_file()"},
     "load_lora": {"path": "adapter_file()"},
+    "check": {"adapters": '{{"a": adapter_file()}}', "encoder": "None"},
     "adapter_tensors": {"family": '"sd"'},
     "compile_kernels": {"architecture": "90", "dtype": '"float32"'},
     "add_param_group": {"param_group": '{{"params": parameters((3, 2))}}'},
@@ -199,6 +200,7 @@ RECEIVERS = {
 
 NOT_CALLED = {
     "TeacherBank": "is made by build and load",
+    "CheckResult": "holds what it is given",
     "KpsResult": "holds what it is given",
     "LoraFile": "holds what it is given",
     "CatLossParts": "holds what it is given",

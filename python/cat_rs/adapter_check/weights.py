@@ -115,7 +115,16 @@ def check_weights(
         AdapterError: The file is damaged or no LoRA.
         OSError: The file cannot be read.
     """
-    models = models or {}
+    threads = torch.get_num_threads()
+    # Matrices this small gain nothing from threads, which wait for each other long where others use the processor.
+    torch.set_num_threads(1)
+    try:
+        return _checked(adapter, models or {})
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _checked(adapter: LoraFile | str | os.PathLike[str], models: Mapping[str, torch.nn.Module]) -> WeightReport:
     lora = adapter if isinstance(adapter, LoraFile) else read_lora(adapter, models, finite=False)
     findings: list[Finding] = []
     layers, weights = _placed(lora, models, findings)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cat_rs.commands.sampling import SamplingSettings
+from cat_rs.commands.sampling import SamplingSettings, name_and_path
 from cat_rs.options import ConfigError, check_absent, option
 from cat_rs.processes import Processes, leave
 from cat_rs.run_folder import CONTACT_SHEET_FILE, PICTURES_FOLDER, RESULTS_FILE
-from cat_rs.text_files import printable
 
 if TYPE_CHECKING:
     from cat_rs.evaluation import EvaluationResult
@@ -56,18 +54,10 @@ class Settings(SamplingSettings):
 
     def named_adapters(self) -> dict[str, str]:
         """Return name -> path."""
-        named = dict(map(_name_and_path, self.adapters))
+        named = dict(map(name_and_path, self.adapters))
         if len(named) < len(self.adapters):
             raise ConfigError(f"adapters: expected different names, got {' '.join(self.adapters)}; give NAME=PATH")
         return named
-
-
-def _name_and_path(adapter: str) -> tuple[str, str]:
-    """Split NAME=PATH; a path may have a "=" of its own, such as runs/lr=1e-4."""
-    name, _, path = adapter.partition("=")
-    if not path or os.sep in name or os.path.exists(adapter):
-        return printable(Path(adapter).stem), adapter
-    return printable(name), path
 
 
 def run(settings: Settings) -> None:

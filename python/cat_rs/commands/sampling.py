@@ -1,12 +1,15 @@
-"""The options shared by the commands that draw pictures."""
+"""What the commands that draw pictures share: options, and names for adapters."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from cat_rs.options import option
 from cat_rs.processes import Processes
+from cat_rs.text_files import printable
 
 SAMPLING = "sampling"
 MACHINE = "machine"
@@ -54,3 +57,11 @@ class SamplingSettings:
 
         device = (processes or Processes()).own_device(choose_device(self.device))
         return load_pipeline(model, getattr(torch, self.dtype), device)
+
+
+def name_and_path(adapter: str) -> tuple[str, str]:
+    """Split NAME=PATH; a path may have a "=" of its own, such as runs/lr=1e-4."""
+    name, _, path = adapter.partition("=")
+    if not path or os.sep in name or os.path.exists(adapter):
+        return printable(Path(adapter).stem), adapter
+    return printable(name), path
