@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# tch is made for one PyTorch minor each. No tch is for 2.14 or 2.15, which build with tch 0.26 and the additions of
-# `variables`.
-TCH_FOR_TORCH = {"2.11": "0.24", "2.12": "0.25", "2.13": "0.26", "2.14": "0.26", "2.15": "0.26"}
+# tch 0.24 is made for PyTorch 2.11, tch 0.26 for 2.13; 0.25 was never released. tch 0.26 compiles against 2.12 as it is,
+# and against 2.14 and 2.15 with the additions of `variables`.
+TCH_FOR_TORCH = {"2.11": "0.24", "2.12": "0.26", "2.13": "0.26", "2.14": "0.26", "2.15": "0.26"}
 
 
 def torch_minor() -> str:
@@ -44,7 +44,7 @@ def locked_tch(lock: str) -> str:
 def variables(minor: str, tch: str) -> dict[str, str]:
     """What torch-sys and the compilers need to build `tch` against the installed PyTorch `minor`."""
     if TCH_FOR_TORCH.get(minor) != tch:
-        fits = next((torch for torch, other in TCH_FOR_TORCH.items() if other == tch), "no known PyTorch")
+        fits = " or ".join(torch for torch, other in TCH_FOR_TORCH.items() if other == tch) or "no known one"
         raise SystemExit(
             f"error: Cargo.lock holds tch {tch}, which is for PyTorch {fits}, but {sys.executable} has PyTorch "
             f"{minor}. `make wheel` builds for the others ({', '.join(TCH_FOR_TORCH)})."

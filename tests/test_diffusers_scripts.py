@@ -1,4 +1,4 @@
-"""docs/diffusers-scripts.md: its changes apply to diffusers' real training scripts, and the first one trains.
+"""docs/diffusers-scripts.md: its changes apply to diffusers' real training scripts, and what comes out trains.
 
 The scripts are fetched at test time; CAT_RS_DIFFUSERS names a checkout of diffusers to take them from instead.
 """
@@ -6,19 +6,19 @@ The scripts are fetched at test time; CAT_RS_DIFFUSERS names a checkout of diffu
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from scripts import diffusers_scripts
 
 from tests.test_docs import FENCED
 
-ROOT = Path(__file__).resolve().parent.parent
 RELEASE = "v0.40.0"
 SCRIPTS = {
     "train_dreambooth_lora.py": "dreambooth",
@@ -66,24 +66,75 @@ def test_the_changes_apply_to_the_real_script(name: str) -> None:
     assert counts == diffusers_scripts.line_counts()[name]
 
 
-def test_the_changed_dreambooth_script_trains(tmp_path: Path) -> None:
-    name = "train_dreambooth_lora.py"
+@pytest.fixture(scope="module")
+def tiny_flux_pipeline_dir(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline with random weights, 16x16 pictures, in a folder."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from tokenizers import Tokenizer, models
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+    torch.manual_seed(0)
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary = special + [(letter, -1.0) for letter in "▁abcdefghijklmnopqrst"]
+    # The script asks for 77 tokens, whatever the tokenizer says.
+    words = CLIPTextConfig.from_pretrained(tiny_pipeline_dir / "text_encoder", max_position_embeddings=77)
+    text_encoder = CLIPTextModel(words)
+    vae = AutoencoderKL.from_pretrained(tiny_pipeline_dir / "vae")
+    vae.register_to_config(shift_factor=0.0)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(tiny_pipeline_dir / "tokenizer"),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=T5TokenizerFast(tokenizer_object=Tokenizer(models.Unigram(vocabulary, unk_id=2)), extra_ids=0),
+        transformer=FluxTransformer2DModel(
+            in_channels=4 * vae.config.latent_channels,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=text_encoder.config.hidden_size,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        ),
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "flux"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "options"),
+    [
+        ("train_dreambooth_lora.py", "tiny_pipeline_dir", ()),
+        ("train_text_to_image_lora.py", "tiny_pipeline_dir", ("--caption_column", "text")),
+        ("train_dreambooth_lora_sdxl.py", "tiny_sdxl_pipeline_dir", ()),
+        ("train_dreambooth_lora_flux.py", "tiny_flux_pipeline_dir", ("--max_sequence_length", "16")),
+    ],
+)
+def test_the_changed_script_trains(
+    name: str, model: str, options: Sequence[str], concept_dir: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     (tmp_path / name).write_text(changed_script(name)[0], encoding="utf-8")
-    pytest.importorskip("torchvision", reason="diffusers' script needs torchvision")
-    (tmp_path / "pictures").mkdir()
-    for picture in (ROOT / "examples/emoji_model/concepts/pineapple").glob("*.png"):
-        shutil.copy(picture, tmp_path / "pictures")
-    places = {
-        "--pretrained_model_name_or_path": ROOT / "examples/emoji_model/model",
-        "--instance_data_dir": tmp_path / "pictures",
-        "--output_dir": tmp_path / "out",
-    }
-    words = ("--instance_prompt", "a sks fruit", "--trigger_word", "sks", "--class_word", "fruit")
-    options = ("--resolution", "32", "--train_batch_size", "2", "--max_train_steps", "2", "--rank", "2", "--seed", "0")
+    for package in ("torchvision", "datasets"):
+        pytest.importorskip(package, reason=f"diffusers' scripts need {package}")
+    places = {"--pretrained_model_name_or_path": request.getfixturevalue(model), "--output_dir": tmp_path / "out"}
+    words = ("--trigger_word", "sks", "--class_word", "cat")
+    if "dreambooth" in name:
+        (concept_dir / "metadata.jsonl").unlink()
+        places["--instance_data_dir"] = concept_dir
+        words += ("--instance_prompt", "a sks cat")
+    else:
+        places["--train_data_dir"] = concept_dir
     arguments = [str(text) for pair in places.items() for text in pair]
+    few = ("--resolution", "16", "--train_batch_size", "2", "--max_train_steps", "2", "--rank", "2", "--seed", "0")
     done = subprocess.run(
-        [sys.executable, str(tmp_path / name), *arguments, *words, *options],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        [sys.executable, str(tmp_path / name), *arguments, *words, *few, *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HOME": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
         check=False,
