@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# tch 0.24 is made for PyTorch 2.11, tch 0.26 for 2.13; 0.25 was never released. tch 0.26 compiles against 2.12 as it is,
-# and against 2.14 and 2.15 with the additions of `variables`.
+# tch 0.24 is made for PyTorch 2.11, tch 0.26 for 2.13; 0.25 was never released. tch 0.26 compiles against 2.12 as it
+# is, and against 2.14 and 2.15 with the additions of `variables`.
 TCH_FOR_TORCH = {"2.11": "0.24", "2.12": "0.26", "2.13": "0.26", "2.14": "0.26", "2.15": "0.26"}
 
 
