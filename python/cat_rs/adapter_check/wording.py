@@ -52,7 +52,7 @@ def _with_trigger(check: PictureCheck, at: ScaleCheck) -> Iterator[str]:
     own_class = at.kinds[CLASS].drift if CLASS in at.kinds else None
     if own_class is not None and _calls(check, at) and own_class.value >= _CLASS_SHARE * at.effect.value:
         yield (
-            f"{check.class_word!r} alone changes {own_class.value / at.effect.value:.0%} as much as with the trigger: "
+            f"{check.class_word!r} alone changes {_percent(own_class, at.effect)} of what changes with the trigger: "
             "the trigger sets little apart."
         )
 
@@ -104,10 +104,14 @@ def _false_triggers(check: PictureCheck, at: ScaleCheck) -> Iterator[str]:
             f"The adapter answers to {_listed(answered)}, too: {_shares(means, answered)} of what the trigger changes."
         )
     elif false:
-        yield (
-            f"No false trigger calls the adapter: {_listed(false)} change {_shares(means, false)} of what the trigger "
-            f"changes{'' if own_class is None else ', and its class alone ' + _percent(own_class, at.effect)}."
+        most = max(means[variant] for variant in false)
+        what = (
+            "No false trigger calls the adapter"
+            if own_class is None or most < _LEAK
+            else f"False triggers change no more than {check.class_word!r} alone may"
         )
+        beside_class = "" if own_class is None else f", {check.class_word!r} alone {_percent(own_class, at.effect)}"
+        yield (f"{what}: {_listed(false)} change {_shares(means, false)} of what the trigger changes{beside_class}.")
     if beside:
         yield f"The trigger beside another class ({_listed(beside)}) changes {_shares(means, beside)} of that."
 

@@ -47,7 +47,9 @@ def draw_strength(checked: PictureCheck, series: int) -> Figure:
 
 def draw_layers(weights: WeightReport, series: int) -> Figure:
     """Draw the size of each layer's update in the order of the file; layers out of line are named."""
-    figure, axes = new_chart(7.2, 3.8)
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = new_chart(4.8, 3.8)
     relative = all(layer.relative is not None for layer in weights.layers)
     sizes = np.array([(layer.relative if relative else layer.norm) or np.nan for layer in weights.layers])
     flagged = {name for finding in weights.findings for name in finding.layers}
@@ -70,6 +72,9 @@ def draw_layers(weights: WeightReport, series: int) -> Figure:
         ).set_in_layout(False)
     if np.isfinite(sizes).any():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("layers, in the order of the file")
     axes.set_ylabel("norm of the update / of the weight" if relative else "norm of the update")
     return figure
