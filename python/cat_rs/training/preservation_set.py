@@ -195,6 +195,7 @@ class PreservationSet:
             InvalidValueError, ShapeError: Naming what was expected and what came.
         """
         op = "PreservationSet.joined"
+        check_no_mode(op)
         check(op, "sets", sets, "at least one PreservationSet", lambda it: {type(each) for each in it} == {cls})
         shares = [1.0] * len(sets) if shares is None else shares
         expected = f"{len(sets)} finite numbers > 0"
