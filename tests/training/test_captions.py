@@ -24,6 +24,12 @@ def test_changed_captions_are_counted() -> None:
     assert pairs.summary() == "trigger removed from 1 of 2 captions ('a sks cat' -> 'a cat')"
 
 
+def test_the_empty_caption_may_stand_for_all() -> None:
+    pairs = pair_captions(["a sks cat", "a cat"], config(class_word="cat", preserve="blank"))
+    assert pairs.without_trigger == ("", "")
+    assert pairs.with_trigger == ("a sks cat", "a cat")
+
+
 def test_each_trigger_has_its_class_word() -> None:
     pairs = pair_captions(["sks and zwx"], config(trigger=("sks=cat", "zwx"), class_word="dog"))
     assert pairs.without_trigger == ("cat and dog",)

@@ -263,7 +263,7 @@ def test_callers_random_state_is_untouched(configure: Configure) -> None:
         {"cat_drift": 1e-3},
         {"preservation": "dco", "cat_factor": 100.0},
         {"preservation": "l2"},
-        {"preservation": "layers"},
+        {"preservation": "layers", "preserve": "blank"},
     ],
     ids=[
         *("default", "accumulate", "cosine", "dropout", "plain", "teacher_draws", "float16", "every-second", "target"),

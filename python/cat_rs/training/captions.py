@@ -20,7 +20,7 @@ class CaptionPairs:
 
     Attributes:
         with_trigger: One caption for each example.
-        without_trigger: The same captions after `remove_trigger`.
+        without_trigger: The same captions after `remove_trigger`; empty ones for `preserve` blank.
         changed: How many captions held a trigger.
         preserved: More prompts to preserve, which sometimes replace captions without the trigger.
     """
@@ -76,7 +76,7 @@ def pair_captions(captions: Sequence[str], config: TrainConfig) -> CaptionPairs:
             f"trigger: expected {' or '.join(map(repr, triggers))} in the captions, which cat_factor > 0 needs; "
             f"got no caption with it: {shown}"
         )
-    without_trigger = tuple(caption for caption, _ in removed)
+    without_trigger = tuple("" if config.preserve == "blank" else caption for caption, _ in removed)
     return CaptionPairs(tuple(captions), without_trigger, changed, _read_preserved(config))
 
 

@@ -106,11 +106,12 @@ class TrainConfig:
         "whose beta is cat_factor (dco); the norm of the weights' change (l2); the change of each layer's output "
         "(layers)",
     )
-    preserve: Literal["captions", "set"] = option(
+    preserve: Literal["captions", "blank", "set"] = option(
         "captions",
         group=_CAT,
-        help="what L_cat is taken at: the pictures of the concept, for their captions without the trigger; or a set "
-        "of pictures that the base model drew for those captions and for general prompts",
+        help="what L_cat is taken at: the pictures of the concept, for their captions without the trigger or for the "
+        "empty caption (blank); or a set of pictures that the base model drew for those captions and for general "
+        "prompts",
     )
     preserve_prompts: str | None = option(
         None,
@@ -257,14 +258,14 @@ class TrainConfig:
         for name in ("cat_ratio", "cat_drift", "preserve_prompts"):
             if getattr(self, name) is not None and not self.preserves():
                 raise ConfigError(f"cat_factor: expected a number > 0 with {name}, got 0")
-        from_captions = self.preserve == "captions"
-        if not (self.preserves() or from_captions):
-            raise ConfigError("preserve: expected captions with cat_factor 0, got set")
-        if not from_captions and self.preservation not in ("cat", "prior", "layers"):
-            expected = "cat, prior or layers with preserve set"
+        has_set = self.preserve == "set"
+        if not self.preserves() and self.preserve != "captions":
+            raise ConfigError(f"preserve: expected captions with cat_factor 0, got {self.preserve}")
+        if self.preserve != "captions" and self.preservation not in ("cat", "prior", "layers"):
+            expected = f"cat, prior or layers with preserve {self.preserve}"
             raise ConfigError(f"preservation: expected {expected}, got {self.preservation}")
-        if from_captions and self.preservation == "prior":
-            raise ConfigError("preserve: expected set with preservation prior, which learns it, got captions")
+        if not has_set and self.preservation == "prior":
+            raise ConfigError(f"preserve: expected set with preservation prior, which learns it, got {self.preserve}")
         if not self.target_modules:
             raise ConfigError("target_modules: expected at least one layer name, got none")
         if not self.trigger and self.preserves():
@@ -279,13 +280,13 @@ class TrainConfig:
             raise ConfigError(f"preserve_every: expected 1 with cat_factor 0, got {self.preserve_every}")
         if self.teacher_draws and not self.preserves():
             raise ConfigError(f"teacher_draws: expected 0 with cat_factor 0, got {self.teacher_draws}")
-        if from_captions and (self.preserve_set or self.preserve_batch is not None):
-            raise ConfigError("preserve: expected set with preserve_set or preserve_batch, got captions")
+        if not has_set and (self.preserve_set or self.preserve_batch is not None):
+            raise ConfigError(f"preserve: expected set with preserve_set or preserve_batch, got {self.preserve}")
         if self.preserve_set and (self.preserve_prompts is not None or self.teacher_draws):
             raise ConfigError(
                 "preserve_set: expected none with preserve_prompts or teacher_draws, with which one is built; got both"
             )
-        if from_captions and self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
+        if not has_set and self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
             # A bank holds one prompt a picture, and its noise.
             raise ConfigError("teacher_draws: expected 0 with preserve_prompts or noise_offset, got both")
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
