@@ -90,6 +90,20 @@ def test_singular_values_of_factors_of_any_condition(spread: float) -> None:
         torch.testing.assert_close(values, exact[:count], rtol=1e-10, atol=1e-15)
 
 
+def test_small_matrices_take_one_thread(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+
+    def noting(update: Factors) -> torch.Tensor:
+        used.add(torch.get_num_threads())
+        return singular_values(update)
+
+    monkeypatch.setattr("cat_rs.adapter_check.weights.singular_values", noting)
+    torch.set_num_threads(2)
+    check_weights(file)
+    assert used == {1}
+    assert torch.get_num_threads() == 2
+
+
 def test_without_the_model_nothing_is_compared_with_it(file: Path) -> None:
     report = check_weights(cat_rs.load_lora(file))
     assert {layer.relative for layer in report.layers} == {None}
