@@ -99,19 +99,16 @@ def _false_triggers(check: PictureCheck, at: ScaleCheck) -> Iterator[str]:
     beside = [variant for variant in means if variant.startswith(f"{check.trigger} ")]
     false = [variant for variant in means if variant not in beside]
     answered = [variant for variant in false if means[variant] >= max(_LEAK, usual)]
+    own = "" if own_class is None else f", {check.class_word!r} alone {_percent(own_class, at.effect)}"
     if answered:
         yield (
-            f"The adapter answers to {_listed(answered)}, too: {_shares(means, answered)} of what the trigger changes."
+            f"False triggers that change pictures as the trigger does: {_listed(answered)}, "
+            f"{_shares(means, answered)} of what the trigger changes{own}."
         )
     elif false:
-        most = max(means[variant] for variant in false)
-        what = (
-            "No false trigger calls the adapter"
-            if own_class is None or most < _LEAK
-            else f"False triggers change no more than {check.class_word!r} alone may"
-        )
-        beside_class = "" if own_class is None else f", {check.class_word!r} alone {_percent(own_class, at.effect)}"
-        yield (f"{what}: {_listed(false)} change {_shares(means, false)} of what the trigger changes{beside_class}.")
+        within = own_class is not None and max(means[variant] for variant in false) >= _LEAK
+        what = f"change no more than {check.class_word!r} alone may" if within else "call little"
+        yield f"False triggers {what}: {_listed(false)} {_shares(means, false)} of what the trigger changes{own}."
     if beside:
         yield f"The trigger beside another class ({_listed(beside)}) changes {_shares(means, beside)} of that."
 
