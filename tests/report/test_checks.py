@@ -60,7 +60,7 @@ def adapter(trigger: str | None = "sks") -> AdapterCheck:
         prompts=PROMPTS,
         variants=(),
         left_out=(),
-        base=kinds,
+        base=dict.fromkeys(PROMPTS, Scores()),
         other_seed={"trigger": scores},
         scales=tuple(ScaleCheck(scale, kinds, DRIFT, "general", effect, scale == 1.0) for scale in SCALES),
         max_drift=0.05,
@@ -108,6 +108,8 @@ def test_the_page_has_every_part(tmp_path: Path) -> None:
     assert "A sentence about &lt;script&gt;." in page
     assert "Weights, spike: far above the median (unet: layer4)." in page
     assert "They get along." in page
+    # Of the stack over the general prompts alone, and of two adapters at two scales for both kinds.
+    assert page.count("<small>drift 0.040</small>") == 1 + 2 * 2 * 2
     assert HOSTILE not in page
     # Three of the trigger's prompts and two general ones: three models of two adapters, four of the stack.
     assert page.count("data:image/webp") == 5 * (3 + 3 + 4)

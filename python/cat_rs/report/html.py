@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from cat_rs.adapter_check import AdapterCheck, Finding, PictureCheck, StackCheck
+from cat_rs.adapter_check.prompts import GENERAL
 from cat_rs.adapter_check.result import KindGrids
 from cat_rs.evaluation import EvaluationPictures, Interval, PictureGrid, PromptScores, Scores
 from cat_rs.evaluation.measures import BASE, MEANINGS, MEASURES, labelled_values
@@ -263,11 +264,19 @@ def _stacked(stack: StackCheck) -> dict[str, Any]:
     sheet = None
     if stack.grids is not None:
         stacks = {each.name: Scores(drift=each.drift) for each in stack.stacks}
-        scores = {name: stacks.get(name, Scores()) for name in (BASE, *stack.scales, *stacks)}
+        models = (BASE, *stack.scales, *stacks)
+        # A stack's drift is that of general prompts.
+        scores = {kind: stacks if kind == GENERAL else {} for kind in stack.prompts}
         sheet = {
-            "models": [{"name": name, "series": None} for name in scores],
+            "models": [{"name": name, "series": None} for name in models],
             "halves": [
-                _half(kind.capitalize(), scores, "drift", [stack.grids[name][kind] for name in scores], prompts)
+                _half(
+                    kind.capitalize(),
+                    {name: scores[kind].get(name, Scores()) for name in models},
+                    "drift",
+                    [stack.grids[name][kind] for name in models],
+                    prompts,
+                )
                 for kind, prompts in stack.prompts.items()
             ],
         }
