@@ -24,6 +24,7 @@ SCRIPTS = (
     "peft_unet",
     "teacher_bank",
     "threads",
+    "preservation",
     "step",
 )
 
