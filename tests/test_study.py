@@ -6,15 +6,17 @@ import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cat_rs.evaluation import EvaluationResult
+from cat_rs.evaluation.measures import Interval
 
 pytest.importorskip("diffusers")
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,7 @@ def study() -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        own = ("analysis", "concepts", "methods", "multi", "study")
+        own = ("analysis", "concepts", "methods", "multi", "rule", "study")
         modules = (*own, "by_prompts", "demo_setting", "stopped_early", "teacher_bank")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in modules})
     finally:
@@ -37,16 +39,35 @@ def study() -> Iterator[Any]:
 
 
 def names() -> list[str]:
-    methods = ("LoRA", "prior preservation", "separate samples", "blank prompt", "CAT 0.5", "CAT ratio", "CAT bank")
-    return [*methods, "CAT prompts"]
+    others = ["prior preservation", "class pictures", "blank prompt", "DCO", "L2", "layers"]
+    return ["LoRA", *others, "CAT 1", "CAT prompts", "base pictures 1", "base pictures, every 4th"]
+
+
+@pytest.fixture
+def few_pictures(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file of two prompts, and five pictures of a concept's captions."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("cat_rs.training.preserved_pictures.CAPTION_PICTURES", 5)
+    monkeypatch.setattr(study.methods, "CLASS_PICTURES", 5)
+    (tmp_path / "prompts.txt").write_text("a lemon\na castle\n")
+    return str(tmp_path / "prompts.txt")
+
+
+def with_few(method: Any, prompts: str) -> Any:
+    """The method with few preserve prompts, where it has any."""
+    settings = getattr(method.train, "keywords", {})
+    return replace(
+        method,
+        train=partial(method.train, preserve_prompts=prompts) if "preserve_prompts" in settings else method.train,
+    )
 
 
 @pytest.mark.parametrize("name", names())
-def test_every_method_trains(study: Any, name: str, tmp_path: Path) -> None:
+def test_every_method_trains(study: Any, name: str, few_pictures: str, tmp_path: Path) -> None:
     concept = study.concepts.read_concepts()["tractor"]
     data = tmp_path / "data"
     concept.write_data(data)
-    method = replace(study.methods.METHODS[name], steps=2, kept=(1, 2))
+    method = replace(with_few(study.methods.METHODS[name], few_pictures), steps=2, kept=(1, 2))
     method.train(method, concept, 0, data, tmp_path / "run")
     first, second = (load_file(study.methods.adapter_file(tmp_path / "run", step)) for step in (1, 2))
     assert first.keys() == second.keys()
@@ -55,18 +76,87 @@ def test_every_method_trains(study: Any, name: str, tmp_path: Path) -> None:
     assert any(not torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "CAT 1", "CAT prompts"])
-def test_one_adapter_learns_three_concepts(study: Any, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["LoRA", "CAT 1", "CAT prompts", "base pictures, every 4th"])
+def test_one_adapter_learns_three_concepts(study: Any, name: str, few_pictures: str, tmp_path: Path) -> None:
+    assert name in study.multi.COMPARED
     for concept in study.multi.trio():
         concept.write_data(tmp_path / "data")
-    method = replace(study.multi.together(study.methods.METHODS[name]), steps=2, kept=(2,))
+    method = replace(study.multi.together(with_few(study.methods.METHODS[name], few_pictures)), steps=2, kept=(2,))
     method.train(method, study.multi.trio()[0], 0, tmp_path / "data", tmp_path / "run")
     assert study.methods.adapter_file(tmp_path / "run", 2).exists()
 
 
 def test_all_methods_of_the_study_are_covered(study: Any) -> None:
-    factors = {"CAT 1", "CAT 2", "CAT 6"}
-    assert set(names()) | factors == set(study.methods.METHODS)
+    assert {*names(), "base pictures 2"} == set(study.methods.METHODS)
+
+
+def test_adapters_are_scored_at_every_step_and_scale(study: Any, tmp_path: Path) -> None:
+    adapters = study.methods.METHODS["LoRA"].adapters(tmp_path)
+    assert len(adapters) == 8 * 4
+    assert adapters["LoRA @ 50"] == (tmp_path / "step-000050.safetensors", 1.0)
+    assert adapters["LoRA @ 400 x 0.7"] == (tmp_path / "step-000400.safetensors", 0.7)
+
+
+class Row(NamedTuple):
+    model: str
+    prompt: str
+    trigger: bool
+    identity: list[float]
+    similarity: list[float]
+
+
+def ruled_result(study: Any, concept: Any, choosing: dict[str, tuple[float, float]], scored: Any) -> Any:
+    """An evaluation in which adapters have these identities and UPS on the choosing and on the scored prompts."""
+    groups = [(concept.trigger_prompts, True), *((prompts, False) for prompts in concept.kinds.values())]
+    rows = [
+        Row(name, prompt, trigger, [(choosing, scored)[index % 2][name][0]], [(choosing, scored)[index % 2][name][1]])
+        for prompts, trigger in groups
+        for index, prompt in enumerate(prompts)
+        for name in choosing
+    ]
+    return SimpleNamespace(
+        prompts=rows, adapters=dict.fromkeys(choosing), base=SimpleNamespace(identity=Interval(0.3, 0.25, 0.35))
+    )
+
+
+def test_the_rule_chooses_on_one_half_and_scores_the_other(study: Any) -> None:
+    concept = study.concepts.read_concepts()["tractor"]
+    plain = {name: (0.4, 0.99) for name in study.methods.METHODS["LoRA"].adapters(Path())}
+    plain |= {"LoRA @ 100": (0.6, 0.90), "LoRA @ 400 x 0.7": (0.61, 0.92), "LoRA @ 400": (0.8, 0.7)}
+    ours = {f"CAT 1 @ {step}": figures for step, figures in ((200, (0.5, 0.98)), (400, (0.605, 0.95)))}
+    scored = {name: (0.1, 0.2) for name in plain | ours}
+    scored |= {"LoRA @ 400 x 0.7": (0.55, 0.8), "LoRA @ 100": (0.6, 0.7), "CAT 1 @ 400": (0.58, 0.9)}
+    result = ruled_result(study, concept, plain | ours, scored)
+    found = {title: study.rule.match(result, concept, "CAT 1", rule) for title, rule in study.rule.RULES.items()}
+    first, *_, nearest, earliest = found.values()
+    assert first[:2] == ("CAT 1 @ 400", "LoRA @ 400 x 0.7")
+    assert first[2:] == pytest.approx((0.03, 0.1))
+    assert found["any checkpoint at scale 1, identity >= ours - 0.01"].plain == "LoRA @ 100"
+    assert nearest.plain in ("LoRA @ 100", "LoRA @ 400 x 0.7")
+    assert earliest.plain == "LoRA @ 100"
+
+
+def test_the_rule_without_an_adapter_of_that_identity_takes_the_highest(study: Any) -> None:
+    concept = study.concepts.read_concepts()["tractor"]
+    plain = {name: (0.4, 0.99) for name in study.methods.METHODS["LoRA"].adapters(Path())} | {"LoRA @ 400": (0.5, 0.7)}
+    figures = plain | {"CAT 1 @ 200": (0.3, 1.0), "CAT 1 @ 400": (0.7, 0.9)}
+    result = ruled_result(study, concept, figures, figures)
+    found = [study.rule.match(result, concept, "CAT 1", rule) for rule in study.rule.RULES.values()]
+    assert found[0].plain == "LoRA @ 400"
+    assert found[-2:] == [None, None]
+    nothing = {name: (0.3, 1.0) for name in figures}
+    assert study.rule.match(ruled_result(study, concept, nothing, nothing), concept, "CAT 1", found[0]) is None
+
+
+def test_plain_lora_stops_where_it_draws_as_many_asked_concepts(study: Any) -> None:
+    rates = {
+        study.multi.together_name("LoRA", step): {"right": step / 1000, "wrong": step / 2000}
+        for step in study.multi.together(study.methods.METHODS["LoRA"]).kept
+    }
+    rates["CAT 1, together"] = {"right": 0.31, "wrong": 0.1}
+    found = study.multi.wrong_at_equal_right([rates, rates], "CAT 1")
+    expected = {"wrong": 0.1, "right": 0.31, "plain wrong": 0.175, "plain right": 0.35, "step": 350}
+    assert found == pytest.approx(expected)
 
 
 def test_captions_carry_the_concepts_own_trigger(study: Any) -> None:

@@ -13,8 +13,10 @@ import cat_rs
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationResult
 from concepts import read_concepts
-from methods import BATCH, LR, METHODS, RANK, STEPS
-from multi import COMPARED, TRIO, wrong_rates
+from methods import BATCH, LR, METHODS, PLAIN, RANK, RECIPE, STEPS
+from multi import COMPARED, TRIO, wrong_at_equal_right, wrong_rates
+from rule import RULES, match
+from rule import __doc__ as rule_text
 
 Run = tuple[str, int]
 """A concept and a seed."""
@@ -22,7 +24,6 @@ Run = tuple[str, int]
 KINDS = ("class", "neighbour", "other class", "unlike captions")
 FIGURES = ("identity", "ups", "tps", "kps", "drift", "diversity_retained", "prompt_similarity")
 EQUAL_IDENTITY = 0.02
-PLAIN = "LoRA"
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Estimate:
     runs: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Estimate:
-        low, high = cat_rs.bootstrap_interval(values, "mean") if len(values) > 1 else (float("nan"),) * 2
+    def of(cls, values: Sequence[float], clusters: Sequence[int] | None = None) -> Estimate:
+        low, high = float("nan"), float("nan")
+        if len(values) > 1:
+            low, high = cat_rs.bootstrap_interval(values, "mean", clusters=clusters)
         return cls(sum(values) / len(values), low, high, len(values))
 
     def __str__(self) -> str:
@@ -55,6 +58,7 @@ def write(output: Path, results: Mapping[Run, Path], together: Mapping[int, Path
     """Write tables.md, front.png and study.json."""
     output.mkdir(parents=True, exist_ok=True)
     points = {run: read_points(file, run[0]) for run, file in results.items()}
+    ruled = {name: gains(results, name) for name in METHODS if name != PLAIN}
     spent = {name: json.loads(file.read_text()) for name, file in costs.items()}
     rates = {
         seed: wrong_rates(json.loads(file.read_text(encoding="utf-8"))["appearances"])
@@ -69,6 +73,8 @@ def write(output: Path, results: Mapping[Run, Path], together: Mapping[int, Path
         "Written by `python examples/study/study.py`; the text about it is in [README.md](README.md).",
         "## At the last step\n\n" + last_step_table(points),
         "## UPS by kind of prompt, at the last step\n\n" + kinds_table(points),
+        "## Against the best plain LoRA\n\n" + gains_table(ruled),
+        "## The highest identity that a method reaches\n\n" + reach_table(points),
         "## Against plain LoRA stopped early, at equal identity\n\n" + equal_identity_table(compared),
         "## Cost\n\n" + cost_table(spent),
         "## One adapter for three concepts, and three adapters added\n\n" + together_table(rates, scores),
@@ -85,6 +91,8 @@ def write(output: Path, results: Mapping[Run, Path], together: Mapping[int, Path
             for name, point in adapters.items()
         ],
         "equal_identity": compared,
+        "against_the_best_plain": ruled,
+        "wrong_at_equal_right": {name: wrong_at_equal_right(list(rates.values()), name) for name in COMPARED[1:]},
         "cost": spent,
         "three_concepts": rates,
     }
@@ -140,6 +148,47 @@ def compare(points: Mapping[Run, Mapping[str, Point]], name: str) -> dict[str, A
         "plain_stopped_at": steps,
         "higher": sum(difference > 0 for difference in differences),
     }
+
+
+def gains(results: Mapping[Run, Path], name: str) -> dict[str, Any]:
+    """A method against plain LoRA by each rule: differences on the scored prompts, concepts resampled as wholes."""
+    loaded = {run: EvaluationResult.load(file) for run, file in results.items()}
+    concepts = read_concepts()
+    numbers = {concept: number for number, concept in enumerate(concepts)}
+    found = {}
+    for title, rule in RULES.items():
+        matches = {run: match(result, concepts[run[0]], name, rule) for run, result in loaded.items()}
+        matched = {run: each for run, each in matches.items() if each is not None}
+        clusters = [numbers[concept] for concept, _ in matched]
+        found[title] = {
+            "runs": len(matched),
+            "matches": {f"{concept}, {seed}": each._asdict() for (concept, seed), each in matched.items()},
+        }
+        for figure in ("ups", "identity") if matched else ():
+            found[title][figure] = Estimate.of([getattr(each, figure) for each in matched.values()], clusters)
+    return found
+
+
+def gains_table(ruled: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, by_rule in ruled.items():
+        for title, found in by_rule.items() if name == RECIPE else [next(iter(by_rule.items()))]:
+            cells = [f"{found[key]}" if found["runs"] else "-" for key in ("ups", "identity")]
+            rows.append([name, title, str(found["runs"]), *cells])
+    text = (rule_text or "").partition("\n\n")[2].strip()
+    heading = ("method", "rule", "runs", "UPS - UPS of plain LoRA", "identity - identity")
+    return f"{text}\n\nIntervals: concepts resampled as wholes.\n\n{table(heading, rows)}"
+
+
+def reach_table(points: Mapping[Run, Mapping[str, Point]]) -> str:
+    def highest(run: Mapping[str, Point], name: str) -> float:
+        return max(run[adapter].figures["identity"] for adapter in METHODS[name].adapters_at_full_scale())
+
+    rows = []
+    for name in METHODS:
+        shares = [highest(run, name) / highest(run, PLAIN) for run in points.values()]
+        rows.append([name, f"{mean(highest(run, name) for run in points.values()):.3f}", str(Estimate.of(shares))])
+    return table(("method", "highest identity", "of plain LoRA's"), rows)
 
 
 def last_step_table(points: Mapping[Run, Mapping[str, Point]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ import torch
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import ClipEncoder, EvaluationPrompts, EvaluationResult, KpsEvaluator, evaluate
 from concepts import CLIP, MODEL, Concept, read_concepts
-from methods import METHODS, STEPS, Method, adapter_file, with_trainer
+from methods import METHODS, PLAIN, RECIPE, STEPS, Method, adapter_file, with_trainer
 from safetensors.torch import load_file
 
 TRIO = ("pineapple", "tractor", "panda")
 TOGETHER_STEPS = 2 * STEPS
-COMPARED = ("LoRA", "CAT 1", "CAT prompts")
+COMPARED = (PLAIN, "CAT 1", "CAT prompts", RECIPE)
 
 
 def trio() -> list[Concept]:
@@ -30,7 +30,14 @@ def trio() -> list[Concept]:
 
 def together(method: Method) -> Method:
     """The same method on the pictures of all three, each trigger with its class word."""
-    return replace(method, steps=TOGETHER_STEPS, kept=(TOGETHER_STEPS,), train=partial(_train_together, method))
+    # Plain LoRA stops at any of these, to be compared where it draws the asked concepts as often.
+    kept = tuple(range(50, TOGETHER_STEPS + 1, 50)) if method.name == PLAIN else (TOGETHER_STEPS,)
+    return replace(method, steps=TOGETHER_STEPS, kept=kept, train=partial(_train_together, method))
+
+
+def together_name(method: str, step: int = TOGETHER_STEPS) -> str:
+    """What results call an adapter that was trained on all three."""
+    return f"{method}, together" if step == TOGETHER_STEPS else f"{method}, together @ {step}"
 
 
 def _train_together(single: Method, method: Method, concept: Concept, seed: int, data: Path, folder: Path) -> None:
@@ -148,6 +155,34 @@ def wrong_rates(appearances: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def wrong_at_equal_right(rates: Sequence[Mapping[str, Mapping[str, float]]], name: str) -> dict[str, float]:
+    """A method's rate of wrong concepts beside that of plain LoRA, stopped where it draws as many that were asked for.
+
+    Args:
+        rates: What `wrong_rates` returns, of each seed.
+        name: The method.
+
+    Returns:
+        "wrong" and "right" of the method; "plain wrong" and "plain right" of plain LoRA's first checkpoint with at
+        least the method's "right", the last one where there is none; its "step"; all means over the seeds.
+    """
+
+    def mean(model: str, kind: str) -> float:
+        return sum(rate[model][kind] for rate in rates) / len(rates)
+
+    right = mean(together_name(name), "right")
+    steps = together(METHODS[PLAIN]).kept
+    step = next((step for step in steps if mean(together_name(PLAIN, step), "right") >= right), steps[-1])
+    plain = together_name(PLAIN, step)
+    return {
+        "wrong": mean(together_name(name), "wrong"),
+        "right": right,
+        "plain wrong": mean(plain, "wrong"),
+        "plain right": mean(plain, "right"),
+        "step": step,
+    }
+
+
 def _open(file: Path) -> Any:
     from PIL import Image
 
@@ -159,7 +194,8 @@ def adapters_of(units: Path, seed: int, folder: Path) -> dict[str, Path]:
     found = {}
     for name in COMPARED:
         stem = name.replace(" ", "_")
-        found[f"{name}, together"] = adapter_file(folder / stem, TOGETHER_STEPS)
+        for step in together(METHODS[name]).kept:
+            found[together_name(name, step)] = adapter_file(folder / stem, step)
         singles = [units / f"{concept}-seed{seed}" / stem for concept in TRIO]
         total = folder / f"{stem}-added.safetensors"
         if not total.exists():

@@ -47,6 +47,8 @@ def main() -> None:
         "--only", nargs="+", choices=STAGES, default=tuple(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
     options = parser.parse_args()
+    # Where trainings keep the pictures that the base model drew.
+    os.environ["XDG_CACHE_HOME"] = str((options.work / "cache").resolve())
     for name, stage in STAGES.items():
         if name in options.only:
             stage(options)
@@ -142,7 +144,7 @@ def train_together(work: Path, method_name: str, seed: int) -> None:
     """Train one adapter on three concepts, unless that is done."""
     method = multi.together(METHODS[method_name])
     folder = together_folder(work, seed) / stem(method_name)
-    if not adapter_file(folder, method.steps).exists():
+    if not all(adapter_file(folder, step).exists() for step in method.kept):
         method.train(method, multi.trio()[0], seed, data_folder(work, "trio"), folder)
 
 
@@ -156,9 +158,9 @@ def evaluate_unit(work: Path, concept_name: str, seed: int) -> None:
     if target.exists():
         return
     adapters = {
-        f"{method.name} @ {step}": adapter_file(unit_folder(work, method.name, concept_name, seed), step)
+        name: adapter
         for method in METHODS.values()
-        for step in method.kept
+        for name, adapter in method.adapters(unit_folder(work, method.name, concept_name, seed)).items()
     }
     result = evaluation.evaluate(
         StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
@@ -197,8 +199,9 @@ def cost_of(work: Path, method_name: str) -> None:
     folder = target.with_suffix("")
     seconds = []
     for steps in COST_STEPS:
+        # Base pictures are drawn anew: they are part of the cost.
+        os.environ["XDG_CACHE_HOME"] = str((folder / f"cache-{steps}").resolve())
         method = replace(METHODS[method_name], steps=steps, kept=(steps,))
-        # Class pictures are made anew: they are part of the cost.
         data = folder / f"data-{steps}"
         write_data(data, [concept])
         start = time.perf_counter()
