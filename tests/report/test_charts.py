@@ -128,14 +128,20 @@ def test_points_without_bounds_and_nothing_else() -> None:
 
 
 def test_curves_are_thinned_out_by_means() -> None:
-    values = np.arange(1000.0)
-    values[500:510] = math.nan
-    line = curve("run", 0, np.arange(1000.0), values)
+    steps = np.arange(1000.0)
+    line = curve("run", 0, steps, 2.0 * steps)
     assert len(line.steps) == len(line.values) == len(line.smoothed) == 400
-    parts = np.array_split(np.arange(1000), 400)
-    np.testing.assert_allclose(line.steps, [part.mean() for part in parts])
-    assert np.isnan(line.values).sum() == sum(bool(np.all(np.isnan(values[part]))) for part in parts)
-    np.testing.assert_allclose(line.values[:100], [values[part].mean() for part in parts[:100]])
+    means = [part.mean() for part in np.array_split(steps, 400)]
+    np.testing.assert_allclose(line.steps, means)
+    np.testing.assert_allclose(line.values, 2.0 * np.array(means))
+
+
+def test_curves_join_the_steps_that_have_the_figure() -> None:
+    values = np.where(np.arange(1.0, 9.0) % 4 == 0, 0.5, math.nan)
+    line = curve("run", 0, np.arange(1.0, 9.0), values)
+    np.testing.assert_array_equal(line.steps, [4, 8])
+    np.testing.assert_array_equal(line.values, [0.5, 0.5])
+    assert len(curve("run", 0, np.arange(3.0), np.full(3, math.nan)).steps) == 3
 
 
 def test_short_curves_are_whole() -> None:

@@ -132,7 +132,7 @@ def test_small_errors_keep_their_gradient_in_float16(monkeypatch: pytest.MonkeyP
         return (errors if torch.is_grad_enabled() else errors[:4] * 0) + 0 * trained.sum().half()
 
     given: list[torch.Tensor] = []
-    monkeypatch.setattr(torch.autograd, "backward", lambda student, grad: given.append(grad))
+    monkeypatch.setattr(torch.autograd, "backward", lambda _roots, gradients: given.extend(gradients))
     step = cat_step(model, predict=predict, cat_factor=0.7, accumulate=2, grad_scaler=torch.amp.GradScaler("cpu"))
     cond = torch.zeros(4, 1, 1)
     step(torch.zeros(shape, dtype=torch.float16), cond, cond, noise=torch.zeros(shape, dtype=torch.float16))
