@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -87,13 +87,11 @@ class Adapters:
 
         return update_norm(self._modules)
 
-    @contextmanager
-    def layer_changes(self) -> Iterator[list[torch.Tensor]]:
+    def layer_changes(self) -> AbstractContextManager[list[torch.Tensor]]:
         """Within the context, collects what the adapter would change in each layer of the model that runs."""
         from cat_rs.peft import layer_changes
 
-        with layer_changes(self.model) as changes:
-            yield changes
+        return layer_changes(self.model)
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, torch.Tensor]) -> None:
