@@ -50,9 +50,8 @@ def folder_of(torch: str) -> Path:
 
 
 def install_torch(torch: str) -> None:
-    """Bring the environment to one PyTorch."""
-    if not INTERPRETER.exists():
-        venv.create(WORK / "venv", with_pip=True)
+    """Make the environment anew with one PyTorch: in one whose last change was killed, two may answer."""
+    venv.create(WORK / "venv", with_pip=True, clear=True)
     run(INTERPRETER, "-m", "pip", "install", f"torch=={torch}.*", "maturin>=1.9,<2", "setuptools", "wheel")
 
 

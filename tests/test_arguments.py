@@ -253,6 +253,10 @@ REFUSED: dict[str, Case] = {
         "`model` or `component`: expected layers of transformer, got only unet",
     ),
     "save-nothing": (lambda: cat_rs.save_lora(make.path(), {}), "`model_or_state` must have tensors of a LoRA, got"),
+    "save-half-a-letter": (
+        lambda: cat_rs.save_lora(make.path(), {"a\ud800.lora_A.weight": torch.ones(2, 2)}),
+        r"`model_or_state` must be tensors by names in Unicode, got 'a\\ud800.lora_A.weight'",
+    ),
     "kps-wrapped": (
         lambda: cat_rs.kps(*[make.dispatching(torch.ones(2, 2))] * 4),
         "base_no_trigger .*'a': must be a plain torch.Tensor, got a tests.fuzz.make.Dispatching",

@@ -26,6 +26,7 @@ from cat_rs.adapter_file.paths import COMPONENTS, DIFFUSERS_FILE, PEFT_CONFIG_FI
 from cat_rs.arguments import check, check_module, check_path, refusing
 from cat_rs.atomic import write_bytes
 from cat_rs.errors import AdapterError, InvalidValueError
+from cat_rs.text_files import is_unicode
 from cat_rs.unwrap import unwrap_model
 
 FORMATS = ("diffusers", "peft", "kohya")
@@ -92,6 +93,8 @@ def save_lora(
             given = dict(model_or_state)
         if not given:
             raise AdapterError("save_lora: `model_or_state` must have tensors of a LoRA, got none")
+        for name in given:
+            check("save_lora", "model_or_state", name, "tensors by names in Unicode", is_unicode)
         with refusing("save_lora", "model_or_state", "tensors by name", model_or_state):
             _, found, layers = parse(given, {}, None, saving=True)
             layers = with_alphas(layers, {})
