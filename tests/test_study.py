@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,7 +31,7 @@ def study() -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        own = ("analysis", "concepts", "methods", "multi", "rule", "study")
+        own = ("analysis", "checks", "concepts", "methods", "multi", "rule", "study")
         modules = (*own, "by_prompts", "demo_setting", "stopped_early", "teacher_bank")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in modules})
     finally:
@@ -40,7 +41,7 @@ def study() -> Iterator[Any]:
 
 def names() -> list[str]:
     others = ["prior preservation", "class pictures", "blank prompt", "DCO", "L2", "layers"]
-    return ["LoRA", *others, "CAT 1", "CAT prompts", "base pictures 1", "base pictures, every 4th"]
+    return ["LoRA", *others, "CAT 1", "CAT prompts", "base pictures", "base pictures, every 4th"]
 
 
 @pytest.fixture
@@ -56,10 +57,8 @@ def few_pictures(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def with_few(method: Any, prompts: str) -> Any:
     """The method with few preserve prompts, where it has any."""
     settings = getattr(method.train, "keywords", {})
-    return replace(
-        method,
-        train=partial(method.train, preserve_prompts=prompts) if "preserve_prompts" in settings else method.train,
-    )
+    has_prompts = "preserve_prompts" in settings or settings.get("preserve") == "set"
+    return replace(method, train=partial(method.train, preserve_prompts=prompts) if has_prompts else method.train)
 
 
 @pytest.mark.parametrize("name", names())
@@ -87,12 +86,12 @@ def test_one_adapter_learns_three_concepts(study: Any, name: str, few_pictures: 
 
 
 def test_all_methods_of_the_study_are_covered(study: Any) -> None:
-    assert {*names(), "base pictures 2"} == set(study.methods.METHODS)
+    assert set(names()) == set(study.methods.METHODS)
 
 
 def test_adapters_are_scored_at_every_step_and_scale(study: Any, tmp_path: Path) -> None:
     adapters = study.methods.METHODS["LoRA"].adapters(tmp_path)
-    assert len(adapters) == 8 * 4
+    assert len(adapters) == 6 * 4
     assert adapters["LoRA @ 50"] == (tmp_path / "step-000050.safetensors", 1.0)
     assert adapters["LoRA @ 400 x 0.7"] == (tmp_path / "step-000400.safetensors", 0.7)
 
@@ -256,6 +255,35 @@ def test_plain_lora_stops_where_it_has_cats_identity(study: Any, monkeypatch: py
     assert "| pineapple, 0 (demo) | LoRA, 150 | 0.857 [0.816, 0.900] |" in page
     assert "| pineapple, 0 (demo) | CAT, 1200 | 0.969 | 0.599 |" in page
     assert "| pineapple, 0 (demo) | 1200 | +0.111 [+0.077, +0.145] |" in page
+
+
+def test_the_rank_correlation_of_checks(study: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(12, generator=generator).double() for _ in range(2))
+    apart = (one.argsort().argsort() - other.argsort().argsort()).double()
+    expected = 1.0 - 6.0 * float(apart.square().sum()) / (12 * (12**2 - 1))
+    found = study.checks.spearman([str(index % 4) for index in range(12)], list(zip(one, other, strict=True)))
+    assert found["value"] == pytest.approx(expected)
+    assert found["low"] <= expected <= found["high"]
+    doubled = [(float(value), float(value**3)) for value in one] * 2
+    assert study.checks.spearman(["a"] * 12 + ["b"] * 12, doubled)["low"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("damage", "held"), [(0.04, True), (0.06, False)])
+def test_a_safe_scale_is_asked_again_with_other_seeds(
+    study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: float, held: bool
+) -> None:
+    def checked(*call: Any) -> list[SimpleNamespace]:
+        scales, seeds = call[-2:]
+        if seeds == (1, 2, 3):
+            assert scales == (0.6,)
+            return [SimpleNamespace(scale=0.6, damage=Interval(damage, damage - 0.01, damage + 0.01))]
+        return [SimpleNamespace(scale=each, damage=Interval(each / 20, 0.0, each / 15)) for each in scales]
+
+    monkeypatch.setattr(study.checks, "checked_scales", checked)
+    study.checks.check_scale(tmp_path, "panda", 0, "LoRA", 400)
+    found = json.loads(study.checks.scale_file(tmp_path, "panda", 0, "LoRA", 400).read_text())
+    assert (found["safest"], found["damage_with_other_seeds"], found["held"]) == (0.6, damage, held)
 
 
 def test_the_table_of_the_teacher_bank(study: Any) -> None:

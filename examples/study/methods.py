@@ -26,7 +26,8 @@ LR = 4e-4
 CLASS_PICTURES = 40  # for each concept, as many prompts as captions
 PLAIN, RECIPE = "LoRA", "base pictures, every 4th"
 # Plain LoRA learns fastest; what learns slower trains longer.
-EARLY, LONG = tuple(range(50, STEPS + 1, 50)), tuple(range(100, 2 * STEPS + 1, 100))
+EARLY = (50, 100, 150, 200, 300, 400)
+LONG, LONGEST = tuple(range(200, 2 * STEPS + 1, 200)), tuple(range(200, 3 * STEPS + 1, 200))
 SCALES = (0.5, 0.7, 0.85, 1.0)
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -39,7 +40,7 @@ class Method:
         name: In tables.
         what: What it is, in a line.
         train: Writes ``step-000400.safetensors`` and so on for the concept, seed and data folder into a folder.
-        kept: The steps whose adapters are kept and scored, evenly spaced.
+        kept: The steps whose adapters are kept and scored, multiples of the first.
         steps: How long it trains.
         scales: At which the adapters are scored.
     """
@@ -83,17 +84,20 @@ def with_trainer(method: Method, concept: Concept, seed: int, data: Path, folder
             model=str(MODEL),
             data=str(data),
             output_dir=str(work),
-            rank=RANK,
-            target_modules=TARGETS,
             steps=method.steps,
             batch_size=BATCH,
-            lr=LR,
             seed=seed,
             checkpoint_every=every,
             keep_checkpoints=method.steps // every,
             tensorboard=False,
             overwrite=True,
-            **{"trigger": (f"{concept.trigger}={concept.class_word}",), **settings},
+            **{
+                "rank": RANK,
+                "target_modules": TARGETS,
+                "lr": LR,
+                "trigger": (f"{concept.trigger}={concept.class_word}",),
+                **settings,
+            },
         ),
         progress=False,
         report=lambda _line: None,
@@ -121,10 +125,10 @@ def _methods() -> dict[str, Method]:
     def cat(name: str, what: str, **settings: Any) -> Method:
         return Method(name, what, partial(with_trainer, **settings))
 
-    def base_pictures(name: str, what: str, **settings: Any) -> Method:
-        """At pictures of the captions without the trigger and of the 206 prompts, half and half."""
-        train = partial(with_trainer, preserve="set", preserve_prompts=str(PRESERVE_PROMPTS), **settings)
-        return Method(name, f"CAT on {CLASS_PICTURES} + 206 base pictures, {what}", train, LONG, LONG[-1])
+    def base_pictures(name: str, what: str, kept: tuple[int, ...], **settings: Any) -> Method:
+        """At pictures of the captions without the trigger and of the bundled general prompts, half and half."""
+        train = partial(with_trainer, preserve="set", **settings)
+        return Method(name, f"CAT on {CLASS_PICTURES} + 203 base pictures, {what}", train, kept, kept[-1])
 
     methods = (
         Method(PLAIN, "plain LoRA", partial(with_trainer, cat_factor=0.0), EARLY, scales=SCALES),
@@ -148,9 +152,10 @@ def _methods() -> dict[str, Method]:
             "CAT, cat_factor 1, 206 more prompts preserved in half of the samples",
             preserve_prompts=str(PRESERVE_PROMPTS),
         ),
-        base_pictures("base pictures 1", "factor 1"),
-        base_pictures("base pictures 2", "factor 2", cat_factor=2.0),
-        base_pictures(RECIPE, "factor 1, 8 stored draws each, in every 4th step", preserve_every=4, teacher_draws=8),
+        base_pictures("base pictures", "factor 1", LONG),
+        base_pictures(
+            RECIPE, "factor 1, 8 stored draws each, in every 4th step", LONGEST, preserve_every=4, teacher_draws=8
+        ),
     )
     return {method.name: method for method in methods}
 

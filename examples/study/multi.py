@@ -14,11 +14,10 @@ import torch
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import ClipEncoder, EvaluationPrompts, EvaluationResult, KpsEvaluator, evaluate
 from concepts import CLIP, MODEL, Concept, read_concepts
-from methods import METHODS, PLAIN, RECIPE, STEPS, Method, adapter_file, with_trainer
+from methods import METHODS, PLAIN, RECIPE, Method, adapter_file, with_trainer
 from safetensors.torch import load_file
 
 TRIO = ("pineapple", "tractor", "panda")
-TOGETHER_STEPS = 2 * STEPS
 COMPARED = (PLAIN, "CAT 1", "CAT prompts", RECIPE)
 
 
@@ -30,14 +29,16 @@ def trio() -> list[Concept]:
 
 def together(method: Method) -> Method:
     """The same method on the pictures of all three, each trigger with its class word."""
+    steps = 2 * method.steps
     # Plain LoRA stops at any of these, to be compared where it draws the asked concepts as often.
-    kept = tuple(range(50, TOGETHER_STEPS + 1, 50)) if method.name == PLAIN else (TOGETHER_STEPS,)
-    return replace(method, steps=TOGETHER_STEPS, kept=kept, train=partial(_train_together, method))
+    kept = tuple(range(50, steps + 1, 50)) if method.name == PLAIN else (steps,)
+    return replace(method, steps=steps, kept=kept, train=partial(_train_together, method))
 
 
-def together_name(method: str, step: int = TOGETHER_STEPS) -> str:
-    """What results call an adapter that was trained on all three."""
-    return f"{method}, together" if step == TOGETHER_STEPS else f"{method}, together @ {step}"
+def together_name(method: str, step: int | None = None) -> str:
+    """What results call an adapter that was trained on all three; by default that of the last step."""
+    last = step in (None, together(METHODS[method]).steps)
+    return f"{method}, together" if last else f"{method}, together @ {step}"
 
 
 def _train_together(single: Method, method: Method, concept: Concept, seed: int, data: Path, folder: Path) -> None:

@@ -1,0 +1,169 @@
+"""What `cat_rs.check` says of the study's adapters beside what the study says: ``python examples/study/checks.py``.
+
+`check` sees an adapter's file and the base model alone. Ranks the adapters by its UPS and by the study's, and asks
+whether the largest safe scale that one picture seed finds is safe with three others. Every finished check is a file in
+the study's work folder: stop it at any time and start it again. Writes checks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import cat_rs
+import numpy as np
+import torch
+from cat_rs.atomic import write_bytes
+from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationResult
+from concepts import CLIP, MODEL, read_concepts
+from diffusers import StableDiffusionPipeline
+from methods import METHODS, PLAIN, RECIPE, adapter_file, adapter_name
+from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, run, stem, unit_folder, units_folder
+
+# Early and late, with little damage and with much.
+CHECKED = ((PLAIN, 100), (PLAIN, 400), ("CAT prompts", 400), (RECIPE, METHODS[RECIPE].steps))
+SCALED = ((PLAIN, 400), (RECIPE, METHODS[RECIPE].steps))
+WITHOUT = "without the trigger"
+MAX_DRIFT = 0.05
+RESAMPLES = 10_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("study"), metavar="DIR", help="the study's work folder")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/study"), metavar="DIR", help="folder for the results"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    options = parser.parse_args()
+    units = [
+        (concept, seed) for seed in SEEDS for concept in read_concepts() if is_scored(options.work, concept, seed)
+    ]
+    scored = [(options.work, *unit, *adapter) for adapter in CHECKED for unit in units]
+    run(check_ups, scored, options.workers)
+    scaled = [(options.work, *unit, *adapter) for adapter in SCALED for unit in units if unit[1] == SEEDS[0]]
+    run(check_scale, scaled, options.workers)
+    ups = [json.loads(ups_file(*call).read_text()) for call in scored]
+    scales = [json.loads(scale_file(*call).read_text()) for call in scaled]
+    content = {
+        "format": "cat-rs study checks 1",
+        "spearman": spearman([row["concept"] for row in ups], [(row["check"], row["study"]) for row in ups]),
+        "ups": ups,
+        "held": sum(row["held"] for row in scales if row["safest"] is not None),
+        "found": sum(row["safest"] is not None for row in scales),
+        "scales": scales,
+    }
+    write_bytes(options.output / "checks.json", (json.dumps(content, indent=1) + "\n").encode())
+    print(json.dumps({name: content[name] for name in ("spearman", "held", "found")}, indent=1))
+
+
+def is_scored(work: Path, concept: str, seed: int) -> bool:
+    """Whether the study has scored the adapters of a concept and seed."""
+    return evaluation_file(work, concept, seed).exists()
+
+
+def evaluation_file(work: Path, concept: str, seed: int) -> Path:
+    return units_folder(work) / f"{stem(concept)}-seed{seed}" / "evaluation.json"
+
+
+def ups_file(work: Path, concept: str, seed: int, method: str, step: int) -> Path:
+    return work / "checks" / f"{stem(concept)}-seed{seed}-{stem(method)}-{step}.json"
+
+
+def scale_file(work: Path, concept: str, seed: int, method: str, step: int) -> Path:
+    return ups_file(work, concept, seed, f"scale {method}", step)
+
+
+def check_ups(work: Path, concept: str, seed: int, method: str, step: int) -> None:
+    """UPS of one adapter by `check` and by the study, unless that is done."""
+    target = ups_file(work, concept, seed, method, step)
+    if target.exists():
+        return
+    checked = checked_scales(work, concept, seed, method, step, (1.0,), PICTURE_SEEDS)[0]
+    study = EvaluationResult.load(evaluation_file(work, concept, seed)).adapters[adapter_name(method, step)]
+    write(
+        target,
+        concept=concept,
+        seed=seed,
+        adapter=adapter_name(method, step),
+        check=checked.kinds[WITHOUT].ups.value,
+        study=study.ups.value,
+    )
+
+
+def check_scale(work: Path, concept: str, seed: int, method: str, step: int) -> None:
+    """The largest safe scale by one picture seed, and the damage there with three others, unless that is done."""
+    target = scale_file(work, concept, seed, method, step)
+    if target.exists():
+        return
+    adapter = (work, concept, seed, method, step)
+    found = checked_scales(*adapter, (0.2, 0.4, 0.6, 0.8, 1.0), (0,))
+    safe = [each.scale for each in found if each.damage.high <= MAX_DRIFT]
+    safest = max(safe, default=None)
+    damage = checked_scales(*adapter, (safest,), (1, 2, 3))[0].damage.value if safe else math.nan
+    write(
+        target,
+        concept=concept,
+        seed=seed,
+        adapter=adapter_name(method, step),
+        safest=safest,
+        damage=[each.damage.value for each in found],
+        damage_with_other_seeds=None if safest is None else damage,
+        held=damage <= MAX_DRIFT,
+    )
+
+
+def checked_scales(
+    work: Path, concept: str, seed: int, method: str, step: int, scales: tuple[float, ...], seeds: tuple[int, ...]
+) -> Any:
+    """What `check` finds at scales; trigger and class word come from the file."""
+    checked = cat_rs.check(
+        {"adapter": adapter_file(unit_folder(work, method, concept, seed), step)},
+        StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
+        ClipEncoder.from_pretrained(CLIP),
+        scales=scales,
+        max_drift=MAX_DRIFT,
+        config=EvaluationConfig(num_inference_steps=INFERENCE_STEPS, seeds=seeds, batch_size=16),
+        cache=work / "check-pictures",
+        progress=False,
+    )
+    pictures = checked.adapters["adapter"].pictures
+    assert pictures is not None
+    assert pictures.trigger == read_concepts()[concept].trigger
+    return pictures.scales
+
+
+def write(target: Path, **content: Any) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(target, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def spearman(concepts: list[str], pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Rank correlation, with an interval that resamples concepts as wholes."""
+    values, names = np.array(pairs), np.array(concepts)
+    groups = [values[names == name] for name in dict.fromkeys(concepts)]
+    random = np.random.default_rng(0)
+    resampled = [
+        _rank_correlation(np.concatenate([groups[index] for index in random.integers(len(groups), size=len(groups))]))
+        for _ in range(RESAMPLES)
+    ]
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return {"value": _rank_correlation(values), "low": float(low), "high": float(high), "adapters": len(pairs)}
+
+
+def _rank_correlation(values: np.ndarray) -> float:
+    return float(np.corrcoef([_ranks(column) for column in values.T])[0, 1])
+
+
+def _ranks(column: np.ndarray) -> np.ndarray:
+    """Of equal values the mean: a resampled adapter stands in the list more than once."""
+    ordered = np.sort(column)
+    return np.searchsorted(ordered, column, "left") + np.searchsorted(ordered, column, "right")
+
+
+if __name__ == "__main__":
+    main()
