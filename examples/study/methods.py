@@ -143,9 +143,9 @@ def _methods() -> dict[str, Method]:
             with_class_pictures,
         ),
         cat("blank prompt", "as in ai-toolkit: CAT for the empty prompt, factor 1", preserve="blank"),
-        cat("DCO", "Direct Consistency Optimization, beta 1000", preservation="dco", cat_factor=1000.0),
-        cat("L2", "the norm of the weights' change, factor 0.01", preservation="l2", cat_factor=0.01),
-        cat("layers", "the change of each layer's output, factor 1", preservation="layers"),
+        cat("DCO", "Direct Consistency Optimization, beta 30", preservation="dco", cat_factor=30.0),
+        cat("L2", "the norm of the weights' change, factor 0.005", preservation="l2", cat_factor=0.005),
+        cat("layers", "the change of each layer's output, factor 10", preservation="layers", cat_factor=10.0),
         cat("CAT 1", "CAT, cat_factor 1, the captions without the trigger preserved"),
         cat(
             "CAT prompts",
