@@ -228,7 +228,7 @@ ADAPTER_FILE_FLOORS = (
 )
 EVALUATION_FLOORS = (
     "errors config measures",
-    "fingerprint pictures prompts generation scores front",
+    "fingerprint pictures prompts generation records scores front",
     "encoder disk_cache result",
     "distributed kps_evaluator",
     "task",

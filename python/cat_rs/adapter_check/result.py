@@ -14,26 +14,15 @@ or null where they do not apply.
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
 from cat_rs.adapter_check.weights import WeightReport
-from cat_rs.arguments import ABOUT_VALUES
 from cat_rs.atomic import write_bytes
-from cat_rs.evaluation import (
-    EvaluationFileError,
-    EvaluationInputError,
-    Interval,
-    PictureGrid,
-    PromptScores,
-    Scores,
-)
-from cat_rs.text_files import read_text
+from cat_rs.evaluation import Interval, PictureGrid, PromptScores, Scores
+from cat_rs.evaluation.records import from_json, read_result, to_json
 
 FORMAT = "cat-rs check 1"
 
@@ -191,8 +180,7 @@ class CheckResult:
 
     def to_json(self) -> str:
         """Return the result without its pictures as JSON, in the form described at the top of this module."""
-        content = {"format": FORMAT, **_plain(self)}
-        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return to_json(FORMAT, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced as a whole or not at all."""
@@ -205,56 +193,9 @@ class CheckResult:
         Raises:
             EvaluationInputError: The text is something else.
         """
-        try:
-            content = json.loads(text)
-            if content["format"] != FORMAT:
-                raise EvaluationInputError(f"result: expected the format {FORMAT!r}, got {content['format']!r}")
-            result = _built(cls, content)
-        except (*ABOUT_VALUES, RecursionError) as error:
-            if isinstance(error, EvaluationInputError):
-                raise
-            raise EvaluationInputError(f"result: expected the JSON of a check, got {error!r}") from error
-        return cast(CheckResult, result)
+        return from_json(FORMAT, cls, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CheckResult:
         """Read a result that `save` wrote; it has no pictures."""
-        try:
-            text = read_text(path)
-        except OSError as error:
-            raise EvaluationFileError(f"result: {path} cannot be read: {error}") from error
-        return cls.from_json(text)
-
-
-def _plain(value: Any) -> Any:
-    """Return a record as JSON types; JSON has no NaN, and pictures are files."""
-    if is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value) if item.name != "grids"}
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _built(hint: Any, value: Any) -> Any:
-    """Return JSON types as what a field's type says."""
-    if value is None:
-        return None
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is types.UnionType:
-        return _built(arguments[0], value)
-    if origin is tuple:
-        return tuple(_built(arguments[0], item) for item in value)
-    if origin is Mapping:
-        return {name: _built(arguments[1], item) for name, item in value.items()}
-    if hint is Interval:
-        return Interval(
-            *(math.nan if value[name] is None else float(value[name]) for name in ("value", "low", "high"))
-        )
-    if not is_dataclass(hint):
-        return value
-    hints, made = get_type_hints(hint), cast(Any, hint)
-    return made(
-        **{item.name: _built(hints[item.name], value[item.name]) for item in fields(hint) if item.name != "grids"}
-    )
+        return from_json(FORMAT, cls, read_result(path))

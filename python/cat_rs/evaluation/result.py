@@ -18,21 +18,19 @@ measure does not apply. An interval of a single value has null bounds.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from cat_rs.atomic import write_bytes
-from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
+from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.generation import PictureGrid
-from cat_rs.evaluation.measures import Comparison, Interval, PromptScores, Scores
+from cat_rs.evaluation.measures import Comparison, PromptScores, Scores
+from cat_rs.evaluation.records import from_json, read_result, to_json
 from cat_rs.evaluation.scores import compare_prompts
-from cat_rs.text_files import read_text
 
 FORMAT = "cat-rs evaluation 1"
 
@@ -99,16 +97,7 @@ class EvaluationResult:
 
     def to_json(self) -> str:
         """Return the result without its pictures as JSON, in the form described at the top of this module."""
-        content = {
-            "format": FORMAT,
-            "settings": dict(self.settings),
-            "base": _to_dict(self.base),
-            "other_seed": None if self.other_seed is None else _to_dict(self.other_seed),
-            "adapters": {name: _to_dict(scores) for name, scores in self.adapters.items()},
-            "prompts": [_to_dict(row) for row in self.prompts],
-            "comparisons": [_to_dict(comparison) for comparison in self.comparisons()],
-        }
-        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return to_json(FORMAT, self, comparisons=self.comparisons())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON; an existing file is replaced as a whole or not at all."""
@@ -121,54 +110,9 @@ class EvaluationResult:
         Raises:
             EvaluationInputError: The text is something else.
         """
-        try:
-            content = json.loads(text)
-            if content["format"] != FORMAT:
-                raise EvaluationInputError(f"result: expected the format {FORMAT!r}, got {content['format']!r}")
-            other_seed = content["other_seed"]
-            return cls(
-                settings=content["settings"],
-                base=_scores(content["base"]),
-                other_seed=None if other_seed is None else _scores(other_seed),
-                adapters={name: _scores(scores) for name, scores in content["adapters"].items()},
-                prompts=tuple(_prompt_scores(row) for row in content["prompts"]),
-            )
-        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise EvaluationInputError(f"result: expected the JSON of an evaluation, got {error!r}") from error
+        return from_json(FORMAT, cls, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
         """Read a result that `save` wrote; it has no pictures."""
-        try:
-            text = read_text(path)
-        except OSError as error:
-            raise EvaluationFileError(f"result: {path} cannot be read: {error}") from error
-        return cls.from_json(text)
-
-
-def _to_dict(record: Scores | PromptScores | Comparison) -> dict[str, Any]:
-    return {item.name: _plain(getattr(record, item.name)) for item in fields(record)}
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Interval):
-        return value
-    # JSON has no NaN.
-    low, high = (None if math.isnan(bound) else bound for bound in (value.low, value.high))
-    return {"value": value.value, "low": low, "high": high}
-
-
-def _scores(content: Mapping[str, Any]) -> Scores:
-    return Scores(**{name: None if interval is None else _interval(interval) for name, interval in content.items()})
-
-
-def _interval(content: Mapping[str, float | None]) -> Interval:
-    low, high = (math.nan if content[key] is None else content[key] for key in ("low", "high"))
-    return Interval(content["value"], low, high)  # type: ignore[arg-type]
-
-
-def _prompt_scores(content: Mapping[str, Any]) -> PromptScores:
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-    }
-    return PromptScores(**values)
+        return from_json(FORMAT, cls, read_result(path))

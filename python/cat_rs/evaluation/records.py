@@ -1,0 +1,89 @@
+"""Results as JSON: dataclasses of figures, texts, tables and other dataclasses.
+
+Fields that do not take part in comparisons hold pictures, and are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from cat_rs.arguments import ABOUT_VALUES
+from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
+from cat_rs.evaluation.measures import Interval
+from cat_rs.text_files import read_text
+
+R = TypeVar("R")
+
+
+def to_json(format: str, result: Any, **more: Any) -> str:
+    """Return a result as JSON, with a name of its form and with more that `from_json` does not read."""
+    content = {"format": format, **_plain(result), **_plain(more)}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(format: str, result: type[R], text: str) -> R:
+    """Read what `to_json` wrote.
+
+    Raises:
+        EvaluationInputError: The text is something else.
+    """
+    try:
+        content = json.loads(text)
+        if content["format"] == format:
+            return _built(result, content)
+    except (*ABOUT_VALUES, RecursionError) as error:
+        raise EvaluationInputError(f"result: expected JSON of the format {format!r}, got {error!r}") from error
+    raise EvaluationInputError(f"result: expected the format {format!r}, got {content['format']!r}")
+
+
+def read_result(path: str | os.PathLike[str]) -> str:
+    """Read a file.
+
+    Raises:
+        EvaluationFileError: It cannot be read.
+    """
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise EvaluationFileError(f"result: {path} cannot be read: {error}") from error
+
+
+def _stored(record: Any) -> list[Field[Any]]:
+    return [item for item in fields(record) if item.compare]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON types; JSON has no NaN."""
+    if is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in _stored(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _built(hint: Any, value: Any) -> Any:
+    """Return JSON types as what a field's type says."""
+    if value is None:
+        return None
+    if hint is Interval:
+        bounds = (value[name] for name in ("value", "low", "high"))
+        return Interval(*(math.nan if bound is None else float(bound) for bound in bounds))
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is types.UnionType:
+        return _built(arguments[0], value)
+    if origin is tuple:
+        return tuple(_built(arguments[0], item) for item in value)
+    if origin is Mapping:
+        return {name: _built(arguments[1], item) for name, item in value.items()}
+    if not is_dataclass(hint):
+        return value
+    hints = get_type_hints(hint)
+    return hint(**{item.name: _built(hints[item.name], value[item.name]) for item in _stored(hint)})  # type: ignore[operator]
