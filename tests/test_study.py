@@ -273,14 +273,14 @@ def test_the_rank_correlation_of_checks(study: Any) -> None:
 def test_a_safe_scale_is_asked_again_with_other_seeds(
     study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: float, held: bool
 ) -> None:
-    def checked(*call: Any) -> list[SimpleNamespace]:
+    def checked(*call: Any) -> SimpleNamespace:
         scales, seeds = call[-2:]
-        if seeds == (1, 2, 3):
-            assert scales == (0.6,)
-            return [SimpleNamespace(scale=0.6, damage=Interval(damage, damage - 0.01, damage + 0.01))]
-        return [SimpleNamespace(scale=each, damage=Interval(each / 20, 0.0, each / 15)) for each in scales]
+        assert scales == (0.6,) or seeds == (0,)
+        values = {each: damage if seeds == (1, 2, 3) else each / 20 for each in scales}
+        rows = [SimpleNamespace(scale=each, damage=Interval(value, 0.0, 1.0)) for each, value in values.items()]
+        return SimpleNamespace(scales=rows, safest=0.6)
 
-    monkeypatch.setattr(study.checks, "checked_scales", checked)
+    monkeypatch.setattr(study.checks, "checked_pictures", checked)
     study.checks.check_scale(tmp_path, "panda", 0, "LoRA", 400)
     found = json.loads(study.checks.scale_file(tmp_path, "panda", 0, "LoRA", 400).read_text())
     assert (found["safest"], found["damage_with_other_seeds"], found["held"]) == (0.6, damage, held)

@@ -8,8 +8,8 @@ the study's work folder: stop it at any time and start it again. Writes checks.j
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import cat_rs
 import numpy as np
 import torch
+from cat_rs.adapter_check.result import PictureCheck
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationResult
 from concepts import CLIP, MODEL, read_concepts
 from diffusers import StableDiffusionPipeline
 from methods import METHODS, PLAIN, RECIPE, adapter_file, adapter_name
-from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, run, stem, unit_folder, units_folder
+from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, evaluation_file, run, stem, unit_folder
 
 # Early and late, with little damage and with much.
 CHECKED = ((PLAIN, 100), (PLAIN, 400), ("CAT prompts", 400), (RECIPE, METHODS[RECIPE].steps))
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     options = parser.parse_args()
     units = [
-        (concept, seed) for seed in SEEDS for concept in read_concepts() if is_scored(options.work, concept, seed)
+        unit for unit in itertools.product(read_concepts(), SEEDS) if evaluation_file(options.work, *unit).exists()
     ]
     scored = [(options.work, *unit, *adapter) for adapter in CHECKED for unit in units]
     run(check_ups, scored, options.workers)
@@ -53,21 +54,12 @@ def main() -> None:
         "format": "cat-rs study checks 1",
         "spearman": spearman([row["concept"] for row in ups], [(row["check"], row["study"]) for row in ups]),
         "ups": ups,
-        "held": sum(row["held"] for row in scales if row["safest"] is not None),
+        "held": sum(row["held"] for row in scales),
         "found": sum(row["safest"] is not None for row in scales),
         "scales": scales,
     }
     write_bytes(options.output / "checks.json", (json.dumps(content, indent=1) + "\n").encode())
     print(json.dumps({name: content[name] for name in ("spearman", "held", "found")}, indent=1))
-
-
-def is_scored(work: Path, concept: str, seed: int) -> bool:
-    """Whether the study has scored the adapters of a concept and seed."""
-    return evaluation_file(work, concept, seed).exists()
-
-
-def evaluation_file(work: Path, concept: str, seed: int) -> Path:
-    return units_folder(work) / f"{stem(concept)}-seed{seed}" / "evaluation.json"
 
 
 def ups_file(work: Path, concept: str, seed: int, method: str, step: int) -> Path:
@@ -83,7 +75,7 @@ def check_ups(work: Path, concept: str, seed: int, method: str, step: int) -> No
     target = ups_file(work, concept, seed, method, step)
     if target.exists():
         return
-    checked = checked_scales(work, concept, seed, method, step, (1.0,), PICTURE_SEEDS)[0]
+    (checked,) = checked_pictures(work, concept, seed, method, step, (1.0,), PICTURE_SEEDS).scales
     study = EvaluationResult.load(evaluation_file(work, concept, seed)).adapters[adapter_name(method, step)]
     write(
         target,
@@ -101,26 +93,26 @@ def check_scale(work: Path, concept: str, seed: int, method: str, step: int) -> 
     if target.exists():
         return
     adapter = (work, concept, seed, method, step)
-    found = checked_scales(*adapter, (0.2, 0.4, 0.6, 0.8, 1.0), (0,))
-    safe = [each.scale for each in found if each.damage.high <= MAX_DRIFT]
-    safest = max(safe, default=None)
-    damage = checked_scales(*adapter, (safest,), (1, 2, 3))[0].damage.value if safe else math.nan
+    found = checked_pictures(*adapter, (0.2, 0.4, 0.6, 0.8, 1.0), (0,))
+    damage = None
+    if found.safest is not None:
+        damage = checked_pictures(*adapter, (found.safest,), (1, 2, 3)).scales[0].damage.value
     write(
         target,
         concept=concept,
         seed=seed,
         adapter=adapter_name(method, step),
-        safest=safest,
-        damage=[each.damage.value for each in found],
-        damage_with_other_seeds=None if safest is None else damage,
-        held=damage <= MAX_DRIFT,
+        safest=found.safest,
+        damage=[each.damage.value for each in found.scales],
+        damage_with_other_seeds=damage,
+        held=damage is not None and damage <= MAX_DRIFT,
     )
 
 
-def checked_scales(
+def checked_pictures(
     work: Path, concept: str, seed: int, method: str, step: int, scales: tuple[float, ...], seeds: tuple[int, ...]
-) -> Any:
-    """What `check` finds at scales; trigger and class word come from the file."""
+) -> PictureCheck:
+    """What `check` finds in pictures at scales; trigger and class word come from the file."""
     checked = cat_rs.check(
         {"adapter": adapter_file(unit_folder(work, method, concept, seed), step)},
         StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
@@ -134,7 +126,7 @@ def checked_scales(
     pictures = checked.adapters["adapter"].pictures
     assert pictures is not None
     assert pictures.trigger == read_concepts()[concept].trigger
-    return pictures.scales
+    return pictures
 
 
 def write(target: Path, **content: Any) -> None:

@@ -82,7 +82,7 @@ def cost(options: argparse.Namespace) -> None:
 def analyse(options: argparse.Namespace) -> None:
     """Tables and figure."""
     results = {
-        (concept, seed): units_folder(options.work) / f"{stem(concept)}-seed{seed}" / "evaluation.json"
+        (concept, seed): evaluation_file(options.work, concept, seed)
         for concept, seed in itertools.product(read_concepts(), SEEDS)
     }
     together = {seed: together_folder(options.work, seed) / "scores.json" for seed in SEEDS}
@@ -110,6 +110,11 @@ def data_folder(work: Path, concept: str) -> Path:
 def unit_folder(work: Path, method: str, concept: str, seed: int) -> Path:
     """Where one method leaves its adapters."""
     return units_folder(work) / f"{stem(concept)}-seed{seed}" / stem(method)
+
+
+def evaluation_file(work: Path, concept: str, seed: int) -> Path:
+    """The scores of all adapters of a concept and seed."""
+    return units_folder(work) / f"{stem(concept)}-seed{seed}" / "evaluation.json"
 
 
 def together_folder(work: Path, seed: int) -> Path:
@@ -154,7 +159,7 @@ def evaluate_unit(work: Path, concept_name: str, seed: int) -> None:
     import torch
     from diffusers import StableDiffusionPipeline
 
-    target = units_folder(work) / f"{stem(concept_name)}-seed{seed}" / "evaluation.json"
+    target = evaluation_file(work, concept_name, seed)
     if target.exists():
         return
     adapters = {

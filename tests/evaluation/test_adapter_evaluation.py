@@ -160,6 +160,27 @@ def test_other_json_is_refused(text: str) -> None:
         EvaluationResult.from_json(text)
 
 
+@pytest.mark.parametrize("part", ["settings", "base", "adapters", "prompts"])
+@pytest.mark.parametrize("value", [None, "text", 3])
+def test_a_part_of_another_kind_is_refused(part: str, value: object) -> None:
+    content = json.loads(EvaluationResult({}, Scores(), None, {}, ()).to_json())
+    with pytest.raises(EvaluationInputError, match="result: expected"):
+        EvaluationResult.from_json(json.dumps({**content, part: value}))
+
+
+@pytest.mark.parametrize("row", [None, "text", [], {"model": "mine"}])
+def test_a_row_of_another_kind_is_refused(row: object) -> None:
+    content = json.loads(EvaluationResult({}, Scores(), None, {}, ()).to_json())
+    with pytest.raises(EvaluationInputError, match="result: expected"):
+        EvaluationResult.from_json(json.dumps({**content, "prompts": [row]}))
+
+
+def test_a_file_from_before_a_measure_was_added_is_read() -> None:
+    content = json.loads(EvaluationResult({}, Scores(ups=Interval(0.5, 0.4, 0.6)), None, {}, ()).to_json())
+    del content["base"]["latent_rmse"]
+    assert EvaluationResult.from_json(json.dumps(content)).base == Scores(ups=Interval(0.5, 0.4, 0.6))
+
+
 def test_missing_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationFileError, match=r"absent\.json cannot be read"):
         EvaluationResult.load(tmp_path / "absent.json")

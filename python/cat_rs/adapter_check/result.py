@@ -22,7 +22,7 @@ from typing import Any
 from cat_rs.adapter_check.weights import WeightReport
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import Interval, PictureGrid, PromptScores, Scores
-from cat_rs.evaluation.records import from_json, read_result, to_json
+from cat_rs.evaluation.records import from_json, load_json, to_json
 
 FORMAT = "cat-rs check 1"
 
@@ -198,4 +198,4 @@ class CheckResult:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CheckResult:
         """Read a result that `save` wrote; it has no pictures."""
-        return from_json(FORMAT, cls, read_result(path))
+        return load_json(FORMAT, cls, path)

@@ -15,7 +15,6 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from cat_rs.arguments import ABOUT_VALUES
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
-from cat_rs.evaluation.measures import Interval
 from cat_rs.text_files import read_text
 
 R = TypeVar("R")
@@ -37,21 +36,23 @@ def from_json(format: str, result: type[R], text: str) -> R:
         content = json.loads(text)
         if content["format"] == format:
             return _built(result, content)
-    except (*ABOUT_VALUES, RecursionError) as error:
+    except ABOUT_VALUES as error:
         raise EvaluationInputError(f"result: expected JSON of the format {format!r}, got {error!r}") from error
     raise EvaluationInputError(f"result: expected the format {format!r}, got {content['format']!r}")
 
 
-def read_result(path: str | os.PathLike[str]) -> str:
-    """Read a file.
+def load_json(format: str, result: type[R], path: str | os.PathLike[str]) -> R:
+    """Read a file of what `to_json` wrote.
 
     Raises:
         EvaluationFileError: It cannot be read.
+        EvaluationInputError: It holds something else.
     """
     try:
-        return read_text(path)
+        text = read_text(path)
     except OSError as error:
         raise EvaluationFileError(f"result: {path} cannot be read: {error}") from error
+    return from_json(format, result, text)
 
 
 def _stored(record: Any) -> list[Field[Any]]:
@@ -71,12 +72,11 @@ def _plain(value: Any) -> Any:
 
 def _built(hint: Any, value: Any) -> Any:
     """Return JSON types as what a field's type says."""
-    if value is None:
-        return None
-    if hint is Interval:
-        bounds = (value[name] for name in ("value", "low", "high"))
-        return Interval(*(math.nan if bound is None else float(bound) for bound in bounds))
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any or (value is None and type(None) in arguments):
+        return value
+    if hint is float:
+        return math.nan if value is None else float(value)
     if origin is types.UnionType:
         return _built(arguments[0], value)
     if origin is tuple:
@@ -84,6 +84,15 @@ def _built(hint: Any, value: Any) -> Any:
     if origin is Mapping:
         return {name: _built(arguments[1], item) for name, item in value.items()}
     if not is_dataclass(hint):
-        return value
-    hints = get_type_hints(hint)
-    return hint(**{item.name: _built(hints[item.name], value[item.name]) for item in _stored(hint)})  # type: ignore[operator]
+        return _checked(hint, value)
+    hints, content = get_type_hints(hint), _checked(Mapping, value)
+    # A file from before a field was added has its default.
+    return hint(
+        **{item.name: _built(hints[item.name], content[item.name]) for item in _stored(hint) if item.name in content}
+    )  # type: ignore[operator]
+
+
+def _checked(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+    return value

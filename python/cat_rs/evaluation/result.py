@@ -29,7 +29,7 @@ from cat_rs.atomic import write_bytes
 from cat_rs.evaluation.errors import EvaluationInputError
 from cat_rs.evaluation.generation import PictureGrid
 from cat_rs.evaluation.measures import Comparison, PromptScores, Scores
-from cat_rs.evaluation.records import from_json, read_result, to_json
+from cat_rs.evaluation.records import from_json, load_json, to_json
 from cat_rs.evaluation.scores import compare_prompts
 
 FORMAT = "cat-rs evaluation 1"
@@ -115,4 +115,4 @@ class EvaluationResult:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EvaluationResult:
         """Read a result that `save` wrote; it has no pictures."""
-        return from_json(FORMAT, cls, read_result(path))
+        return load_json(FORMAT, cls, path)
