@@ -10,7 +10,7 @@ import math
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from cat_rs.arguments import ABOUT_VALUES
@@ -34,11 +34,12 @@ def from_json(format: str, result: type[R], text: str) -> R:
     """
     try:
         content = json.loads(text)
-        if content["format"] == format:
-            return _built(result, content)
+        found = content["format"]
     except ABOUT_VALUES as error:
         raise EvaluationInputError(f"result: expected JSON of the format {format!r}, got {error!r}") from error
-    raise EvaluationInputError(f"result: expected the format {format!r}, got {content['format']!r}")
+    if found != format:
+        raise EvaluationInputError(f"result: expected the format {format!r}, got {found!r}")
+    return _built(result, content, "")
 
 
 def load_json(format: str, result: type[R], path: str | os.PathLike[str]) -> R:
@@ -70,29 +71,45 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _built(hint: Any, value: Any) -> Any:
-    """Return JSON types as what a field's type says."""
+_KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _built(hint: Any, value: Any, place: str) -> Any:
+    """Return JSON types as what a field's type says; `place` is where they stand in the file."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any or (value is None and type(None) in arguments):
         return value
     if hint is float:
-        return math.nan if value is None else float(value)
+        return math.nan if value is None else float(_checked(float, value, place))
     if origin is types.UnionType:
-        return _built(arguments[0], value)
+        return _built(arguments[0], value, place)
     if origin is tuple:
-        return tuple(_built(arguments[0], item) for item in value)
+        items = enumerate(_checked(list, value, place))
+        return tuple(_built(arguments[0], item, f"{place}.{number}") for number, item in items)
     if origin is Mapping:
-        return {name: _built(arguments[1], item) for name, item in value.items()}
+        items = _checked(dict, value, place).items()
+        return {name: _built(arguments[1], item, f"{place}.{name}") for name, item in items}
     if not is_dataclass(hint):
-        return _checked(hint, value)
-    hints, content = get_type_hints(hint), _checked(Mapping, value)
+        return _checked(hint, value, place)
+    hints, content, stem = get_type_hints(hint), _checked(dict, value, place), f"{place}." if place else ""
     # A file from before a field was added has its default.
-    return hint(
-        **{item.name: _built(hints[item.name], content[item.name]) for item in _stored(hint) if item.name in content}
-    )  # type: ignore[operator]
+    stored = [item for item in _stored(hint) if item.name in content or item.default is MISSING]
+    for item in stored:
+        if item.name not in content:
+            raise EvaluationInputError(f"result: expected {stem}{item.name}, got none")
+    return hint(**{item.name: _built(hints[item.name], content[item.name], f"{stem}{item.name}") for item in stored})  # type: ignore[operator]
 
 
-def _checked(kind: type, value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"expected {kind.__name__}, got {value!r}")
+def _checked(kind: type, value: Any, place: str) -> Any:
+    """Return a value of a JSON type; true is no number."""
+    kinds = (int, float) if kind is float else kind
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise EvaluationInputError(f"result: expected {_KINDS[kind]} as {place}, got {value!r}")
     return value

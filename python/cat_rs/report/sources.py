@@ -272,8 +272,6 @@ def _mistakes(result: EvaluationResult) -> Iterator[str]:
             yield f"numbers as the scores of {name}"
     columns = {measure.column for measure in MEASURES.values()}
     for number, row in enumerate(result.prompts):
-        if not (isinstance(row.prompt, str) and isinstance(row.model, str) and isinstance(row.trigger, bool)):
-            yield f"a model, a prompt and whether it holds the trigger in row {number} of prompts"
         if not all(_is_number(value) for column in columns for value in prompt_values(row, column)):
             yield f"numbers in row {number} of prompts"
 
