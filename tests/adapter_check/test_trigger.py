@@ -34,6 +34,8 @@ def kohya(folder: str, tags: dict[str, int]) -> dict[str, str]:
         (file({"trigger": {"sks": None, "zwx": "dog"}}), ("sks", None)),
         (file({"trigger": ["sks", "zwx"]}), ("sks", None)),
         (file({"trigger": "sks", "class_word": "cat"}), ("sks", "cat")),
+        (file({"merged": [{"scale": 0.7, "trigger": {"sks": "cat"}}]}), ("sks", "cat")),
+        (file({"merged": ["?", {"scale": 1.0}, {"trigger": "zwx", "class_word": "dog"}]}), ("zwx", "dog")),
         (file(modelspec__trigger_phrase="sks cat"), ("sks", "cat")),
         (file(modelspec__trigger_phrase="in the style of sks"), ("sks", None)),
         (file(instance_prompt="a photo of a sks cat"), ("sks", "cat")),

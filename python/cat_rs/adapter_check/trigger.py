@@ -61,14 +61,11 @@ def find_trigger(
 
 def _found(lora: LoraFile, path: Path) -> Iterator[Trigger]:
     """What each kind of metadata tells, the surest first."""
-    own = lora.metadata.get("trigger")
-    if isinstance(own, str):
-        yield Trigger(own, _text(lora.metadata.get("class_word")), "from cat-rs's metadata")
-    elif isinstance(own, Mapping) and own:
-        word, class_word = next(iter(own.items()))
-        yield Trigger(word, _text(class_word), "from cat-rs's metadata")
-    elif isinstance(own, list) and own and isinstance(own[0], str):
-        yield Trigger(own[0], None, "from cat-rs's metadata")
+    yield _own(lora.metadata, "from cat-rs's metadata")
+    merged = lora.metadata.get("merged")
+    for origin in merged if isinstance(merged, list) else ():
+        if isinstance(origin, Mapping):
+            yield _own(origin, "from cat-rs's metadata of an adapter that was merged")
     metadata = lora.file_metadata
     for key in ("modelspec.trigger_phrase", "instance_prompt"):
         yield _split(_AROUND.sub("", metadata.get(key, "")), f"from {key}")
@@ -83,6 +80,18 @@ def _found(lora: LoraFile, path: Path) -> Iterator[Trigger]:
         most = [tag.strip() for tag, count in counts.items() if count == max(counts.values())]
         if most and len(most) <= _MOST_WORDS:
             yield Trigger(most[0], None, "from the most frequent tag in ss_tag_frequency")
+
+
+def _own(metadata: Mapping[str, Any], source: str) -> Trigger:
+    """What cat-rs writes: one trigger with its class word, several with theirs, or several without."""
+    trigger = metadata.get("trigger")
+    if isinstance(trigger, Mapping) and trigger:
+        word, class_word = next(iter(trigger.items()))
+    elif isinstance(trigger, list) and trigger:
+        word, class_word = trigger[0], None
+    else:
+        word, class_word = trigger, metadata.get("class_word")
+    return Trigger(_text(word), _text(class_word), source)
 
 
 def _split(phrase: str, source: str) -> Trigger:
