@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import select
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -291,3 +294,31 @@ def test_the_table_of_the_teacher_bank(study: Any) -> None:
     page = (ROOT / "docs/teacher-bank.md").read_text(encoding="utf-8")
     assert len(rows) == 6
     assert all(row in page for row in rows)
+
+
+WAITING = """
+import os, sys, threading
+sys.path.insert(0, sys.argv[1])
+import study
+
+def wait():
+    print(f"\\n{os.getpid()}", flush=True)
+    threading.Event().wait()
+
+if __name__ == "__main__":
+    study.run(wait, [()], workers=1)
+"""
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    command = [sys.executable, str(script), str(STUDY)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        lines = (line.split()[-1] for line in iter(parent.stdout.readline, "") if line.split())
+        worker = os.pidfd_open(int(next(word for word in lines if word.isdigit())))
+        parent.kill()
+        readable, _, _ = select.select([worker], [], [], 60)
+    os.close(worker)
+    assert readable

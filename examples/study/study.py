@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -225,18 +226,27 @@ def cost_of(work: Path, method_name: str) -> None:
 def run(task: Callable[..., None], calls: list[tuple], workers: int, what: str | None = None) -> None:
     """Run a task for each tuple of arguments, in new processes of one thread."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         futures = [pool.submit(task, *call) for call in calls]
         bar = tqdm(as_completed(futures), total=len(futures), desc=what or task.__name__, file=sys.stdout)
         for future in bar:
             future.result()
 
 
-def one_thread() -> None:
+def start_worker() -> None:
     """For a small model a second process gains more than a second thread."""
     import torch
 
     torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Workers whose parent is killed would wait for it forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 if __name__ == "__main__":
