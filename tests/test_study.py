@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from cat_rs.evaluation import EvaluationResult
@@ -34,7 +35,7 @@ def study() -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        own = ("analysis", "checks", "concepts", "methods", "multi", "rule", "study")
+        own = ("analysis", "checks", "concepts", "judge", "methods", "multi", "rule", "study")
         modules = (*own, "by_prompts", "demo_setting", "stopped_early", "teacher_bank")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in modules})
     finally:
@@ -136,6 +137,31 @@ def test_the_rule_chooses_on_one_half_and_scores_the_other(study: Any) -> None:
     assert found["any checkpoint at scale 1, identity >= ours - 0.01"].plain == "LoRA @ 100"
     assert nearest.plain in ("LoRA @ 100", "LoRA @ 400 x 0.7")
     assert earliest.plain == "LoRA @ 100"
+
+
+def test_another_judge_scores_the_adapters_that_the_rule_chose(study: Any) -> None:
+    concept = study.concepts.read_concepts()["tractor"]
+    plain = dict.fromkeys(study.methods.METHODS["LoRA"].adapters(Path()), (0.6, 0.8)) | {"LoRA @ 400": (0.6, 0.9)}
+    figures = plain | {"CAT 1 @ 200": (0.5, 0.95), "CAT 1 @ 400": (0.6, 0.95)}
+    judged = dict.fromkeys(figures, (0.1, 0.99)) | {"LoRA @ 400": (0.3, 0.5), "CAT 1 @ 400": (0.25, 0.7)}
+    results = [ruled_result(study, concept, each, each) for each in (figures, judged)]
+    rule = next(iter(study.rule.RULES.values()))
+    found = study.rule.match(results[0], concept, "CAT 1", rule, results[1])
+    assert found[:2] == ("CAT 1 @ 400", "LoRA @ 400")
+    assert found[2:] == pytest.approx((-0.05, 0.2))
+
+
+def test_the_judge_knows_things_that_it_was_not_taught_as_emoji(study: Any) -> None:
+    """Pictures of one concept are nearer to each other than to any of another."""
+    folders = (ROOT / "examples" / "emoji_model" / "concepts").iterdir()
+    pictures = [[Image.open(file) for file in sorted(folder.glob("*.png"))] for folder in folders]
+    judge = study.judge.ImageNetEncoder()
+    features = torch.nn.functional.normalize(judge.encode_images([each for own in pictures for each in own]), dim=1)
+    near = (features @ features.T).unflatten(0, (len(pictures), -1)).unflatten(2, (len(pictures), -1))
+    own = torch.stack([near[index, :, index] for index in range(len(pictures))])
+    near[range(len(pictures)), :, range(len(pictures))] = 0.0
+    assert own.min() > near.max()
+    assert features.shape == (sum(map(len, pictures)), 1280)
 
 
 def test_the_rule_without_an_adapter_of_that_identity_takes_the_highest(study: Any) -> None:

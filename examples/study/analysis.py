@@ -54,11 +54,18 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def write(output: Path, results: Mapping[Run, Path], together: Mapping[int, Path], costs: Mapping[str, Path]) -> None:
+def write(
+    output: Path,
+    results: Mapping[Run, Path],
+    judged: Mapping[Run, Path],
+    together: Mapping[int, Path],
+    costs: Mapping[str, Path],
+) -> None:
     """Write tables.md, front.png and study.json."""
     output.mkdir(parents=True, exist_ok=True)
     points = {run: read_points(file, run[0]) for run, file in results.items()}
-    ruled = {name: gains(results, name) for name in METHODS if name != PLAIN}
+    ruled = {name: gains(results, results, name) for name in METHODS if name != PLAIN}
+    by_other = gains(results, judged, RECIPE)
     spent = {name: json.loads(file.read_text()) for name, file in costs.items()}
     rates = {
         seed: wrong_rates(json.loads(file.read_text(encoding="utf-8"))["appearances"])
@@ -74,6 +81,8 @@ def write(output: Path, results: Mapping[Run, Path], together: Mapping[int, Path
         "## At the last step\n\n" + last_step_table(points),
         "## UPS by kind of prompt, at the last step\n\n" + kinds_table(points),
         "## Against the best plain LoRA\n\n" + gains_table(ruled),
+        "## Judged by a network that was trained on other pictures\n\n"
+        + judged_table(ruled[RECIPE], by_other, judged),
         "## The highest identity that a method reaches\n\n" + reach_table(points),
         "## Against plain LoRA stopped early, at equal identity\n\n" + equal_identity_table(compared),
         "## Cost\n\n" + cost_table(spent),
@@ -92,6 +101,7 @@ def write(output: Path, results: Mapping[Run, Path], together: Mapping[int, Path
         ],
         "equal_identity": compared,
         "against_the_best_plain": ruled,
+        "judged_by_another_encoder": by_other,
         "wrong_at_equal_right": {name: wrong_at_equal_right(list(rates.values()), name) for name in COMPARED[1:]},
         "cost": spent,
         "three_concepts": rates,
@@ -150,14 +160,17 @@ def compare(points: Mapping[Run, Mapping[str, Point]], name: str) -> dict[str, A
     }
 
 
-def gains(results: Mapping[Run, Path], name: str) -> dict[str, Any]:
-    """A method against plain LoRA by each rule: differences on the scored prompts, concepts resampled as wholes."""
-    loaded = {run: EvaluationResult.load(file) for run, file in results.items()}
+def gains(results: Mapping[Run, Path], judged: Mapping[Run, Path], name: str) -> dict[str, Any]:
+    """A method against plain LoRA by each rule: differences on the scored prompts, concepts resampled as wholes.
+
+    The adapters are chosen by `results`, the differences are those in `judged`.
+    """
+    loaded = {run: (EvaluationResult.load(file), EvaluationResult.load(judged[run])) for run, file in results.items()}
     concepts = read_concepts()
     numbers = {concept: number for number, concept in enumerate(concepts)}
     found = {}
     for title, rule in RULES.items():
-        matches = {run: match(result, concepts[run[0]], name, rule) for run, result in loaded.items()}
+        matches = {run: match(result, concepts[run[0]], name, rule, by) for run, (result, by) in loaded.items()}
         matched = {run: each for run, each in matches.items() if each is not None}
         clusters = [numbers[concept] for concept, _ in matched]
         found[title] = {
@@ -178,6 +191,26 @@ def gains_table(ruled: Mapping[str, Mapping[str, Any]]) -> str:
     text = (rule_text or "").partition("\n\n")[2].strip()
     heading = ("method", "rule", "runs", "UPS - UPS of plain LoRA", "identity - identity")
     return f"{text}\n\nIntervals: concepts resampled as wholes.\n\n{table(heading, rows)}"
+
+
+def judged_table(
+    own: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]], judged: Mapping[Run, Path]
+) -> str:
+    """The same pairs of adapters by both encoders."""
+    rows = [
+        [title, str(found["runs"]), *(f"{each[title][key]}" for each in (own, other) for key in ("ups", "identity"))]
+        for title, found in own.items()
+        if found["runs"]
+    ]
+    heading = ("rule", "runs", "UPS by CLIP", "identity by CLIP", "UPS by the other", "identity by the other")
+    results = [EvaluationResult.load(file) for file in judged.values()]
+    floor = mean(result.other_seed.ups.value for result in results if result.other_seed is not None)
+    base = mean(result.base.identity.value for result in results)
+    text = (
+        f"{RECIPE} less plain LoRA, the same adapters, by {results[0].settings['encoder']}. On its scale, base "
+        f"against base with other noise has a UPS of {floor:.3f}, and the base model an identity of {base:.3f}."
+    )
+    return f"{text}\n\n{table(heading, rows)}"
 
 
 def reach_table(points: Mapping[Run, Mapping[str, Point]]) -> str:

@@ -1,8 +1,9 @@
 """What `cat_rs.check` says of the study's adapters beside what the study says: ``python examples/study/checks.py``.
 
 `check` sees an adapter's file and the base model alone. Ranks the adapters by its UPS and by the study's, and asks
-whether the largest safe scale that one picture seed finds is safe with three others. Every finished check is a file in
-the study's work folder: stop it at any time and start it again. Writes checks.json.
+whether the largest safe scale that one picture seed finds is safe with three others; tells what is left of the base
+model at false triggers. Every finished check is a file in the study's work folder: stop it at any time and start it
+again. Writes checks.json.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import cat_rs
 import numpy as np
 import torch
+from analysis import Estimate
+from cat_rs.adapter_check.prompts import FALSE_TRIGGERS
 from cat_rs.adapter_check.result import PictureCheck
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationResult
@@ -53,13 +56,25 @@ def main() -> None:
     content = {
         "format": "cat-rs study checks 1",
         "spearman": spearman([row["concept"] for row in ups], [(row["check"], row["study"]) for row in ups]),
+        "false_triggers": false_triggers(ups),
         "ups": ups,
         "held": sum(row["held"] for row in scales),
         "found": sum(row["safest"] is not None for row in scales),
         "scales": scales,
     }
     write_bytes(options.output / "checks.json", (json.dumps(content, indent=1) + "\n").encode())
-    print(json.dumps({name: content[name] for name in ("spearman", "held", "found")}, indent=1))
+    print(json.dumps({name: content[name] for name in ("spearman", "held", "found", "false_triggers")}, indent=1))
+
+
+def false_triggers(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """UPS at false triggers of each kind of adapter, concepts resampled as wholes."""
+    concepts = list(read_concepts())
+    found = {}
+    for adapter in dict.fromkeys(row["adapter"] for row in rows):
+        own = [row for row in rows if row["adapter"] == adapter]
+        clusters = [concepts.index(row["concept"]) for row in own]
+        found[adapter] = vars(Estimate.of([row["false_triggers"] for row in own], clusters))
+    return found
 
 
 def ups_file(work: Path, concept: str, seed: int, method: str, step: int) -> Path:
@@ -83,6 +98,7 @@ def check_ups(work: Path, concept: str, seed: int, method: str, step: int) -> No
         seed=seed,
         adapter=adapter_name(method, step),
         check=checked.kinds[WITHOUT].ups.value,
+        false_triggers=checked.kinds[FALSE_TRIGGERS].ups.value,
         study=study.ups.value,
     )
 

@@ -76,9 +76,11 @@ RULES: dict[str, Chooser] = {
 }
 
 
-def match(result: EvaluationResult, concept: Concept, method: str, rule: Chooser) -> Match | None:
-    """Our adapter and plain LoRA's in one run; None where the rule finds none."""
-    choosing, scored = _figures(result, _halves(concept, 0)), _figures(result, _halves(concept, 1))
+def match(
+    result: EvaluationResult, concept: Concept, method: str, rule: Chooser, judged: EvaluationResult | None = None
+) -> Match | None:
+    """Our adapter and plain LoRA's in one run; None where the rule finds none. `judged` scores the same adapters."""
+    choosing, scored = _figures(result, _halves(concept, 0)), _figures(judged or result, _halves(concept, 1))
     own = [name for name in METHODS[method].adapters_at_full_scale() if name in choosing]
     best = choose_best([choosing[name] for name in own], result.base.identity, EVALUATE_KEEP)
     if best is None:

@@ -27,7 +27,8 @@ import analysis
 import multi
 from cat_rs.atomic import write_bytes
 from concepts import CLIP, MODEL, read_concepts
-from methods import METHODS, adapter_file
+from judge import ImageNetEncoder
+from methods import METHODS, PLAIN, RECIPE, adapter_file
 from tqdm import tqdm
 
 SEEDS = (0, 1, 2)
@@ -74,6 +75,12 @@ def evaluate(options: argparse.Namespace) -> None:
     run(evaluate_together, [(options.work, seed) for seed in SEEDS], options.workers)
 
 
+def judge(options: argparse.Namespace) -> None:
+    """The same pictures, scored by an encoder that was trained on others."""
+    units = [(options.work, concept, seed) for seed, concept in itertools.product(SEEDS, read_concepts())]
+    run(judge_unit, units, options.workers)
+
+
 def cost(options: argparse.Namespace) -> None:
     """Time and memory of each method, each in a process of its own, one after the other."""
     for name in METHODS:
@@ -82,16 +89,15 @@ def cost(options: argparse.Namespace) -> None:
 
 def analyse(options: argparse.Namespace) -> None:
     """Tables and figure."""
-    results = {
-        (concept, seed): evaluation_file(options.work, concept, seed)
-        for concept, seed in itertools.product(read_concepts(), SEEDS)
-    }
+    units = list(itertools.product(read_concepts(), SEEDS))
+    results = {unit: evaluation_file(options.work, *unit) for unit in units}
+    judged = {unit: judged_file(options.work, *unit) for unit in units}
     together = {seed: together_folder(options.work, seed) / "scores.json" for seed in SEEDS}
     costs = {name: cost_file(options.work, name) for name in METHODS}
-    analysis.write(options.output, results, together, costs)
+    analysis.write(options.output, results, judged, together, costs)
 
 
-STAGES = {"train": train, "evaluate": evaluate, "cost": cost, "analyse": analyse}
+STAGES = {"train": train, "evaluate": evaluate, "judge": judge, "cost": cost, "analyse": analyse}
 
 
 def stem(name: str) -> str:
@@ -116,6 +122,11 @@ def unit_folder(work: Path, method: str, concept: str, seed: int) -> Path:
 def evaluation_file(work: Path, concept: str, seed: int) -> Path:
     """The scores of all adapters of a concept and seed."""
     return units_folder(work) / f"{stem(concept)}-seed{seed}" / "evaluation.json"
+
+
+def judged_file(work: Path, concept: str, seed: int) -> Path:
+    """The scores that the other encoder gives."""
+    return evaluation_file(work, concept, seed).with_name("judged.json")
 
 
 def together_folder(work: Path, seed: int) -> Path:
@@ -156,23 +167,35 @@ def train_together(work: Path, method_name: str, seed: int) -> None:
 
 def evaluate_unit(work: Path, concept_name: str, seed: int) -> None:
     """Score all adapters of one concept and seed, unless that is done."""
-    import cat_rs.evaluation as evaluation
-    import torch
-    from diffusers import StableDiffusionPipeline
+    from cat_rs.evaluation import ClipEncoder
 
     target = evaluation_file(work, concept_name, seed)
-    if target.exists():
-        return
-    adapters = {
-        name: adapter
-        for method in METHODS.values()
-        for name, adapter in method.adapters(unit_folder(work, method.name, concept_name, seed)).items()
-    }
-    result = evaluation.evaluate(
+    if not target.exists():
+        score(work, concept_name, seed, METHODS, ClipEncoder.from_pretrained(CLIP), target)
+
+
+def judge_unit(work: Path, concept_name: str, seed: int) -> None:
+    """Score the adapters of plain LoRA and of the recipe by the other encoder, unless that is done."""
+    target = judged_file(work, concept_name, seed)
+    if not target.exists():
+        score(work, concept_name, seed, (PLAIN, RECIPE), ImageNetEncoder(), target)
+
+
+def score(work: Path, concept_name: str, seed: int, methods: Iterable[str], encoder: Any, target: Path) -> None:
+    """Score the adapters of some methods beside one base model."""
+    import torch
+    from cat_rs.evaluation import evaluate
+    from diffusers import StableDiffusionPipeline
+
+    result = evaluate(
         StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
-        adapters,
+        {
+            name: adapter
+            for method in methods
+            for name, adapter in METHODS[method].adapters(unit_folder(work, method, concept_name, seed)).items()
+        },
         read_concepts()[concept_name].prompts(),
-        evaluation.ClipEncoder.from_pretrained(CLIP),
+        encoder,
         concept_images=data_folder(work, concept_name),
         **sampling(work),
     )
