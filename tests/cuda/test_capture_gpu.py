@@ -144,6 +144,28 @@ def test_replays_equal_eager_steps(options: dict[str, Any], dtype: torch.dtype) 
     compare(lambda: options, dtype=dtype)
 
 
+@pytest.mark.parametrize("kind", ["dco", "l2", "layers"])
+def test_replays_equal_eager_steps_with_other_preservations(kind: str) -> None:
+    compare(lambda: {"preservation": kind, "cat_factor": 0.1})
+
+
+def test_replays_equal_eager_steps_with_the_term_in_every_second() -> None:
+    compare(lambda: {"preserve_every": 2})
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["predicted", "stored"])
+def test_replays_equal_eager_steps_with_preservation_samples(stored: bool) -> None:
+    batches = []
+    for n in range(STEPS):
+        other = drawn(50 + n, 3)
+        samples = cat_rs.PreservationSamples(other["latents"], other["noise"], other["timesteps"])
+        if stored:
+            prediction = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(n))
+            samples = samples._replace(base_pred=prediction.bfloat16().cuda())
+        batches.append({**undrawn(n), "cond_no_trigger": other["cond_no_trigger"], "preserve": samples})
+    compare(batches=batches)
+
+
 @pytest.mark.parametrize("options", [{}, {"snr_gamma": 5.0}, {"cat_factor": 0.0}], ids=str)
 def test_equals_the_cpu(options: dict[str, Any]) -> None:
     start = lora_parameters(model_of())
