@@ -21,6 +21,7 @@ SCRIPTS = (
     "evaluation",
     "statistics",
     "precision",
+    "check_weights",
     "peft_unet",
     "teacher_bank",
     "threads",
