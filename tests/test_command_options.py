@@ -90,13 +90,13 @@ PRESERVE: dict[str, Case] = {
     "overwrite": Case(True, {"built": "<earlier>/set"}, {"output": "<earlier>/set"}),
     "teacher_draws": Case(3, {"draws": 3}),
     "prompts": Case(("<more>", "<plain>"), {"prompts": ["a sks cat outdoors", "a sks outdoors"]}),
-    "general": Case(True, {"prompts": ["a sks cat", *general_prompts()]}),
-    "data": Case("<data>", {"prompts": ["a sks cat", "a cat on a hill"]}, {"trigger": ("sks",)}),
+    "general": Case(True, {"prompts": ["a crooked house", *general_prompts()]}),
+    "data": Case("<data>", {"prompts": ["a crooked house", "a cat on a hill"]}, {"trigger": ("sks",)}),
     "trigger": Case(
-        ("sks=cat",), {"prompts": ["a sks cat", "a cat on a hill"]}, {"data": "<data>", "trigger": ("zwx",)}
+        ("sks=cat",), {"prompts": ["a crooked house", "a cat on a hill"]}, {"data": "<data>", "trigger": ("zwx",)}
     ),
     "class_word": Case(
-        "tabby", {"prompts": ["a sks cat", "a tabby on a hill"]}, {"data": "<bare>", "trigger": ("sks",)}
+        "tabby", {"prompts": ["a crooked house", "a tabby on a hill"]}, {"data": "<bare>", "trigger": ("sks",)}
     ),
 }
 
@@ -113,6 +113,7 @@ CONVERT: dict[str, Case] = {
 MERGE: dict[str, Case] = {
     "adapters": Case(("b",), {"merged": ("b",)}),
     "output": Case("elsewhere", {"written": "elsewhere"}),
+    "overwrite": Case(True, {"written": "<earlier>"}, {"output": "<earlier>"}),
     "scales": Case((0.5,), {"scales": (0.5,)}),
     "cap": Case(2.0, {"cap": 2.0}),
     "to": Case("kohya", {"format": "kohya"}),
@@ -171,7 +172,7 @@ BASES: dict[str, tuple[Any, dict[str, Case], dict[str, Any]]] = {
     "preserve": (
         preserve,
         PRESERVE,
-        {"action": "build", "model": "model", "output": "output", "prompts": ("<prompts>",), "device": "cpu"},
+        {"action": "build", "model": "model", "output": "output", "prompts": ("<house>",), "device": "cpu"},
     ),
     "convert": (convert, CONVERT, {"input": "<lora>", "output": "output", "to": "diffusers"}),
     "report": (report, REPORT, {"runs": ("run",)}),
@@ -188,6 +189,7 @@ BASES: dict[str, tuple[Any, dict[str, Case], dict[str, Any]]] = {
 def places(tmp_path: Path) -> dict[str, str]:
     """The paths that values name as <name>."""
     (tmp_path / "prompts").write_text("a sks cat\n")
+    (tmp_path / "house").write_text("a crooked house\n")
     (tmp_path / "plain").write_text("a sks outdoors\n")
     (tmp_path / "more").write_text("a sks cat outdoors\n")
     concepts = [
@@ -217,7 +219,19 @@ def places(tmp_path: Path) -> dict[str, str]:
         (tmp_path / folder / "0.txt").write_text(caption)
     places = {
         f"<{name}>": str(tmp_path / name)
-        for name in ("earlier", "prompts", "plain", "more", "output", "elsewhere", "emoji", "other", "data", "bare")
+        for name in (
+            "earlier",
+            "prompts",
+            "plain",
+            "house",
+            "more",
+            "output",
+            "elsewhere",
+            "emoji",
+            "other",
+            "data",
+            "bare",
+        )
     }
     return places | {"<concepts>": str(tmp_path / "concepts.json"), "<lora>": str(tmp_path / "lora")}
 
@@ -352,7 +366,7 @@ def run(command: Any, seen: Seen, options: dict[str, Any], places: dict[str, str
     return dict(seen)
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "preserve", "convert", "report", "check"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "preserve", "convert", "report", "merge", "check"])
 def test_earlier_files_are_found_before_anything_is_loaded(command: str, seen: Seen, places: dict[str, str]) -> None:
     module, table, basis = BASES[command]
     after = run(module, seen, basis | table["overwrite"].given, places)
@@ -360,6 +374,27 @@ def test_earlier_files_are_found_before_anything_is_loaded(command: str, seen: S
     assert after["error"].startswith(
         f"{'output_dir' if 'output_dir' in table else 'output'}: expected a new place, got"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ("<empty>",)}, "prompts: expected at least one prompt in .*empty, got none"),
+        (
+            {"prompts": ("<prompts>",), "trigger": ("sks=cat",)},
+            "prompts: expected prompts without a trigger in .*'a sks",
+        ),
+        ({"data": "<data>"}, "trigger: expected the trigger word of the captions in data, got none"),
+    ],
+    ids=["empty", "trigger", "no-trigger"],
+)
+def test_prompts_that_preserve_nothing_are_refused(
+    options: dict[str, Any], message: str, places: dict[str, str], tmp_path: Path
+) -> None:
+    places["<empty>"] = str(tmp_path / "empty")
+    (tmp_path / "empty").write_text("# none\n")
+    with pytest.raises(cat_rs.errors.CatRsError, match=f"^{message}"):
+        preserve.run(preserve.Settings(**named(BASES["preserve"][2] | options, places)))
 
 
 @pytest.mark.parametrize("command", BASES)

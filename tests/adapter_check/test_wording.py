@@ -94,7 +94,7 @@ def test_without_a_trigger_nothing_is_said_of_it() -> None:
 
 
 def test_a_trigger_that_calls_nothing_is_doubted() -> None:
-    assert "Is 'sks' its trigger? It comes from a test." in text_of(check(at_scale(1.0, **{TRIGGER: near(0.001)})))
+    assert "Is 'sks' its trigger? Source: from a test." in text_of(check(at_scale(1.0, **{TRIGGER: near(0.001)})))
     assert "Is 'sks'" not in text_of(check())
 
 

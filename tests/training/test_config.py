@@ -75,6 +75,7 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
         {"cat_drift": 0.0},
         {"preserve_share": 0.0},
         {"preserve_share": 1.5},
+        {"preserve_share": 0.7},
         {"preserve_batch": 0},
         {"noise_offset": -0.1},
         {"resume": True, "overwrite": True},
@@ -84,6 +85,11 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
 def test_value_out_of_range_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{', '.join(settings)}: expected"):
         TrainConfig(**REQUIRED | settings)
+
+
+def test_a_share_of_given_sets_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"preserve_share: expected it with .* no preserve_set, got 0.7 without"):
+        TrainConfig(**REQUIRED, preserve_share=0.7, preserve="set", preserve_set=("a",))
 
 
 def test_settings_that_changed_since_the_checkpoint_are_named() -> None:

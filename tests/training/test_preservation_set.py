@@ -183,7 +183,7 @@ def test_a_set_that_is_there_is_only_read(build: Build, pipeline: Any, tmp_path:
     file = tmp_path / f"{first.key}.safetensors"
     assert build(pipeline=counting, path=file, prompts=PROMPTS[:1]).prompts == ("a dog",) * 2
     file.write_bytes(file.read_bytes()[:100])
-    assert len(build(pipeline=counting, path=file)) == 6
+    assert len(build(pipeline=counting, path=tmp_path)) == 6
 
 
 def test_a_second_build_waits_for_the_first(build: Build, pipeline: Any, tmp_path: Path) -> None:
@@ -286,6 +286,48 @@ def test_files_that_are_no_set_are_refused(build: Build, pipeline: Any, tmp_path
             PreservationSet.load(path, pipeline.unet, pipeline.scheduler)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": torch.tensor([0, -1])},
+        {"prompt": torch.tensor([0, 2])},
+        {"prompt": torch.tensor([0])},
+        {"latents": "nan"},
+        {"base_pred": "nan"},
+        {"timesteps": torch.full((2, 1), 5000)},
+        {"noise": None},
+    ],
+    ids=str,
+)
+def test_damaged_sets_are_refused(build: Build, pipeline: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path, broken = tmp_path / "set.safetensors", tmp_path / "broken.safetensors"
+    build(path=path, prompts=["a dog", "a cat"], draws=1)
+    tensors, (name, value) = load_file(path), *change.items()
+    if value is None:
+        del tensors[name]
+    elif isinstance(value, str):
+        tensors[name].view(-1)[-1] = float(value)
+    else:
+        tensors[name] = value
+    with safe_open(path, "pt") as file:
+        save_file(tensors, broken, file.metadata())
+    with pytest.raises(
+        InvalidValueError, match=r"`path`, .*broken.safetensors, must have a prompt and finite latents"
+    ):
+        PreservationSet.load(broken, pipeline.unet, pipeline.scheduler)
+
+
+def test_files_of_others_are_not_replaced(build: Build, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("a dog\n")
+    with pytest.raises(InvalidValueError, match=r"`path` must be new, or a set to replace, got .*notes.txt, which is"):
+        build(path=notes)
+    assert notes.read_text() == "a dog\n"
+
+
 def test_joined_sets_give_their_shares(build: Build, tmp_path: Path) -> None:
     large, small = build(draws=1), build(draws=1, path=tmp_path / "small.safetensors", prompts=["a cat"])
     drawn = PreservationSet.joined([small, large]).draw(4000, generator())
@@ -332,6 +374,7 @@ def test_sets_that_do_not_fit_each_other_are_refused(build: Build, tmp_path: Pat
         ({"pipeline": "model"}, "`pipeline` must be a Stable Diffusion or SDXL pipeline, got 'model'"),
         ({"draws": -1}, "`draws` must be an integer of at least 0, got -1"),
         ({"path": 3}, "`path` must be a path"),
+        ({"sampling": {"seeds": [0]}}, "`sampling` must be an EvaluationConfig or None"),
     ],
 )
 def test_arguments_are_checked(build: Build, settings: dict[str, Any], message: str) -> None:

@@ -233,8 +233,11 @@ def test_sets_that_cannot_be_used_are_refused(
     trigger = write_set(configure(), tmp_path / "trigger", ["a dog", "a SKS house"])
     with pytest.raises(DatasetError, match="preserve_set: expected prompts without a trigger, got 'a SKS house'"):
         quiet(configure(preserve_set=(str(trigger),)))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match=r"preserve_set: cannot read .*absent: "):
         quiet(configure(preserve_set=(str(tmp_path / "absent"),)))
+    one = write_set(configure(), tmp_path / "one", ["a dog"])
+    with pytest.raises(ConfigError, match=r"preserve_set: expected pictures of 32x32 pixels in .*one, got \d+x\d+"):
+        quiet(configure(preserve_set=(str(one),), resolution=32))
     assert not Path(configure().output_dir).exists()
 
 

@@ -48,7 +48,7 @@ def _with_trigger(check: PictureCheck, at: ScaleCheck) -> Iterator[str]:
     degree = _degree(at.effect, _floor(check, TRIGGER))
     yield f"With its trigger {check.trigger!r}, the adapter changes pictures {degree} ({_drifts(check, at, TRIGGER)})."
     if degree == _NOTHING:
-        yield f"Is {check.trigger!r} its trigger? It comes {check.source}."
+        yield f"Is {check.trigger!r} its trigger? Source: {check.source}."
     own_class = at.kinds[CLASS].drift if CLASS in at.kinds else None
     if own_class is not None and _calls(check, at) and own_class.value >= _CLASS_SHARE * at.effect.value:
         yield (

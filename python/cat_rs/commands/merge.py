@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from cat_rs.options import ConfigError, option
+from cat_rs.options import ConfigError, check_absent, option
 
 _FILES = "files"
 _ADAPTER = "adapter"
@@ -20,6 +20,7 @@ class Settings:
         group=_FILES, help="adapter files, or the folders that hold them", positional=True
     )
     output: str = option(group=_FILES, help="file to write, for peft the folder", metavar="FILE")
+    overwrite: bool = option(False, group=_FILES, help="replace the output if it is there")
     scales: tuple[float, ...] = option(
         (), group=_ADAPTER, help="scale of each adapter, in their order; 1 for all if not given", metavar="X"
     )
@@ -51,7 +52,9 @@ def run(settings: Settings) -> None:
     import torch
 
     from cat_rs.adapter_file import merge_loras, save_lora
+    from cat_rs.adapter_file.save import files_to_write
 
+    check_absent("output", files_to_write(settings.output, settings.to), overwrite=settings.overwrite)
     merged, capped = merge_loras(settings.adapters, settings.scales or None, cap=settings.cap)
     dtype = getattr(torch, settings.dtype)
     written = save_lora(settings.output, merged, format=settings.to, family=settings.family, dtype=dtype)
@@ -61,7 +64,8 @@ def run(settings: Settings) -> None:
     )
     print(f"{written}: {parts}, {sum(map(len, merged.alphas.values()))} layers")
     for layer in capped:
+        values = "1 singular value" if layer.changed == 1 else f"{layer.changed} singular values"
         print(
-            f"capped {layer.component} {layer.module}: {layer.changed} singular values, the largest from "
+            f"capped {layer.component} {layer.module}: {values}, the largest from "
             f"{layer.largest:.4g} to {layer.limit:.4g}"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from cat_rs.commands.sampling import SAMPLING, SamplingSettings
 from cat_rs.options import ConfigError, check_absent, option
 from cat_rs.processes import leave
+from cat_rs.prompts import remove_trigger
 from cat_rs.text_files import general_prompts, read_prompts
 
 _WHAT = "model and set"
@@ -50,11 +51,13 @@ class Settings(SamplingSettings):
     def __post_init__(self) -> None:
         if self.action != "build":
             raise ConfigError(f"preserve: expected build, got {self.action!r}")
+        if self.data is not None and not self.trigger:
+            raise ConfigError("trigger: expected the trigger word of the captions in data, got none")
 
 
 def run(settings: Settings) -> None:
     """Build the set, and say where it is."""
-    from cat_rs.training.preservation_set import PreservationSet
+    from cat_rs.training.preservation_set import SUFFIX, PreservationSet
 
     check_absent("output", [Path(settings.output)], overwrite=settings.overwrite)
     prompts = _prompts(settings)
@@ -72,7 +75,9 @@ def run(settings: Settings) -> None:
     finally:
         leave()
     if processes.is_main:
-        print(f"{len(built)} pictures of {len(prompts)} prompts: {settings.output}")
+        output = Path(settings.output)
+        file = output / f"{built.key}{SUFFIX}" if output.is_dir() else output
+        print(f"{file}: pictures: {len(built)}, prompts: {len(prompts)}")
 
 
 def _prompts(settings: Settings) -> list[str]:
@@ -88,9 +93,16 @@ def _prompts(settings: Settings) -> list[str]:
     found = []
     for file in settings.prompts:
         try:
-            found += read_prompts(file)
+            read = read_prompts(file)
         except OSError as error:
             raise ConfigError(f"prompts: cannot read {file}: {error}") from error
+        if not read:
+            raise ConfigError(f"prompts: expected at least one prompt in {file}, got none")
+        words = [trigger.partition("=")[0] for trigger in settings.trigger]
+        for prompt in read:
+            if words and remove_trigger(prompt, words)[1]:
+                raise ConfigError(f"prompts: expected prompts without a trigger in {file}, got {prompt!r}")
+        found += read
     if settings.general or not (settings.prompts or settings.data):
         found += general_prompts()
     if settings.data is not None:

@@ -282,6 +282,12 @@ class TrainConfig:
             raise ConfigError(f"teacher_draws: expected 0 with cat_factor 0, got {self.teacher_draws}")
         if not has_set and (self.preserve_set or self.preserve_batch is not None):
             raise ConfigError(f"preserve: expected set with preserve_set or preserve_batch, got {self.preserve}")
+        takes_share = self.preserve_prompts is not None or (has_set and not self.preserve_set)
+        if self.preserve_share != type(self).preserve_share and not takes_share:
+            raise ConfigError(
+                "preserve_share: expected it with preserve_prompts, or with preserve set and no preserve_set, got "
+                f"{self.preserve_share} without"
+            )
         if self.preserve_set and (self.preserve_prompts is not None or self.teacher_draws):
             raise ConfigError(
                 "preserve_set: expected none with preserve_prompts or teacher_draws, with which one is built; got both"

@@ -81,6 +81,7 @@ class PreservationSet:
 
     Attributes:
         prompts: The prompt of each picture.
+        latent_shape: [...], the shape of one latent.
         draws: K; 0 where a step draws noise and timesteps itself, and predicts with the base model.
         key: A hash of all that determines the set: model, prompts, sampler, seeds, size and K.
     """
@@ -98,6 +99,7 @@ class PreservationSet:
         # How often each picture is drawn.
         self._weights = torch.ones(len(tensors["latents"])) if weights is None else weights
         self.prompts = tuple(prompts[index] for index in tensors["prompt"].tolist())
+        self.latent_shape = tuple(tensors["latents"].shape[1:])
         self.draws = tensors["noise"].shape[1] if "noise" in tensors else 0
         self.key = key
 
@@ -120,8 +122,8 @@ class PreservationSet:
         """Draws a picture for each prompt and seed, and writes the set; one that is there already is only read.
 
         Each batch is written beside the file when it is done, so that a build that was killed goes on where it
-        stopped. A file of another set is replaced when the new one is whole. Under torch.distributed every rank calls
-        this with a pipeline of its own, and they take the batches in turns.
+        stopped. A file of another set is replaced when the new one is whole; one that is no set is refused. Under
+        torch.distributed every rank calls this with a pipeline of its own, and they take the batches in turns.
 
         Args:
             pipeline: A Stable Diffusion or SDXL pipeline without an adapter.
@@ -143,16 +145,22 @@ class PreservationSet:
         check(op, "pipeline", pipeline, "a Stable Diffusion or SDXL pipeline", lambda it: it.unet and it.encode_prompt)
         check(op, "draws", draws, "an integer of at least 0", lambda draws: int(draws) == draws >= 0)
         check_path(op, "path", path)
+        expected = "an EvaluationConfig or None"
+        check(op, "sampling", sampling, expected, lambda it: it is None or isinstance(it, EvaluationConfig))
         require_no_adapter(pipeline)
         processes = Processes.current() if processes is None else processes
         sampling, size = sampling or EvaluationConfig(seeds=(0,)), default_resolution(pipeline)
         sampling = replace(sampling, height=sampling.height or size, width=sampling.width or size)
         draws, key = int(draws), content_key(pipeline, prompts, sampling, int(draws))
-        file = Path(path, f"{key}{SUFFIX}") if Path(path).is_dir() else Path(path)
+        in_folder = Path(path).is_dir()
+        file = Path(path, f"{key}{SUFFIX}") if in_folder else Path(path)
         parts = file.with_name(f"{file.name}.parts")
         with ExitStack() as locked:
             processes.on_main(lambda: _lock(parts, locked))
-            if processes.on_main(lambda: _key_of(file)) != key:
+            found = processes.on_main(lambda: _key_of(file))
+            if found is None and file.exists() and not in_folder:
+                raise InvalidValueError(f"{op}: `path` must be new, or a set to replace, got {file}, which is none")
+            if found != key:
                 cond = _encoded(pipeline, prompts, sampling)
                 made = _made(pipeline, prompts, cond, sampling, draws, key, parts, processes, progress)
                 processes.on_main(lambda: write_set(file, pipeline, prompts, cond, made, key))
@@ -181,6 +189,7 @@ class PreservationSet:
         with refusing(op, "path", "a whole preservation set", os.fspath(path)):
             argument, table = f"{op}: `path`, {os.fspath(path)},", tensors.pop("schedule")
             check_base(argument, facts, table, model, NoiseSchedule(scheduler))
+            _check_whole(argument, tensors, len(json.loads(facts["prompts"])), len(table))
             return cls(tensors, json.loads(facts["prompts"]), facts["key"], next(model.parameters()).device)
 
     @classmethod
@@ -341,6 +350,26 @@ def write_set(
     }
     with _file_errors(file):
         write_safetensors(file, tensors, facts)
+
+
+def _check_whole(argument: str, tensors: Tensors, prompts: int, timesteps: int) -> None:
+    """Refuse a set whose tensors do not belong together, or hold what no build writes."""
+    pictures, rows = tensors["latents"], tensors["prompt"]
+    stored = [tensors[name] for name in STORED if name in tensors]
+    cond = [tensor for name, tensor in tensors.items() if name.startswith("cond[")]
+    fits = (
+        len(pictures) == len(rows) > 0
+        and bool(((rows >= 0) & (rows < prompts)).all())
+        and all(len(tensor) == prompts for tensor in cond)
+        and (not stored or (len(stored) == len(STORED) and all(len(tensor) == len(pictures) for tensor in stored)))
+        and ("timesteps" not in tensors or bool(((stored[1] >= 0) & (stored[1] < timesteps)).all()))
+        and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    )
+    if not fits:
+        raise InvalidValueError(
+            f"{argument} must have a prompt and finite latents for each picture, and all or none of "
+            f"{', '.join(STORED)} with timesteps of the schedule, got another"
+        )
 
 
 def _key_of(file: Path) -> str | None:

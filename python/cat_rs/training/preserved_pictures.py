@@ -16,6 +16,7 @@ from cat_rs.text_files import general_prompts
 from cat_rs.training.captions import CaptionPairs
 from cat_rs.training.config import TrainConfig
 from cat_rs.training.errors import DatasetError
+from cat_rs.training.model import default_resolution
 from cat_rs.training.preservation_set import PreservationSet
 
 # Of the captions together, at least: as many as the study has.
@@ -38,6 +39,7 @@ def open_set(
 
     Raises:
         DatasetError: A set holds a prompt with a trigger.
+        ConfigError: A given file cannot be read, or holds pictures of another size.
         InvalidValueError, ShapeError: A file is no set of this model, or the sets do not fit each other.
         OSError: A file cannot be read or written.
     """
@@ -46,7 +48,7 @@ def open_set(
     # Without class words: nothing takes a trigger's place here.
     triggers = list(config.class_words())
     if config.preserve_set:
-        sets = [PreservationSet.load(path, pipeline.unet, pipeline.scheduler) for path in config.preserve_set]
+        sets = [_given(path, config, pipeline) for path in config.preserve_set]
         for prompt in dict.fromkeys(prompt for each in sets for prompt in each.prompts):
             if remove_trigger(prompt, triggers)[1]:
                 raise DatasetError(f"preserve_set: expected prompts without a trigger, got {prompt!r}")
@@ -70,6 +72,19 @@ def open_set(
         return of_general
     of_captions = built(own, math.ceil(CAPTION_PICTURES / len(own)))
     return PreservationSet.joined([of_captions, of_general], [1 - config.preserve_share, config.preserve_share])
+
+
+def _given(path: str, config: TrainConfig, pipeline: Any) -> PreservationSet:
+    """Read a set whose pictures have the size of the training's."""
+    try:
+        given = PreservationSet.load(path, pipeline.unet, pipeline.scheduler)
+    except OSError as error:
+        raise ConfigError(f"preserve_set: cannot read {path}: {error}") from error
+    factor, size = pipeline.vae_scale_factor, config.resolution or default_resolution(pipeline)
+    height, width = (side * factor for side in given.latent_shape[-2:])
+    if (height, width) != (size, size):
+        raise ConfigError(f"preserve_set: expected pictures of {size}x{size} pixels in {path}, got {width}x{height}")
+    return given
 
 
 def cache_folder() -> Path:
