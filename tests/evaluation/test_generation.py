@@ -175,6 +175,11 @@ def test_saved_pictures_read_back(pipeline: Any, config: EvaluationConfig, tmp_p
     assert np.array_equal(Image.open(files[4]), grid.picture(1, 1))
 
 
+def test_settings_that_the_pipeline_refuses_are_told(pipeline: Any, config: EvaluationConfig) -> None:
+    with pytest.raises(EvaluationInputError, match="got: `height` and `width` have to be divisible by 8 but are 33"):
+        generate_pictures(pipeline, ["a cat"], replace(config, height=33), progress=False)
+
+
 def test_no_prompts_are_refused(pipeline: Any, config: EvaluationConfig) -> None:
     with pytest.raises(EvaluationInputError, match="prompts: expected at least one"):
         generate_pictures(pipeline, [], config, progress=False)

@@ -155,7 +155,11 @@ def generate_latents(pipeline: Any, requests: Sequence[PictureRequest], config: 
 def _generate(
     pipeline: Any, requests: Sequence[PictureRequest], config: EvaluationConfig, output_type: str
 ) -> tuple[Any, torch.Tensor]:
-    """What the pipeline returns, and what its last denoising step did."""
+    """What the pipeline returns, and what its last denoising step did.
+
+    Raises:
+        EvaluationInputError: The pipeline refuses the settings.
+    """
     last: dict[str, torch.Tensor] = {}
 
     def keep_latents(_pipeline: Any, _step: int, _timestep: Any, values: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -163,16 +167,20 @@ def _generate(
         return {}
 
     with _own_progress_bar_hidden(pipeline):
-        output = pipeline(
-            prompt=[request.prompt for request in requests],
-            generator=[picture_generator(request.prompt_index, request.seed) for request in requests],
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            height=config.height,
-            width=config.width,
-            callback_on_step_end=keep_latents,
-            output_type=output_type,
-        )
+        try:
+            output = pipeline(
+                prompt=[request.prompt for request in requests],
+                generator=[picture_generator(request.prompt_index, request.seed) for request in requests],
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                height=config.height,
+                width=config.width,
+                callback_on_step_end=keep_latents,
+                output_type=output_type,
+            )
+        except ValueError as error:
+            # Such as a height that is no multiple of 8.
+            raise EvaluationInputError(f"pipeline: expected settings that it can draw with, got: {error}") from error
     return output, last["latents"].detach().to("cpu", torch.float32)
 
 
