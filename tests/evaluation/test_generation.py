@@ -177,7 +177,11 @@ def test_saved_pictures_read_back(pipeline: Any, config: EvaluationConfig, tmp_p
 
 def test_settings_that_the_pipeline_refuses_are_told(pipeline: Any, config: EvaluationConfig) -> None:
     with pytest.raises(EvaluationInputError, match="got: `height` and `width` have to be divisible by 8 but are 33"):
-        generate_pictures(pipeline, ["a cat"], replace(config, height=33), progress=False)
+        generate_pictures(pipeline, ["a cat"], replace(config, height=33, width=32), progress=False)
+    with pytest.raises(
+        EvaluationInputError, match="height, width: expected both or none, got height 32 and width None"
+    ):
+        generate_pictures(pipeline, ["a cat"], replace(config, height=32), progress=False)
 
 
 def test_no_prompts_are_refused(pipeline: Any, config: EvaluationConfig) -> None:

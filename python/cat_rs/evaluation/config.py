@@ -16,7 +16,7 @@ class EvaluationConfig:
         guidance_scale: Classifier-free guidance; 1 switches it off.
         seeds: The seeds; the model draws one picture for each prompt and seed. Diversity and the "other seed"
             reference need two.
-        height: Picture height in pixels; the model's own if None.
+        height: Picture height in pixels; the model's own if None, as is width then.
         width: Picture width in pixels; the model's own if None.
         batch_size: Pictures generated together; it changes them only by rounding.
 

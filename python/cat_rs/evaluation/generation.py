@@ -158,7 +158,7 @@ def _generate(
     """What the pipeline returns, and what its last denoising step did.
 
     Raises:
-        EvaluationInputError: The pipeline refuses the settings.
+        EvaluationInputError: The pipeline refuses the settings, or one side of the pictures is missing.
     """
     last: dict[str, torch.Tensor] = {}
 
@@ -166,6 +166,11 @@ def _generate(
         last["latents"] = values["latents"]
         return {}
 
+    if (config.height is None) != (config.width is None):
+        # Stable Diffusion's pipeline would take its own size for both.
+        raise EvaluationInputError(
+            f"height, width: expected both or none, got height {config.height} and width {config.width}"
+        )
     with _own_progress_bar_hidden(pipeline):
         try:
             output = pipeline(
