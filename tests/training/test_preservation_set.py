@@ -326,6 +326,7 @@ def test_files_of_others_are_not_replaced(build: Build, tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=r"`path` must be new, or a set to replace, got .*notes.txt, which is"):
         build(path=notes)
     assert notes.read_text() == "a dog\n"
+    assert list(tmp_path.iterdir()) == [notes]
 
 
 def test_joined_sets_give_their_shares(build: Build, tmp_path: Path) -> None:

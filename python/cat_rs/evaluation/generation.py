@@ -20,7 +20,7 @@ from cat_rs.adapter_file.merge import merge_loras
 from cat_rs.adapter_file.pipeline import adapter_in, adapter_names, check_fits, pipeline_models
 from cat_rs.adapter_file.read import read_lora
 from cat_rs.atomic import write_bytes
-from cat_rs.errors import AdapterError
+from cat_rs.errors import AdapterError, CatRsError
 from cat_rs.evaluation.config import EvaluationConfig
 from cat_rs.evaluation.errors import EvaluationFileError, EvaluationInputError
 from cat_rs.image_files import png_bytes
@@ -183,6 +183,8 @@ def _generate(
                 callback_on_step_end=keep_latents,
                 output_type=output_type,
             )
+        except CatRsError:
+            raise
         except ValueError as error:
             # Such as a height that is no multiple of 8.
             raise EvaluationInputError(f"pipeline: expected settings that it can draw with, got: {error}") from error

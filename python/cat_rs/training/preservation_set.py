@@ -152,15 +152,15 @@ class PreservationSet:
         sampling, size = sampling or EvaluationConfig(seeds=(0,)), default_resolution(pipeline)
         sampling = replace(sampling, height=sampling.height or size, width=sampling.width or size)
         draws, key = int(draws), content_key(pipeline, prompts, sampling, int(draws))
-        in_folder = Path(path).is_dir()
-        file = Path(path, f"{key}{SUFFIX}") if in_folder else Path(path)
+        if Path(path).is_dir():
+            file = Path(path, f"{key}{SUFFIX}")
+        else:
+            file = Path(path)
+            processes.on_main(lambda: _check_replaceable(file))
         parts = file.with_name(f"{file.name}.parts")
         with ExitStack() as locked:
             processes.on_main(lambda: _lock(parts, locked))
-            found = processes.on_main(lambda: _key_of(file))
-            if found is None and file.exists() and not in_folder:
-                raise InvalidValueError(f"{op}: `path` must be new, or a set to replace, got {file}, which is none")
-            if found != key:
+            if processes.on_main(lambda: _key_of(file)) != key:
                 cond = _encoded(pipeline, prompts, sampling)
                 made = _made(pipeline, prompts, cond, sampling, draws, key, parts, processes, progress)
                 processes.on_main(lambda: write_set(file, pipeline, prompts, cond, made, key))
@@ -362,13 +362,22 @@ def _check_whole(argument: str, tensors: Tensors, prompts: int, timesteps: int) 
         and bool(((rows >= 0) & (rows < prompts)).all())
         and all(len(tensor) == prompts for tensor in cond)
         and (not stored or (len(stored) == len(STORED) and all(len(tensor) == len(pictures) for tensor in stored)))
-        and ("timesteps" not in tensors or bool(((stored[1] >= 0) & (stored[1] < timesteps)).all()))
-        and all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+        and (not stored or bool(((tensors["timesteps"] >= 0) & (tensors["timesteps"] < timesteps)).all()))
+        # NaN spreads to both ends; nothing is as large as the tensors.
+        and all(bool(torch.stack(tensor.aminmax()).isfinite().all()) for tensor in tensors.values())
     )
     if not fits:
         raise InvalidValueError(
             f"{argument} must have a prompt and finite latents for each picture, and all or none of "
             f"{', '.join(STORED)} with timesteps of the schedule, got another"
+        )
+
+
+def _check_replaceable(file: Path) -> None:
+    """Refuse to write a set in the place of something else."""
+    if file.exists() and _key_of(file) is None:
+        raise InvalidValueError(
+            f"PreservationSet.build: `path` must be new, or a set to replace, got {file}, which is none"
         )
 
 
