@@ -170,6 +170,11 @@ def test_the_command_writes_the_sum(tmp_path: Path, capsys: pytest.CaptureFixtur
     model = tiny_unet()
     cat_rs.load_lora(path, model=model)
     assert (output(model) - output(both)).norm() <= 1e-5 * output(both).norm()
-    assert main([*arguments, "--cap", "0.5", "--dtype", "bfloat16"]) == 0
+    capped = [*arguments, "--cap", "0.5", "--dtype", "bfloat16"]
+    before = path.read_bytes()
+    assert main(capped) == 2  # a file of someone's is replaced where that is asked
+    assert "give --overwrite" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    assert main([*capped, "--overwrite"]) == 0
     assert "capped unet " in capsys.readouterr().out
     assert main([*arguments[:-1]]) == 2
