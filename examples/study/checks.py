@@ -9,7 +9,6 @@ again. Writes checks.json.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 from pathlib import Path
@@ -28,9 +27,11 @@ from diffusers import StableDiffusionPipeline
 from methods import METHODS, PLAIN, RECIPE, adapter_file, adapter_name
 from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, evaluation_file, run, stem, unit_folder
 
-# Early and late, with little damage and with much.
-CHECKED = ((PLAIN, 100), (PLAIN, 400), ("CAT prompts", 400), (RECIPE, METHODS[RECIPE].steps))
-SCALED = ((PLAIN, 400), (RECIPE, METHODS[RECIPE].steps))
+# Early and late, with little damage and with much, of one seed.
+NAMES = (PLAIN, "DCO", "layers", "CAT 1", "CAT prompts", "base pictures", RECIPE)
+CHECKED = ((PLAIN, 100), *((name, METHODS[name].steps) for name in NAMES))
+SCALED = ((PLAIN, METHODS[PLAIN].steps), (RECIPE, METHODS[RECIPE].steps))
+SEED = SEEDS[0]
 WITHOUT = "without the trigger"
 MAX_DRIFT = 0.05
 RESAMPLES = 10_000
@@ -44,12 +45,11 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     options = parser.parse_args()
-    units = [
-        unit for unit in itertools.product(read_concepts(), SEEDS) if evaluation_file(options.work, *unit).exists()
-    ]
-    scored = [(options.work, *unit, *adapter) for adapter in CHECKED for unit in units]
+    scored, scaled = (
+        [(options.work, concept, SEED, *adapter) for concept in read_concepts() for adapter in adapters]
+        for adapters in (CHECKED, SCALED)
+    )
     run(check_ups, scored, options.workers)
-    scaled = [(options.work, *unit, *adapter) for adapter in SCALED for unit in units if unit[1] == SEEDS[0]]
     run(check_scale, scaled, options.workers)
     ups = [json.loads(ups_file(*call).read_text()) for call in scored]
     scales = [json.loads(scale_file(*call).read_text()) for call in scaled]
