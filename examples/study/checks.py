@@ -32,6 +32,7 @@ NAMES = (PLAIN, "DCO", "layers", "CAT 1", "CAT prompts", "base pictures", RECIPE
 CHECKED = ((PLAIN, 100), *((name, METHODS[name].steps) for name in NAMES))
 SCALED = ((PLAIN, METHODS[PLAIN].steps), (RECIPE, METHODS[RECIPE].steps))
 SEED = SEEDS[0]
+PROMPTS_OF_A_KIND = 24
 WITHOUT = "without the trigger"
 MAX_DRIFT = 0.05
 RESAMPLES = 10_000
@@ -135,6 +136,7 @@ def checked_pictures(
         ClipEncoder.from_pretrained(CLIP),
         scales=scales,
         max_drift=MAX_DRIFT,
+        limit=PROMPTS_OF_A_KIND,
         config=EvaluationConfig(num_inference_steps=INFERENCE_STEPS, seeds=seeds, batch_size=16),
         cache=work / "check-pictures",
         progress=False,
