@@ -298,6 +298,15 @@ def test_the_rank_correlation_of_checks(study: Any) -> None:
     assert study.checks.spearman(["a"] * 12 + ["b"] * 12, doubled)["low"] == pytest.approx(1.0)
 
 
+def test_checks_take_adapters_of_every_method(study: Any) -> None:
+    samples = [study.checks.sample(start) for start in range(5)]
+    assert sum(map(len, samples)) >= 40
+    names = {name for names in samples for name in names}
+    assert {name.partition(" @ ")[0] for name in names} == set(study.methods.METHODS)
+    file, scale = study.checks.all_adapters(Path("unit"))["LoRA @ 50 x 0.5"]
+    assert (file, scale) == (Path("unit/LoRA/step-000050.safetensors"), 0.5)
+
+
 @pytest.mark.parametrize(("damage", "held"), [(0.04, True), (0.06, False)])
 def test_a_safe_scale_is_asked_again_with_other_seeds(
     study: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: float, held: bool
@@ -306,12 +315,16 @@ def test_a_safe_scale_is_asked_again_with_other_seeds(
         scales, seeds = call[-2:]
         assert scales == (0.6,) or seeds == (0,)
         values = {each: damage if seeds == (1, 2, 3) else each / 20 for each in scales}
-        rows = [SimpleNamespace(scale=each, damage=Interval(value, 0.0, 1.0)) for each, value in values.items()]
+        false = {"false triggers": SimpleNamespace(ups=Interval(0.9, 0.8, 1.0))}
+        rows = [
+            SimpleNamespace(scale=each, damage=Interval(damage, 0.0, 1.0), kinds=false)
+            for each, damage in values.items()
+        ]
         return SimpleNamespace(scales=rows, safest=0.6)
 
     monkeypatch.setattr(study.checks, "checked_pictures", checked)
-    study.checks.check_scale(tmp_path, "panda", 0, "LoRA", 400)
-    found = json.loads(study.checks.scale_file(tmp_path, "panda", 0, "LoRA", 400).read_text())
+    study.checks.check_scale(tmp_path, "panda", "LoRA @ 400")
+    found = json.loads(study.checks.scale_file(tmp_path, "panda", "LoRA @ 400").read_text())
     assert (found["safest"], found["damage_with_other_seeds"], found["held"]) == (0.6, damage, held)
 
 

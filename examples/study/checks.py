@@ -1,9 +1,9 @@
 """What `cat_rs.check` says of the study's adapters beside what the study says: ``python examples/study/checks.py``.
 
-`check` sees an adapter's file and the base model alone. Ranks the adapters by its UPS and by the study's, and asks
-whether the largest safe scale that one picture seed finds is safe with three others; tells what is left of the base
-model at false triggers. Every finished check is a file in the study's work folder: stop it at any time and start it
-again. Writes checks.json.
+`check` sees an adapter's file and the base model alone. Ranks adapters by its UPS and by the study's: of each concept
+every sixth of all methods, steps and scales, from another one on. Asks whether the largest safe scale that one picture
+seed finds is safe with three others, and tells what is left of the base model at false triggers. Every finished check
+is a file in the study's work folder: stop it at any time and start it again. Writes checks.json.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationResult
 from concepts import CLIP, MODEL, read_concepts
 from diffusers import StableDiffusionPipeline
-from methods import METHODS, PLAIN, RECIPE, adapter_file, adapter_name
-from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, evaluation_file, run, stem, unit_folder
+from methods import METHODS, PLAIN, RECIPE, adapter_name
+from rule import figures, half_of
+from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, evaluation_file, run, stem
 
-# Early and late, with little damage and with much, of one seed.
-NAMES = (PLAIN, "DCO", "layers", "CAT 1", "CAT prompts", "base pictures", RECIPE)
-CHECKED = ((PLAIN, 100), *((name, METHODS[name].steps) for name in NAMES))
-SCALED = ((PLAIN, METHODS[PLAIN].steps), (RECIPE, METHODS[RECIPE].steps))
+EVERY = 6
+SCALED = (PLAIN, RECIPE)
 SEED = SEEDS[0]
+# About as many as the class and its neighbours have.
 PROMPTS_OF_A_KIND = 24
 WITHOUT = "without the trigger"
 MAX_DRIFT = 0.05
@@ -46,25 +46,49 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     options = parser.parse_args()
-    scored, scaled = (
-        [(options.work, concept, SEED, *adapter) for concept in read_concepts() for adapter in adapters]
-        for adapters in (CHECKED, SCALED)
-    )
+    concepts = list(read_concepts())
+    scored = [(options.work, concept, name) for concept in concepts for name in sample(concepts.index(concept))]
+    scaled = [(options.work, concept, name) for concept in concepts for name in map(last, SCALED)]
     run(check_ups, scored, options.workers)
     run(check_scale, scaled, options.workers)
     ups = [json.loads(ups_file(*call).read_text()) for call in scored]
     scales = [json.loads(scale_file(*call).read_text()) for call in scaled]
     content = {
         "format": "cat-rs study checks 1",
-        "spearman": spearman([row["concept"] for row in ups], [(row["check"], row["study"]) for row in ups]),
-        "false_triggers": false_triggers(ups),
+        "spearman": correlation(ups, "check", "study"),
+        "spearman_of_the_studys_halves": correlation(ups, "first_half", "second_half"),
+        "false_triggers": false_triggers(scales),
         "ups": ups,
         "held": sum(row["held"] for row in scales),
         "found": sum(row["safest"] is not None for row in scales),
         "scales": scales,
     }
     write_bytes(options.output / "checks.json", (json.dumps(content, indent=1) + "\n").encode())
-    print(json.dumps({name: content[name] for name in ("spearman", "held", "found", "false_triggers")}, indent=1))
+    print(json.dumps({name: value for name, value in content.items() if name not in ("ups", "scales")}, indent=1))
+
+
+def sample(start: int) -> list[str]:
+    """Every sixth of the study's adapters of a concept and seed."""
+    return list(all_adapters(Path()))[start % EVERY :: EVERY]
+
+
+def all_adapters(unit: Path) -> dict[str, tuple[Path, float]]:
+    """Name -> file and scale, of all methods in the folder of a concept and seed."""
+    return {
+        name: (Path(adapter.path), adapter.scale)
+        for method in METHODS.values()
+        for name, adapter in method.adapters(unit / stem(method.name)).items()
+    }
+
+
+def last(method: str) -> str:
+    """The name of a method's last adapter."""
+    return adapter_name(method, METHODS[method].steps)
+
+
+def correlation(rows: list[dict[str, Any]], one: str, other: str) -> dict[str, float]:
+    """Rank correlation of two figures."""
+    return spearman([row["concept"] for row in rows], [(row[one], row[other]) for row in rows])
 
 
 def false_triggers(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -78,38 +102,40 @@ def false_triggers(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def ups_file(work: Path, concept: str, seed: int, method: str, step: int) -> Path:
-    return work / "checks" / f"{stem(concept)}-seed{seed}-{stem(method)}-{step}.json"
+def ups_file(work: Path, concept: str, name: str) -> Path:
+    return work / "checks" / f"{stem(concept)}-{stem(name)}.json"
 
 
-def scale_file(work: Path, concept: str, seed: int, method: str, step: int) -> Path:
-    return ups_file(work, concept, seed, f"scale {method}", step)
+def scale_file(work: Path, concept: str, name: str) -> Path:
+    return ups_file(work, concept, f"scales of {name}")
 
 
-def check_ups(work: Path, concept: str, seed: int, method: str, step: int) -> None:
-    """UPS of one adapter by `check` and by the study, unless that is done."""
-    target = ups_file(work, concept, seed, method, step)
+def check_ups(work: Path, concept: str, name: str) -> None:
+    """UPS of one adapter by `check`, by the study and by its halves, unless that is done."""
+    target = ups_file(work, concept, name)
     if target.exists():
         return
-    (checked,) = checked_pictures(work, concept, seed, method, step, (1.0,), PICTURE_SEEDS).scales
-    study = EvaluationResult.load(evaluation_file(work, concept, seed)).adapters[adapter_name(method, step)]
+    _, scale = all_adapters(Path())[name]
+    (checked,) = checked_pictures(work, concept, name, (scale,), PICTURE_SEEDS).scales
+    study = EvaluationResult.load(evaluation_file(work, concept, SEED))
+    first, second = (figures(study, half_of(read_concepts()[concept], half))[name].ups for half in (0, 1))
     write(
         target,
         concept=concept,
-        seed=seed,
-        adapter=adapter_name(method, step),
+        adapter=name,
         check=checked.kinds[WITHOUT].ups.value,
-        false_triggers=checked.kinds[FALSE_TRIGGERS].ups.value,
-        study=study.ups.value,
+        study=study.adapters[name].ups.value,
+        first_half=first,
+        second_half=second,
     )
 
 
-def check_scale(work: Path, concept: str, seed: int, method: str, step: int) -> None:
+def check_scale(work: Path, concept: str, name: str) -> None:
     """The largest safe scale by one picture seed, and the damage there with three others, unless that is done."""
-    target = scale_file(work, concept, seed, method, step)
+    target = scale_file(work, concept, name)
     if target.exists():
         return
-    adapter = (work, concept, seed, method, step)
+    adapter = (work, concept, name)
     found = checked_pictures(*adapter, (0.2, 0.4, 0.6, 0.8, 1.0), (0,))
     damage = None
     if found.safest is not None:
@@ -117,8 +143,8 @@ def check_scale(work: Path, concept: str, seed: int, method: str, step: int) -> 
     write(
         target,
         concept=concept,
-        seed=seed,
-        adapter=adapter_name(method, step),
+        adapter=name,
+        false_triggers=found.scales[-1].kinds[FALSE_TRIGGERS].ups.value,
         safest=found.safest,
         damage=[each.damage.value for each in found.scales],
         damage_with_other_seeds=damage,
@@ -127,11 +153,12 @@ def check_scale(work: Path, concept: str, seed: int, method: str, step: int) -> 
 
 
 def checked_pictures(
-    work: Path, concept: str, seed: int, method: str, step: int, scales: tuple[float, ...], seeds: tuple[int, ...]
+    work: Path, concept: str, name: str, scales: tuple[float, ...], seeds: tuple[int, ...]
 ) -> PictureCheck:
     """What `check` finds in pictures at scales; trigger and class word come from the file."""
+    file, _ = all_adapters(evaluation_file(work, concept, SEED).parent)[name]
     checked = cat_rs.check(
-        {"adapter": adapter_file(unit_folder(work, method, concept, seed), step)},
+        {"adapter": file},
         StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
         ClipEncoder.from_pretrained(CLIP),
         scales=scales,

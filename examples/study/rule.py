@@ -80,7 +80,7 @@ def match(
     result: EvaluationResult, concept: Concept, method: str, rule: Chooser, judged: EvaluationResult | None = None
 ) -> Match | None:
     """Our adapter and plain LoRA's in one run; None where the rule finds none. `judged` scores the same adapters."""
-    choosing, scored = _figures(result, _halves(concept, 0)), _figures(judged or result, _halves(concept, 1))
+    choosing, scored = figures(result, half_of(concept, 0)), figures(judged or result, half_of(concept, 1))
     own = [name for name in METHODS[method].adapters_at_full_scale() if name in choosing]
     best = choose_best([choosing[name] for name in own], result.base.identity, EVALUATE_KEEP)
     if best is None:
@@ -92,12 +92,13 @@ def match(
     return Match(ours, plain, scored[ours].identity - scored[plain].identity, scored[ours].ups - scored[plain].ups)
 
 
-def _halves(concept: Concept, half: int) -> set[str]:
+def half_of(concept: Concept, half: int) -> set[str]:
+    """Every second prompt of each kind, from the first or the second on."""
     groups: Iterable[Sequence[str]] = (concept.trigger_prompts, *concept.kinds.values())
     return {prompt for group in groups for prompt in group[half::2]}
 
 
-def _figures(result: EvaluationResult, prompts: set[str]) -> dict[str, Figures]:
+def figures(result: EvaluationResult, prompts: set[str]) -> dict[str, Figures]:
     """The figures of every adapter over some of the prompts."""
     identities: dict[str, list[float]] = {}
     similarities: dict[str, list[float]] = {}

@@ -46,8 +46,9 @@ def test_every_kind_is_written() -> None:
     assert "a photo of a dog" in texts(prompts, NEIGHBOURS)
     assert not any("cat " in f"{text} " for text in texts(prompts, NEIGHBOURS))
     assert set(texts(prompts, EMPTY)) == {""}
-    for kind in (TRIGGER, CLASS):
-        assert [prompt.caption for prompt in prompts.kinds[kind]] == texts(prompts, CLASS)
+    of_class = [prompt.caption for prompt in prompts.kinds[CLASS]]
+    assert of_class == list(dict.fromkeys(texts(prompts, CLASS)))
+    assert [prompt.caption for prompt in prompts.kinds[TRIGGER]] == of_class[:8]
 
 
 def test_false_triggers_are_all_but_the_trigger() -> None:

@@ -26,7 +26,8 @@ KINDS = (TRIGGER, GENERAL, CLASS, NEIGHBOURS, EMPTY, FALSE_TRIGGERS)
 
 # A place for words, in a text without any other rare word.
 _PLACE = "qqq"
-_TEMPLATES = tuple(
+# The class has all of them: it is where an adapter leaks first.
+_CLASS_TEMPLATES = tuple(
     template.replace("_", _PLACE)
     for template in (
         "a photo of a _",
@@ -37,8 +38,25 @@ _TEMPLATES = tuple(
         "a _ on a blue background",
         "a _ outdoors",
         "a _ at night",
+        "a _ on a green background",
+        "a painting of a _",
+        "a _ on a yellow background",
+        "a small _",
+        "a _ on a gray background",
+        "a _ in the snow",
+        "a _ on a pink background",
+        "a black and white photo of a _",
+        "a _ on a black background",
+        "a _ seen from the side",
+        "a _ on an orange background",
+        "a large _",
+        "a _ on a purple background",
+        "a sketch of a _",
+        "a _ by the sea",
+        "a _ in a room",
     )
 )
+_TEMPLATES = _CLASS_TEMPLATES[:8]
 _FEW_TEMPLATES = _TEMPLATES[:2]
 _EMPTY_PROMPTS = 8
 _RARE_WORDS = ("ohwx", "zwx", "sks", "shs")
@@ -128,7 +146,7 @@ def write_prompts(
     if class_word is None:
         left_out.append("No class word is known, so the class and its neighbours are left out.")
     else:
-        kinds[CLASS] = tuple(_filled(template, class_word, class_word) for template in _TEMPLATES)
+        kinds[CLASS] = tuple(_filled(template, class_word, class_word) for template in _CLASS_TEMPLATES)
     if neighbours:
         pairs = [(template, name) for template in _FEW_TEMPLATES for name in neighbours]
         kinds[NEIGHBOURS] = tuple(_filled(template, name, name) for template, name in pairs)
