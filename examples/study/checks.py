@@ -18,7 +18,7 @@ import cat_rs
 import numpy as np
 import torch
 from analysis import Estimate
-from cat_rs.adapter_check.prompts import FALSE_TRIGGERS
+from cat_rs.adapter_check.prompts import CLASS, FALSE_TRIGGERS
 from cat_rs.adapter_check.result import PictureCheck
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import ClipEncoder, EvaluationConfig, EvaluationResult
@@ -34,7 +34,10 @@ SEED = SEEDS[0]
 # About as many as the class and its neighbours have.
 PROMPTS_OF_A_KIND = 24
 WITHOUT = "without the trigger"
+# UPS by `check`: of all kinds without the trigger, of the class, and of the kind that suffers most.
+FIGURES = ("all", "class", "worst")
 MAX_DRIFT = 0.05
+SCALES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 RESAMPLES = 10_000
 
 
@@ -55,7 +58,7 @@ def main() -> None:
     scales = [json.loads(scale_file(*call).read_text()) for call in scaled]
     content = {
         "format": "cat-rs study checks 1",
-        "spearman": correlation(ups, "check", "study"),
+        "spearman": {figure: correlation(ups, figure, "study") for figure in FIGURES},
         "spearman_of_the_studys_halves": correlation(ups, "first_half", "second_half"),
         "false_triggers": false_triggers(scales),
         "ups": ups,
@@ -123,7 +126,9 @@ def check_ups(work: Path, concept: str, name: str) -> None:
         target,
         concept=concept,
         adapter=name,
-        check=checked.kinds[WITHOUT].ups.value,
+        **dict(
+            zip(FIGURES, (checked.kinds[kind].ups.value for kind in (WITHOUT, CLASS, checked.damaged)), strict=True)
+        ),
         study=study.adapters[name].ups.value,
         first_half=first,
         second_half=second,
@@ -136,7 +141,7 @@ def check_scale(work: Path, concept: str, name: str) -> None:
     if target.exists():
         return
     adapter = (work, concept, name)
-    found = checked_pictures(*adapter, (0.2, 0.4, 0.6, 0.8, 1.0), (0,))
+    found = checked_pictures(*adapter, SCALES, (0,))
     damage = None
     if found.safest is not None:
         damage = checked_pictures(*adapter, (found.safest,), (1, 2, 3)).scales[0].damage.value
