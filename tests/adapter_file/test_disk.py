@@ -120,6 +120,11 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="got none"):
         cat_rs.save_lora(tmp_path / "a", {})
     assert not os.listdir(tmp_path)
+    (tmp_path / "notes").write_text("mine")
+    for format in ("diffusers", "peft"):
+        with pytest.raises(InvalidValueError, match=r"or be a folder, got the file .*notes"):
+            cat_rs.save_lora(tmp_path / "notes", state, format=format)
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_half_of_a_surrogate_pair_is_no_path(tmp_path: Path) -> None:

@@ -174,5 +174,8 @@ def _check_arguments(path: str | os.PathLike[str], format: str, family: str | No
         raise InvalidValueError(f"save_lora: `path` must be a folder for format peft, got {os.fspath(path)}")
     if format == "kohya" and not is_file:
         raise InvalidValueError(f"save_lora: `path` must end with {SUFFIX} for format kohya, got {os.fspath(path)}")
+    if not is_file and os.path.isfile(path):
+        expected = f"end with {SUFFIX} or be a folder"
+        raise InvalidValueError(f"save_lora: `path` must {expected}, got the file {os.fspath(path)}")
     if dtype is not None:
         check("save_lora", "dtype", dtype, "a floating dtype or None", lambda it: it.is_floating_point is True)
