@@ -13,7 +13,7 @@ import cat_rs
 from cat_rs.atomic import write_bytes
 from cat_rs.evaluation import EvaluationResult
 from concepts import read_concepts
-from methods import BATCH, LR, METHODS, PLAIN, RANK, RECIPE, STEPS
+from methods import BATCH, LR, METHODS, PLAIN, RANK, RECIPE, STEPS, adapter_name
 from multi import COMPARED, TRIO, wrong_at_equal_right, wrong_rates
 from rule import RULES, match
 from rule import __doc__ as rule_text
@@ -308,21 +308,38 @@ def runs_table(points: Mapping[Run, Mapping[str, Point]]) -> str:
 
 
 def front_figure(points: Mapping[Run, Mapping[str, Point]]) -> bytes:
-    """Identity against UPS, means over the runs, a line for each method through its steps."""
+    """Identity against UPS, means over the runs: a line for each method and scale through the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for name, colour in zip(METHODS, colours, strict=False):
-        steps = METHODS[name].kept
-        identity = [mean(run[f"{name} @ {step}"].figures["identity"] for run in points.values()) for step in steps]
-        ups = [mean(run[f"{name} @ {step}"].figures["ups"] for run in points.values()) for step in steps]
-        own = name.startswith("CAT")
-        axes.plot(identity, ups, "-o" if own else "--s", color=colour, label=name, markersize=5)
-        axes.annotate(name, (identity[-1], ups[-1]), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    def place(adapter: str) -> tuple[float, float]:
+        figures = [run[adapter].figures for run in points.values()]
+        return mean(each["identity"] for each in figures), mean(each["ups"] for each in figures)
+
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    colours = iter(plt.get_cmap("tab10").colors)  # type: ignore[attr-defined]
+    for method in METHODS.values():
+        own = method.name in (PLAIN, RECIPE)
+        colour = {PLAIN: "black", RECIPE: "crimson"}.get(method.name) or next(colours)
+        for scale in method.scales:
+            names = [adapter_name(method.name, step, scale) for step in method.kept]
+            line, weak = ("-", 1.0) if scale == 1.0 else (":", 0.45)
+            label = method.name if scale == 1.0 else None
+            width, size = (2.2, 6) if own and scale == 1.0 else (1.2, 3)
+            axes.plot(
+                *zip(*map(place, names), strict=True),
+                f"{line}o",
+                color=colour,
+                alpha=weak,
+                linewidth=width,
+                markersize=size,
+                label=label,
+            )
+            if scale != 1.0:
+                text = {"textcoords": "offset points", "xytext": (5, 0), "fontsize": 7}
+                axes.annotate(f"x {scale:g}", place(names[-1]), color=colour, **text)
     axes.set_xlabel("identity: mean cosine to the concept's pictures, with the trigger")
     axes.set_ylabel("UPS: what survived of the base model, without the trigger")
     axes.grid(alpha=0.3)
