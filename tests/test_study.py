@@ -317,8 +317,8 @@ def test_a_safe_scale_is_asked_again_with_other_seeds(
         values = {each: damage if seeds == (1, 2, 3) else each / 20 for each in scales}
         false = {"false triggers": SimpleNamespace(ups=Interval(0.9, 0.8, 1.0))}
         rows = [
-            SimpleNamespace(scale=each, damage=Interval(damage, 0.0, 1.0), kinds=false)
-            for each, damage in values.items()
+            SimpleNamespace(scale=each, damage=Interval(value, 0.0, 1.0), kinds=false)
+            for each, value in values.items()
         ]
         return SimpleNamespace(scales=rows, safest=0.6)
 
