@@ -323,8 +323,8 @@ def test_a_safe_scale_is_asked_again_with_other_seeds(
         return SimpleNamespace(scales=rows, safest=0.6)
 
     monkeypatch.setattr(study.checks, "checked_pictures", checked)
-    study.checks.check_scale(tmp_path, "panda", "LoRA @ 400")
-    found = json.loads(study.checks.scale_file(tmp_path, "panda", "LoRA @ 400").read_text())
+    study.checks.check_scale(tmp_path, "panda", 1, "LoRA @ 400")
+    found = json.loads(study.checks.scale_file(tmp_path, "panda", 1, "LoRA @ 400").read_text())
     assert (found["safest"], found["damage_with_other_seeds"], found["held"]) == (0.6, damage, held)
 
 

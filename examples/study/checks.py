@@ -1,14 +1,16 @@
 """What `cat_rs.check` says of the study's adapters beside what the study says: ``python examples/study/checks.py``.
 
 `check` sees an adapter's file and the base model alone. Ranks adapters by its UPS and by the study's: of each concept
-every sixth of all methods, steps and scales, from another one on. Asks whether the largest safe scale that one picture
-seed finds is safe with three others, and tells what is left of the base model at false triggers. Every finished check
-is a file in the study's work folder: stop it at any time and start it again. Writes checks.json.
+every sixth of all methods, steps and scales, from another one on. The prompts of `check` were settled on the adapters
+of the first seed; nobody had checked those of the second before. Asks whether the largest safe scale that one
+picture seed finds is safe with three others, and tells what is left of the base model at false triggers. Every
+finished check is a file in the study's work folder: stop it at any time and start it again. Writes checks.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from pathlib import Path
@@ -30,7 +32,7 @@ from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, evaluation_file, run, s
 
 EVERY = 6
 SCALED = (PLAIN, RECIPE)
-SEED = SEEDS[0]
+RANKED_SEEDS = SEEDS[:2]
 # About as many as the class and its neighbours have.
 PROMPTS_OF_A_KIND = 24
 WITHOUT = "without the trigger"
@@ -50,16 +52,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
     options = parser.parse_args()
     concepts = list(read_concepts())
-    scored = [(options.work, concept, name) for concept in concepts for name in sample(concepts.index(concept))]
-    scaled = [(options.work, concept, name) for concept in concepts for name in map(last, SCALED)]
-    run(check_ups, scored, options.workers)
+    scored = {
+        seed: [(options.work, concept, seed, name) for concept in concepts for name in sample(concepts.index(concept))]
+        for seed in RANKED_SEEDS
+    }
+    scaled = [(options.work, concept, SEEDS[0], name) for concept in concepts for name in map(last, SCALED)]
+    run(check_ups, list(itertools.chain(*scored.values())), options.workers)
     run(check_scale, scaled, options.workers)
-    ups = [json.loads(ups_file(*call).read_text()) for call in scored]
+    ups = {seed: [json.loads(ups_file(*call).read_text()) for call in calls] for seed, calls in scored.items()}
     scales = [json.loads(scale_file(*call).read_text()) for call in scaled]
     content = {
         "format": "cat-rs study checks 1",
-        "spearman": {figure: correlation(ups, figure, "study") for figure in FIGURES},
-        "spearman_of_the_studys_halves": correlation(ups, "first_half", "second_half"),
+        "spearman": {
+            seed: {figure: correlation(rows, figure, "study") for figure in FIGURES} for seed, rows in ups.items()
+        },
+        "spearman_of_the_studys_halves": {
+            seed: correlation(rows, "first_half", "second_half") for seed, rows in ups.items()
+        },
         "false_triggers": false_triggers(scales),
         "ups": ups,
         "held": sum(row["held"] for row in scales),
@@ -105,22 +114,22 @@ def false_triggers(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def ups_file(work: Path, concept: str, name: str) -> Path:
-    return work / "checks" / f"{stem(concept)}-{stem(name)}.json"
+def ups_file(work: Path, concept: str, seed: int, name: str) -> Path:
+    return work / "checks" / f"{stem(concept)}-seed{seed}-{stem(name)}.json"
 
 
-def scale_file(work: Path, concept: str, name: str) -> Path:
-    return ups_file(work, concept, f"scales of {name}")
+def scale_file(work: Path, concept: str, seed: int, name: str) -> Path:
+    return ups_file(work, concept, seed, f"scales of {name}")
 
 
-def check_ups(work: Path, concept: str, name: str) -> None:
+def check_ups(work: Path, concept: str, seed: int, name: str) -> None:
     """UPS of one adapter by `check`, by the study and by its halves, unless that is done."""
-    target = ups_file(work, concept, name)
+    target = ups_file(work, concept, seed, name)
     if target.exists():
         return
     _, scale = all_adapters(Path())[name]
-    (checked,) = checked_pictures(work, concept, name, (scale,), PICTURE_SEEDS).scales
-    study = EvaluationResult.load(evaluation_file(work, concept, SEED))
+    (checked,) = checked_pictures(work, concept, seed, name, (scale,), PICTURE_SEEDS).scales
+    study = EvaluationResult.load(evaluation_file(work, concept, seed))
     first, second = (figures(study, half_of(read_concepts()[concept], half))[name].ups for half in (0, 1))
     write(
         target,
@@ -135,12 +144,12 @@ def check_ups(work: Path, concept: str, name: str) -> None:
     )
 
 
-def check_scale(work: Path, concept: str, name: str) -> None:
+def check_scale(work: Path, concept: str, seed: int, name: str) -> None:
     """The largest safe scale by one picture seed, and the damage there with three others, unless that is done."""
-    target = scale_file(work, concept, name)
+    target = scale_file(work, concept, seed, name)
     if target.exists():
         return
-    adapter = (work, concept, name)
+    adapter = (work, concept, seed, name)
     found = checked_pictures(*adapter, SCALES, (0,))
     damage = None
     if found.safest is not None:
@@ -158,10 +167,10 @@ def check_scale(work: Path, concept: str, name: str) -> None:
 
 
 def checked_pictures(
-    work: Path, concept: str, name: str, scales: tuple[float, ...], seeds: tuple[int, ...]
+    work: Path, concept: str, seed: int, name: str, scales: tuple[float, ...], picture_seeds: tuple[int, ...]
 ) -> PictureCheck:
     """What `check` finds in pictures at scales; trigger and class word come from the file."""
-    file, _ = all_adapters(evaluation_file(work, concept, SEED).parent)[name]
+    file, _ = all_adapters(evaluation_file(work, concept, seed).parent)[name]
     checked = cat_rs.check(
         {"adapter": file},
         StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
@@ -169,7 +178,7 @@ def checked_pictures(
         scales=scales,
         max_drift=MAX_DRIFT,
         limit=PROMPTS_OF_A_KIND,
-        config=EvaluationConfig(num_inference_steps=INFERENCE_STEPS, seeds=seeds, batch_size=16),
+        config=EvaluationConfig(num_inference_steps=INFERENCE_STEPS, seeds=picture_seeds, batch_size=16),
         cache=work / "check-pictures",
         progress=False,
     )
