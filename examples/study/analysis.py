@@ -63,9 +63,10 @@ def write(
 ) -> None:
     """Write tables.md, front.png and study.json."""
     output.mkdir(parents=True, exist_ok=True)
-    points = {run: read_points(file, run[0]) for run, file in results.items()}
-    ruled = {name: gains(results, results, name) for name in METHODS if name != PLAIN}
-    by_other = gains(results, judged, RECIPE)
+    own, others = ({run: EvaluationResult.load(file) for run, file in files.items()} for files in (results, judged))
+    points = {run: read_points(result, run[0]) for run, result in own.items()}
+    ruled = {name: gains(own, own, name) for name in METHODS if name != PLAIN}
+    by_other = gains(own, others, RECIPE)
     spent = {name: json.loads(file.read_text()) for name, file in costs.items()}
     rates = {
         seed: wrong_rates(json.loads(file.read_text(encoding="utf-8"))["appearances"])
@@ -82,7 +83,7 @@ def write(
         "## UPS by kind of prompt, at the last step\n\n" + kinds_table(points),
         "## Against the best plain LoRA\n\n" + gains_table(ruled),
         "## Judged by a network that was trained on other pictures\n\n"
-        + judged_table(ruled[RECIPE], by_other, judged),
+        + judged_table(ruled[RECIPE], by_other, list(others.values())),
         "## The highest identity that a method reaches\n\n" + reach_table(points),
         "## Against plain LoRA stopped early, at equal identity\n\n" + equal_identity_table(compared),
         "## Cost\n\n" + cost_table(spent),
@@ -110,9 +111,8 @@ def write(
     write_bytes(output / "study.json", (text + "\n").encode())
 
 
-def read_points(file: Path, concept: str) -> dict[str, Point]:
+def read_points(result: EvaluationResult, concept: str) -> dict[str, Point]:
     """The figures of every adapter of a run."""
-    result = EvaluationResult.load(file)
     kinds = read_concepts()[concept].kinds
     points = {}
     for name, scores in result.adapters.items():
@@ -160,17 +160,18 @@ def compare(points: Mapping[Run, Mapping[str, Point]], name: str) -> dict[str, A
     }
 
 
-def gains(results: Mapping[Run, Path], judged: Mapping[Run, Path], name: str) -> dict[str, Any]:
+def gains(
+    results: Mapping[Run, EvaluationResult], judged: Mapping[Run, EvaluationResult], name: str
+) -> dict[str, Any]:
     """A method against plain LoRA by each rule: differences on the scored prompts, concepts resampled as wholes.
 
     The adapters are chosen by `results`, the differences are those in `judged`.
     """
-    loaded = {run: (EvaluationResult.load(file), EvaluationResult.load(judged[run])) for run, file in results.items()}
     concepts = read_concepts()
     numbers = {concept: number for number, concept in enumerate(concepts)}
     found = {}
     for title, rule in RULES.items():
-        matches = {run: match(result, concepts[run[0]], name, rule, by) for run, (result, by) in loaded.items()}
+        matches = {run: match(each, concepts[run[0]], name, rule, judged[run]) for run, each in results.items()}
         matched = {run: each for run, each in matches.items() if each is not None}
         clusters = [numbers[concept] for concept, _ in matched]
         found[title] = {
@@ -194,7 +195,7 @@ def gains_table(ruled: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def judged_table(
-    own: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]], judged: Mapping[Run, Path]
+    own: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]], results: Sequence[EvaluationResult]
 ) -> str:
     """The same pairs of adapters by both encoders."""
     rows = [
@@ -203,7 +204,6 @@ def judged_table(
         if found["runs"]
     ]
     heading = ("rule", "runs", "UPS by CLIP", "identity by CLIP", "UPS by the other", "identity by the other")
-    results = [EvaluationResult.load(file) for file in judged.values()]
     floor = mean(result.other_seed.ups.value for result in results if result.other_seed is not None)
     base = mean(result.base.identity.value for result in results)
     text = (
