@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=STAGES, default=tuple(STAGES), metavar="STAGE", help=", ".join(STAGES)
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED", help="some of the seeds")
     options = parser.parse_args()
     # Where trainings keep the pictures that the base model drew.
     os.environ["XDG_CACHE_HOME"] = str((options.work / "cache").resolve())
@@ -62,22 +63,23 @@ def train(options: argparse.Namespace) -> None:
     for concept in concepts.values():
         write_data(data_folder(options.work, concept.name), [concept])
     write_data(data_folder(options.work, "trio"), multi.trio())
-    units = [(options.work, *unit) for unit in itertools.product(METHODS, concepts, SEEDS)]
+    units = [(options.work, *unit) for unit in itertools.product(METHODS, concepts, options.seeds)]
     units.sort(key=lambda unit: unit[-1])
     run(train_unit, units, options.workers, "train")
-    run(train_together, [(options.work, *unit) for unit in itertools.product(multi.COMPARED, SEEDS)], options.workers)
+    several = itertools.product(multi.COMPARED, options.seeds)
+    run(train_together, [(options.work, *unit) for unit in several], options.workers)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """All adapters of a concept and seed beside one base model."""
-    units = [(options.work, concept, seed) for seed, concept in itertools.product(SEEDS, read_concepts())]
+    units = [(options.work, concept, seed) for seed, concept in itertools.product(options.seeds, read_concepts())]
     run(evaluate_unit, units, options.workers)
-    run(evaluate_together, [(options.work, seed) for seed in SEEDS], options.workers)
+    run(evaluate_together, [(options.work, seed) for seed in options.seeds], options.workers)
 
 
 def judge(options: argparse.Namespace) -> None:
     """The same pictures, scored by an encoder that was trained on others."""
-    units = [(options.work, concept, seed) for seed, concept in itertools.product(SEEDS, read_concepts())]
+    units = [(options.work, concept, seed) for seed, concept in itertools.product(options.seeds, read_concepts())]
     run(judge_unit, units, options.workers)
 
 
@@ -89,10 +91,10 @@ def cost(options: argparse.Namespace) -> None:
 
 def analyse(options: argparse.Namespace) -> None:
     """Tables and figure."""
-    units = list(itertools.product(read_concepts(), SEEDS))
+    units = list(itertools.product(read_concepts(), options.seeds))
     results = {unit: evaluation_file(options.work, *unit) for unit in units}
     judged = {unit: judged_file(options.work, *unit) for unit in units}
-    together = {seed: together_folder(options.work, seed) / "scores.json" for seed in SEEDS}
+    together = {seed: together_folder(options.work, seed) / "scores.json" for seed in options.seeds}
     costs = {name: cost_file(options.work, name) for name in METHODS}
     analysis.write(options.output, results, judged, together, costs)
 
