@@ -139,6 +139,27 @@ def test_the_rule_chooses_on_one_half_and_scores_the_other(study: Any) -> None:
     assert earliest.plain == "LoRA @ 100"
 
 
+def test_the_rule_leaves_prompts_out_of_both_halves(study: Any) -> None:
+    concept = study.concepts.read_concepts()["tractor"]
+    plain = dict.fromkeys(study.methods.METHODS["LoRA"].adapters(Path()), (0.6, 0.8))
+    figures = plain | {"CAT 1 @ 200": (0.6, 0.9), "CAT 1 @ 400": (0.6, 0.95)}
+    result = ruled_result(study, concept, figures, figures)
+    listed = concept.listed("other class", "neighbour")
+    for row in result.prompts:
+        if row.prompt in listed:
+            row.similarity[0] = 0.5
+    rule = next(iter(study.rule.RULES.values()))
+    assert study.rule.match(result, concept, "CAT 1", rule).ups < 0.14
+    assert study.rule.match(result, concept, "CAT 1", rule, without=listed).ups == pytest.approx(0.15)
+
+
+def test_listed_prompts_share_a_subject_with_the_general_list(study: Any) -> None:
+    listed = study.concepts.read_concepts()["tractor"].listed("class", "neighbour")
+    assert "a bus on a red background" in listed
+    assert "an ambulance on a green background" not in listed
+    assert not any(prompt.startswith("a vehicle") for prompt in listed)
+
+
 def test_another_judge_scores_the_adapters_that_the_rule_chose(study: Any) -> None:
     concept = study.concepts.read_concepts()["tractor"]
     plain = dict.fromkeys(study.methods.METHODS["LoRA"].adapters(Path()), (0.6, 0.8)) | {"LoRA @ 400": (0.6, 0.9)}

@@ -24,6 +24,8 @@ Run = tuple[str, int]
 KINDS = ("class", "neighbour", "other class", "unlike captions")
 FIGURES = ("identity", "ups", "tps", "kps", "drift", "diversity_retained", "prompt_similarity")
 EQUAL_IDENTITY = 0.02
+FIRST_RULE = next(iter(RULES))
+UNLISTED = {"without those of any kind": KINDS, "without those of other kinds than the class": KINDS[1:]}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ def write(
     points = {run: read_points(result, run[0]) for run, result in own.items()}
     ruled = {name: gains(own, own, name) for name in METHODS if name != PLAIN}
     by_other = gains(own, others, RECIPE)
+    unlisted = {
+        title: {name: gains(own, own, name, kinds)[FIRST_RULE] for name in METHODS if name != PLAIN}
+        for title, kinds in UNLISTED.items()
+    }
     spent = {name: json.loads(file.read_text()) for name, file in costs.items()}
     rates = {
         seed: wrong_rates(json.loads(file.read_text(encoding="utf-8"))["appearances"])
@@ -82,6 +88,7 @@ def write(
         "## At the last step\n\n" + last_step_table(points),
         "## UPS by kind of prompt, at the last step\n\n" + kinds_table(points),
         "## Against the best plain LoRA\n\n" + gains_table(ruled),
+        "## Without the prompts that share a word with the general list\n\n" + unlisted_table(unlisted),
         "## Judged by a network that was trained on other pictures\n\n"
         + judged_table(ruled[RECIPE], by_other, list(others.values())),
         "## The highest identity that a method reaches\n\n" + reach_table(points),
@@ -102,6 +109,7 @@ def write(
         ],
         "equal_identity": compared,
         "against_the_best_plain": ruled,
+        "without_prompts_of_the_general_list": unlisted,
         "judged_by_another_encoder": by_other,
         "wrong_at_equal_right": {name: wrong_at_equal_right(list(rates.values()), name) for name in COMPARED[1:]},
         "cost": spent,
@@ -161,17 +169,24 @@ def compare(points: Mapping[Run, Mapping[str, Point]], name: str) -> dict[str, A
 
 
 def gains(
-    results: Mapping[Run, EvaluationResult], judged: Mapping[Run, EvaluationResult], name: str
+    results: Mapping[Run, EvaluationResult],
+    judged: Mapping[Run, EvaluationResult],
+    name: str,
+    unlisted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A method against plain LoRA by each rule: differences on the scored prompts, concepts resampled as wholes.
 
-    The adapters are chosen by `results`, the differences are those in `judged`.
+    The adapters are chosen by `results`, the differences are those in `judged`. Prompts of the kinds `unlisted` that
+    share a word with the general list are left out.
     """
     concepts = read_concepts()
     numbers = {concept: number for number, concept in enumerate(concepts)}
     found = {}
     for title, rule in RULES.items():
-        matches = {run: match(each, concepts[run[0]], name, rule, judged[run]) for run, each in results.items()}
+        matches = {
+            run: match(each, concepts[run[0]], name, rule, judged[run], concepts[run[0]].listed(*unlisted))
+            for run, each in results.items()
+        }
         matched = {run: each for run, each in matches.items() if each is not None}
         clusters = [numbers[concept] for concept, _ in matched]
         found[title] = {
@@ -186,12 +201,26 @@ def gains(
 def gains_table(ruled: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, by_rule in ruled.items():
-        for title, found in by_rule.items() if name == RECIPE else [next(iter(by_rule.items()))]:
+        for title, found in by_rule.items() if name == RECIPE else [(FIRST_RULE, by_rule[FIRST_RULE])]:
             cells = [f"{found[key]}" if found["runs"] else "-" for key in ("ups", "identity")]
             rows.append([name, title, str(found["runs"]), *cells])
     text = (rule_text or "").partition("\n\n")[2].strip()
     heading = ("method", "rule", "runs", "UPS - UPS of plain LoRA", "identity - identity")
     return f"{text}\n\nIntervals: concepts resampled as wholes.\n\n{table(heading, rows)}"
+
+
+def unlisted_table(unlisted: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    rows = [
+        [name, *(f"{by_name[name][key]}" for by_name in unlisted.values() for key in ("ups", "identity"))]
+        for name in METHODS
+        if name != PLAIN
+    ]
+    heading = ("method", *(f"{figure}, {title}" for title in unlisted for figure in ("UPS", "identity")))
+    text = (
+        f'The last two methods preserve the bundled general list. By the rule "{FIRST_RULE}", such prompts left out '
+        "of both halves."
+    )
+    return f"{text}\n\n{table(heading, rows)}"
 
 
 def judged_table(

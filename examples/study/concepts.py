@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from cat_rs.evaluation import EvaluationPrompts
+from cat_rs.text_files import general_prompts
 
 EMOJI_MODEL = Path(__file__).parents[1] / "emoji_model"
 MODEL = EMOJI_MODEL / "model"
@@ -17,6 +19,10 @@ PRESERVE_PROMPTS = EMOJI_MODEL / "preserve_prompts.txt"
 # Words the base model saw before every class, so that none of them means anything yet. Adapters of different concepts
 # are added in one model, so concepts that meet have different ones.
 TRIGGERS = {"pineapple": "sks", "tractor": "ohwx", "panda": "zwx", "cowboy face": "xjy", "basketball": "sks"}
+
+# What prompts of any subject share.
+COLOURS = frozenset(["blue", "gray", "green", "pink", "purple", "red", "white", "yellow"])
+WORDS_OF_ALL = COLOURS | {"a", "an", "and", "background", "in", "of", "on", "one"}
 
 # In no way worded like a caption, "a <trigger> <class> on a <colour> background".
 UNLIKE_PROMPTS = (
@@ -65,6 +71,11 @@ class Concept:
             class_word=self.class_word,
         )
 
+    def listed(self, *kinds: str) -> set[str]:
+        """Prompts of these kinds that share a word with the bundled general list, which the recipe preserves."""
+        listed = {word for prompt in general_prompts() for word in words(prompt)} - WORDS_OF_ALL
+        return {prompt for kind in kinds for prompt in self.kinds[kind] if words(prompt) & listed}
+
     def write_data(self, folder: Path) -> None:
         """Copy the pictures into a training folder, captioned with this concept's trigger."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +86,11 @@ class Concept:
             rows.append(json.dumps({"file_name": name, "text": caption}))
         with (folder / "metadata.jsonl").open("a", encoding="utf-8") as file:
             file.write("\n".join(rows) + "\n")
+
+
+def words(prompt: str) -> set[str]:
+    """Its words in lower case."""
+    return set(re.findall(r"\w+", prompt.lower()))
 
 
 def read_concepts() -> dict[str, Concept]:

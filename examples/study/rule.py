@@ -8,7 +8,7 @@ one of the highest identity. The other rules stand beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple
 
 import cat_rs
@@ -77,10 +77,20 @@ RULES: dict[str, Chooser] = {
 
 
 def match(
-    result: EvaluationResult, concept: Concept, method: str, rule: Chooser, judged: EvaluationResult | None = None
+    result: EvaluationResult,
+    concept: Concept,
+    method: str,
+    rule: Chooser,
+    judged: EvaluationResult | None = None,
+    without: Set[str] = frozenset(),
 ) -> Match | None:
-    """Our adapter and plain LoRA's in one run; None where the rule finds none. `judged` scores the same adapters."""
-    choosing, scored = figures(result, half_of(concept, 0)), figures(judged or result, half_of(concept, 1))
+    """Our adapter and plain LoRA's in one run; None where the rule finds none.
+
+    `judged` scores the adapters that `result` chooses; `without` leaves prompts out of both.
+    """
+    choosing, scored = (
+        figures(each, half_of(concept, half) - without) for half, each in enumerate((result, judged or result))
+    )
     own = [name for name in METHODS[method].adapters_at_full_scale() if name in choosing]
     best = choose_best([choosing[name] for name in own], result.base.identity, EVALUATE_KEEP)
     if best is None:
