@@ -37,6 +37,7 @@ def train_adapter(concept: Concept, dtype: str, steps: int, folder: Path) -> tup
         output_dir=str(folder / dtype),
         trigger=(concept.trigger,),
         class_word=concept.class_word,
+        preserve="captions",
         steps=steps,
         batch_size=4,
         lr=2e-4,

@@ -170,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory(prefix="cat-rs-kills-") as folder:
         work, failed = Path(folder), False
+        # The pictures that trainings preserve are drawn by the first run, which is not killed.
+        os.environ["XDG_CACHE_HOME"] = str(work / "cache")
         for what in options.what:
             task = evaluate_task(work) if what == "evaluate" else train_task()
             failed |= survived(task, work, options.kills, random.Random(options.seed)) < options.kills

@@ -46,7 +46,6 @@ def emoji_model(tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path,
         "other_class_prompts": ["a car on a red background"],
     }
     (folder / "prompts.json").write_text(json.dumps({"trigger_word": "sks", "concepts": [concept]}))
-    (folder / "preserve_prompts.txt").write_text("a dog\na house\n")
     return folder
 
 
@@ -330,17 +329,14 @@ def test_paths_that_are_not_utf_8_are_written_and_printed(
 SHORT_DEMO = ["--steps", "2", "--rank", "2", "--lr", "1e-2", "--inference-steps", "1"]
 
 
-def test_demo_trains_with_cached_base_predictions(
-    emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo"), "--teacher-draws", "3"]
-    assert main(["demo", *arguments, *SHORT_DEMO, "--no-preserve"]) == 0
-    training = json.loads((tmp_path / "demo" / "results.json").read_text())["training"]
-    assert training["teacher_draws"] == 3
-    assert training["preserve"] is False
-    capsys.readouterr()
-    assert main(["demo", *arguments, *SHORT_DEMO]) == 2
-    assert "teacher_draws: expected 0 with preserve_prompts or noise_offset" in capsys.readouterr().err
+def test_demo_preserves_what_train_preserves(emoji_model: Path, tmp_path: Path) -> None:
+    arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo")]
+    recorded = {}
+    for given in ("", "blank"):
+        assert main(["demo", *arguments, *SHORT_DEMO, *(["--preserve", given] if given else [])]) == 0
+        training = json.loads((tmp_path / "demo" / "results.json").read_text())["training"]
+        recorded[given] = [training[name] for name in ("preserve", "preserve_every", "teacher_draws")]
+    assert recorded == {"": ["set", 4, 8], "blank": ["blank", 1, 0]}
 
 
 def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,7 +345,7 @@ def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: 
     shown = capsys.readouterr().out
     assert "mean over 2 runs" in shown
     # Of the two adapters of each run, CAT alone.
-    assert shown.count("2 more prompts are preserved") == 2
+    assert shown.count("pictures that the base model draws are preserved") == 2
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [(run["concept"], run["seed"]) for run in results["runs"]] == [("tabby", 0), ("tabby", 1)]
     assert set(results["runs"][0]["evaluation"]["adapters"]) == {"LoRA", "CAT"}
@@ -361,7 +357,8 @@ def test_demo_compares_both_adapters(emoji_model: Path, tmp_path: Path, capsys: 
 
 def test_report_on_a_demo(emoji_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--emoji-model", str(emoji_model), "--output-dir", str(tmp_path / "demo")]
-    assert main(["demo", *arguments, *SHORT_DEMO]) == 0
+    # The first steps have no preservation term.
+    assert main(["demo", *arguments, *SHORT_DEMO, "--steps", "8"]) == 0
     config = tmp_path / "report.yaml"
     config.write_text(f"runs: {tmp_path / 'demo'}\noutput: {tmp_path / 'report'}\ntitle: Two tabbies\n")
     assert main(["report", "--config", str(config)]) == 0

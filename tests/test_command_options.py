@@ -76,8 +76,7 @@ DEMO: dict[str, Case] = {
     "lr": Case(0.5, {"train.lr": [0.5, 0.5], "results.lr": 0.5}),
     "rank": Case(3, {"train.rank": [3, 3], "results.rank": 3}),
     "cat_factor": Case(2.5, {"train.cat_factor": [0.0, 2.5], "results.cat_factor": 2.5}),
-    "preserve": Case(False, {"train.preserve_prompts": [None, None], "results.preserve": False}),
-    "teacher_draws": Case(3, {"train.teacher_draws": [0, 3], "results.teacher_draws": 3}, {"preserve": False}),
+    "preserve": Case("blank", {"train.preserve": [None, "blank"], "results.preserve": "blank"}),
     # Of the trained weights too.
     "dtype": Case("bfloat16", {"loaded.dtype": torch.bfloat16, "train.dtype": ["bfloat16"] * 2}),
 }

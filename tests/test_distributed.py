@@ -314,6 +314,7 @@ def train_settings(folder: Path, model: Path, name: str, rank: int = 0, **settin
             "output_dir": str(folder / (name if rank == 0 else f"{name}-of-rank-{rank}")),
             "trigger": ("sks",),
             "class_word": "cat",
+            "preserve": "captions",
             "rank": 2,
             "steps": 5,
             "batch_size": 2,
@@ -385,6 +386,10 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
     run("full", fill_disk)
     run("full", resume=True)
     run("bank", teacher_draws=2)
+    default = {"preserve": None, "preserve_prompts": str(folder / "general.txt")}
+    run("set", **default)
+    run("set parted", fail, **default)
+    run("set parted", resume=True, **default)
     return results
 
 
@@ -402,6 +407,7 @@ def training_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "concept").mkdir()
     for colour in ("red", "green", "blue"):
         draw_picture(folder / "concept" / f"{colour}.png", colour)
+    (folder / "general.txt").write_text("a house\na tree\n")
     return folder
 
 
@@ -659,6 +665,15 @@ def test_processes_share_cached_base_predictions(ranks: Results, training_folder
     assert [results["bank", False]["error"] for results in ranks] == [None] * RANKS
     assert len(weights(training_folder / "bank")) > 0
     assert not (training_folder / "bank" / "teacher_bank.safetensors").exists()
+
+
+def test_processes_draw_one_preservation_set_and_go_on_with_it(ranks: Results, training_folder: Path) -> None:
+    for rank, results in enumerate(ranks):
+        assert [results["set", False]["error"], results["set parted", True]["error"]] == [None, None], rank
+        assert_same(results["set", False]["adapter"], ranks[0]["set", False]["adapter"])
+    assert_same(weights(training_folder / "set parted"), weights(training_folder / "set"))
+    rows = [json.loads(line) for line in (training_folder / "set" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["cat"] is not None] == [4]
 
 
 def test_an_adapter_tells_the_batch_of_all_processes(ranks: Results, training_folder: Path) -> None:

@@ -115,7 +115,8 @@ def with_class_pictures(
     prompts = concept.captions_no_trigger
     sampling = EvaluationConfig(seeds=tuple(range(CLASS_PICTURES // len(prompts))))
     cat_rs.PreservationSet.build(pipeline, prompts, file, sampling=sampling, progress=False)
-    with_trainer(method, concept, seed, data, folder, preserve="set", preserve_set=(str(file),), **settings)
+    settings = {"preserve": "set", "preserve_set": (str(file),), "preserve_every": 1, **settings}
+    with_trainer(method, concept, seed, data, folder, **settings)
 
 
 def _methods() -> dict[str, Method]:
@@ -144,16 +145,15 @@ def _methods() -> dict[str, Method]:
         cat("DCO", "Direct Consistency Optimization, beta 30", preservation="dco", cat_factor=30.0),
         cat("L2", "the norm of the weights' change, factor 0.005", preservation="l2", cat_factor=0.005),
         cat("layers", "the change of each layer's output, factor 10", preservation="layers", cat_factor=10.0),
-        cat("CAT 1", "CAT, cat_factor 1, the captions without the trigger preserved"),
+        cat("CAT 1", "CAT, cat_factor 1, the captions without the trigger preserved", preserve="captions"),
         cat(
             "CAT prompts",
             "CAT, cat_factor 1, 206 more prompts preserved in half of the samples",
+            preserve="captions",
             preserve_prompts=str(PRESERVE_PROMPTS),
         ),
-        base_pictures("base pictures", "factor 1", LONG),
-        base_pictures(
-            RECIPE, "factor 1, 8 stored draws each, in every 4th step", LONGEST, preserve_every=4, teacher_draws=8
-        ),
+        base_pictures("base pictures", "factor 1", LONG, preserve_every=1, teacher_draws=0),
+        base_pictures(RECIPE, "factor 1, 8 stored draws each, in every 4th step: the default", LONGEST),
     )
     return {method.name: method for method in methods}
 

@@ -40,7 +40,8 @@ def compare(options: argparse.Namespace) -> None:
     for draws in options.draws:
         name = f"{draws} draws" if draws else "fresh"
         adapters[name] = options.output / options.concept.replace(" ", "_") / name.replace(" ", "-")
-        train_adapter(options.concept, options.seed, adapters[name], steps=options.steps, teacher_draws=draws)
+        settings = {"steps": options.steps, "preserve": "captions", "teacher_draws": draws}
+        train_adapter(options.concept, options.seed, adapters[name], **settings)
     evaluation = score_adapters(options.concept, adapters, (0, 1, 2, 3), options.output / "pictures")
     print_table(evaluation)
     evaluation.save(options.output / f"{options.concept}.json")

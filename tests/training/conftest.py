@@ -14,7 +14,7 @@ from cat_rs.training import TrainConfig
 
 @pytest.fixture
 def short_run(tiny_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Makes the settings of a short run; arguments override."""
+    """Makes the settings of a short run, which draws no pictures of the base model; arguments override."""
 
     def make(**settings: Any) -> TrainConfig:
         defaults: dict[str, Any] = {
@@ -23,6 +23,7 @@ def short_run(tiny_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) -> Cal
             "output_dir": str(tmp_path / "adapter"),
             "trigger": ("sks",),
             "class_word": "cat",
+            "preserve": "captions",
             "rank": 2,
             "batch_size": 2,
             "tensorboard": False,

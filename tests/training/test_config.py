@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cat_rs.options import ConfigError
+from cat_rs.options import ConfigError, read_config_file
 from cat_rs.training.config import TrainConfig
 
 REQUIRED = {"model": "model", "data": "data", "trigger": ("sks",)}
@@ -75,7 +75,6 @@ def test_dashes_short_numbers_and_single_words_are_understood(tmp_path: Path) ->
         {"cat_drift": 0.0},
         {"preserve_share": 0.0},
         {"preserve_share": 1.5},
-        {"preserve_share": 0.7},
         {"preserve_batch": 0},
         {"noise_offset": -0.1},
         {"resume": True, "overwrite": True},
@@ -93,7 +92,7 @@ def test_a_share_of_given_sets_is_refused() -> None:
 
 
 def test_settings_that_changed_since_the_checkpoint_are_named() -> None:
-    earlier = TrainConfig(**REQUIRED, rank=4).to_dict()
+    earlier = TrainConfig(**REQUIRED, rank=4).effective()
     TrainConfig(**REQUIRED, rank=4, steps=1000, resume=True).check_continues(earlier)
     with pytest.raises(ConfigError, match="rank was 4, is 8"):
         TrainConfig(**REQUIRED, rank=8).check_continues(earlier)
@@ -121,6 +120,49 @@ def test_what_a_preservation_does_not_have_is_refused(settings: dict[str, Any], 
         TrainConfig(**REQUIRED, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "preserved"),
+    [
+        ({}, ("set", 4, 8)),
+        ({"preserve_set": ("a",)}, ("set", 4, 0)),
+        ({"preserve_every": 1, "teacher_draws": 0}, ("set", 1, 0)),
+        ({"preservation": "prior"}, ("set", 1, 0)),
+        ({"preserve": "captions"}, ("captions", 1, 0)),
+        ({"preserve": "blank"}, ("blank", 1, 0)),
+        ({"preservation": "layers"}, ("captions", 1, 0)),
+        ({"preservation": "layers", "preserve": "set"}, ("set", 1, 0)),
+        ({"preservation": "dco"}, ("captions", 1, 0)),
+        ({"cat_factor": 0.0}, ("captions", 1, 0)),
+        ({"cat_factor": 0.0, "cat_factor_end": 1.0}, ("set", 4, 8)),
+    ],
+    ids=str,
+)
+def test_what_is_preserved_by_default_depends_on_the_term(
+    settings: dict[str, Any], preserved: tuple[str, int, int]
+) -> None:
+    assert TrainConfig(**REQUIRED, **settings).preserved() == preserved
+
+
+def test_a_saved_file_leaves_to_its_reader_what_was_not_given(tmp_path: Path) -> None:
+    TrainConfig(**REQUIRED).save(tmp_path / "config.yaml")
+    values = read_config_file(tmp_path / "config.yaml")
+    assert TrainConfig(**{**values, "preservation": "l2"}).preserved().preserve == "captions"
+
+
+def test_a_checkpoint_from_before_sets_continues_on_the_captions() -> None:
+    before = {"preserve", "preserve_every", "preserve_set", "preserve_batch"}
+    earlier = TrainConfig(**REQUIRED, preserve="captions").effective()
+    earlier = {name: value for name, value in earlier.items() if name not in before}
+    TrainConfig(**REQUIRED, preserve="captions").check_continues(earlier)
+    with pytest.raises(ConfigError, match="preserve was 'captions', is 'set'"):
+        TrainConfig(**REQUIRED).check_continues(earlier)
+
+
+def test_a_default_that_is_given_is_no_change() -> None:
+    earlier = TrainConfig(**REQUIRED).effective()
+    TrainConfig(**REQUIRED, preserve="set", preserve_every=4, teacher_draws=8).check_continues(earlier)
+
+
 def test_plain_lora_has_no_term_to_leave_out() -> None:
     with pytest.raises(ConfigError, match="preserve_every: expected 1 with cat_factor 0, got 4"):
         TrainConfig(**REQUIRED, cat_factor=0.0, preserve_every=4)
@@ -129,16 +171,19 @@ def test_plain_lora_has_no_term_to_leave_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preserve_set": ("a",)}, "preserve: expected set with preserve_set or preserve_batch, got captions"),
-        ({"preserve_batch": 2}, "preserve: expected set with preserve_set or preserve_batch, got captions"),
+        (
+            {"preserve": "captions", "preserve_set": ("a",)},
+            "preserve: expected set with preserve_set or preserve_batch, got captions",
+        ),
+        ({"cat_factor": 0.0, "preserve_batch": 2}, "preserve: expected set with preserve_set .* got captions"),
         ({"preserve": "set", "preserve_set": ("a",), "teacher_draws": 2}, "preserve_set: expected none with"),
         ({"preserve": "set", "preserve_set": ("a",), "preserve_prompts": "b"}, "preserve_set: expected none with"),
         ({"preserve": "set", "cat_factor": 0.0}, "preserve: expected captions with cat_factor 0, got set"),
         ({"preserve": "blank", "preservation": "dco"}, "preservation: expected .* with preserve blank, got dco"),
         ({"preserve": "blank", "preservation": "prior"}, "preserve: expected set with preservation prior.* got blank"),
         ({"preserve": "blank", "preserve_batch": 2}, "preserve: expected set with preserve_set .* got blank"),
+        ({"preserve": "captions", "preserve_share": 0.7}, "preserve_share: expected it with preserve_prompts, or"),
         ({"preserve": "set", "preservation": "l2"}, "preservation: expected cat, prior or layers with preserve set"),
-        ({"preservation": "prior"}, "preserve: expected set with preservation prior, which learns it"),
     ],
 )
 def test_settings_of_a_preservation_set_fit_each_other(settings: dict[str, Any], message: str) -> None:
@@ -158,4 +203,4 @@ def test_plain_lora_has_no_base_predictions_to_cache() -> None:
 @pytest.mark.parametrize("settings", [{"noise_offset": 0.1}, {"preserve_prompts": "prompts.txt"}], ids=str)
 def test_a_bank_has_its_own_noise_and_prompts(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="teacher_draws: expected 0 with preserve_prompts or noise_offset"):
-        TrainConfig(**REQUIRED, teacher_draws=3, **settings)
+        TrainConfig(**REQUIRED, preserve="captions", teacher_draws=3, **settings)

@@ -91,15 +91,18 @@ def test_no_trigger_no_trigger_words() -> None:
     [
         (
             {},
-            "by [Contrastive Adapter Training](https://arxiv.org/abs/2404.07554): in every step, without the trigger",
+            "by [Contrastive Adapter Training](https://arxiv.org/abs/2404.07554): in one of 4 steps, without the "
+            "trigger the adapted model also had to predict what the base model predicts, at pictures that this one "
+            "drew, so that it forgets less",
         ),
-        ({"preserve_every": 4}, "Training](https://arxiv.org/abs/2404.07554): in one of 4 steps, without the trigger"),
+        ({"preserve": "captions"}, "in every step, without the trigger the adapted model also had to predict what "),
+        ({"preserve": "captions"}, "what the base model predicts, so that it forgets less"),
         ({"preservation": "dco"}, "by [Direct Consistency Optimization](https://arxiv.org/abs/2402.12004)"),
         ({"preservation": "prior", "preserve": "set"}, "in every step, it also learned pictures that the base model"),
         ({"preservation": "l2"}, "with a penalty on the change of the weights in every step"),
         ({"preservation": "layers"}, "in each layer without the trigger in every step, so that it forgets less"),
     ],
-    ids=["cat", "every", "dco", "prior", "l2", "layers"],
+    ids=["cat", "captions", "captions' end", "dco", "prior", "l2", "layers"],
 )
 def test_the_method_is_named(settings: dict[str, Any], text: str) -> None:
     assert text in card_of(**settings).text
@@ -128,7 +131,8 @@ def test_the_settings_are_a_config_file(configure: Configure, tmp_path: Path) ->
     (block,) = re.findall(r"(?ms)^```yaml\n(.*?)^```$", quiet(config).read_text())
     (tmp_path / "again.yaml").write_text(f"model: {config.model}\ndata: {config.data}\n{block}")
     again = TrainConfig.load(tmp_path / "again.yaml")
-    assert replace(again, output_dir=config.output_dir, checkpoint_every=2, tensorboard=False, device="cpu") == config
+    again = replace(again, output_dir=config.output_dir, checkpoint_every=2, tensorboard=False, device="cpu")
+    assert again.effective() == config.effective()
 
 
 def test_scores_and_pictures_of_the_last_evaluation(evaluated: Configure) -> None:

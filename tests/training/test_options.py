@@ -35,6 +35,7 @@ BASIS: dict[str, Any] = {
     "output_dir": "<output>",
     "trigger": ("sks",),
     "class_word": "cat",
+    "preserve": "captions",
     "rank": 2,
     "steps": 2,
     "batch_size": 2,
@@ -85,10 +86,14 @@ OPTIONS: dict[str, Case] = {
     "preserve_every": Case(2, {"step.preserve_every": 2, "metadata.preserve_every": 2, "row.with_cat": [2]}),
     "preservation": Case("l2", {"step.preservation": "l2", "metadata.preservation": "l2"}),
     "preserve": Case(
-        "set", {"preserved.latents": [(2, 4, 8, 8)] * 2, "preserved.draws": 0, "metadata.preserve": "set"}
+        "set",
+        {"preserved.latents": [(2, 4, 8, 8)], "preserved.draws": 8, "metadata.preserve": "set", "row.with_cat": [4]},
+        {"steps": 4},
     ),
-    "preserve_set": Case(("<set>",), {"set": {"a dog", "a red car"}}, {"preserve": "set"}),
-    "preserve_batch": Case(3, {"preserved.latents": [(3, 4, 8, 8)] * 2}, {"preserve": "set"}),
+    "preserve_set": Case(("<set>",), {"set": {"a dog", "a red car"}}, {"preserve": "set", "steps": 4}),
+    "preserve_batch": Case(
+        3, {"preserved.latents": [(3, 4, 8, 8)] * 2}, {"preserve": "set", "preserve_every": 1, "teacher_draws": 0}
+    ),
     "preserve_prompts": Case("<preserve>", {"preserved": ("a dog", "a red car")}),
     "preserve_share": Case(1.0, {"preserve_share": 1.0}, {"preserve_prompts": "<preserve>"}),
     "snr_gamma": Case(0.05, {"step.snr_gamma": 0.05, "metadata.snr_gamma": 0.05}),

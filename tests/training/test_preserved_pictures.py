@@ -25,6 +25,7 @@ pytest.importorskip("diffusers")
 
 Configure = Callable[..., TrainConfig]
 OTHERS = ["a house", "a tree", "a car"]
+DEFAULT = {"preserve": None, "preserve_every": None, "teacher_draws": None}
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +39,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def configure(short_run: Configure) -> Configure:
+    """Settings that preserve a set in every step, without stored draws."""
+    every_step = {"preserve": "set", "preserve_every": 1, "teacher_draws": 0}
+
     def make(**settings: Any) -> TrainConfig:
-        return short_run(**{"preserve": "set", "steps": 4, "lr": 1e-2, "checkpoint_every": 2, **settings})
+        return short_run(**{**every_step, "steps": 4, "lr": 1e-2, "checkpoint_every": 2, **settings})
 
     return make
 
@@ -73,10 +77,23 @@ def test_half_is_drawn_for_the_captions_and_half_for_general_prompts(
     assert len(seen[0]) == 3 * 2 + 2
     pictures = seen[0].draw(4000, torch.Generator().manual_seed(0)).pictures
     assert 0.47 < (pictures < 6).float().mean() < 0.53
-    assert "8 pictures of 5 prompts are preserved" in lines
+    assert any(line.startswith("8 pictures that the base model draws are preserved;") for line in lines)
     assert cat_rs.load_lora(result.adapter).metadata["preserve"] == "set"
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
     assert 0 <= rows[0]["cat"] < 1e-6 * rows[0]["diffusion"]
+    assert rows[-1]["cat"] > 0
+
+
+def test_by_default_a_set_with_stored_draws_is_preserved_in_every_fourth_step(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watch_sets(monkeypatch)
+    result = quiet(configure(**DEFAULT, steps=8))
+    assert (seen[0].draws, len(seen[0])) == (8, 8)
+    metadata = cat_rs.load_lora(result.adapter).metadata
+    assert [metadata[name] for name in DEFAULT] == ["set", 4, 8]
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["cat"] is not None] == [4, 8]
     assert rows[-1]["cat"] > 0
 
 
@@ -118,13 +135,14 @@ def test_building_a_set_changes_nothing_else(configure: Configure, tmp_path: Pat
 @pytest.mark.parametrize(
     "settings",
     [
+        DEFAULT,
         {},
         {"accumulate": 2, "preserve_batch": 3, "preserve_every": 2},
         {"teacher_draws": 2, "cat_drift": 0.1},
         {"dtype": "bfloat16", "crop": "random", "preservation": "layers"},
         {"preservation": "prior"},
     ],
-    ids=["default", "accumulate", "teacher_draws", "layers", "prior"],
+    ids=["default", "every step", "accumulate", "teacher_draws", "layers", "prior"],
 )
 def test_resumed_run_equals_uninterrupted_run(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], cache: Path

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cat_rs import bootstrap_interval
 from cat_rs.atomic import write_bytes
@@ -15,14 +15,16 @@ from cat_rs.options import ConfigError, option
 from cat_rs.run_folder import CONTACT_SHEET_FILE, CURVES_FILE, DEMO_FORMAT, PICTURES_FOLDER, RESULTS_FILE
 from cat_rs.text_files import read_text
 
+if TYPE_CHECKING:
+    from cat_rs.training import TrainConfig
+
 _WHAT = "model and concepts"
 _TRAINING = "training (the same for both adapters)"
 
-_TRAINED_WITH = ("steps", "batch_size", "lr", "rank", "cat_factor", "preserve", "teacher_draws")
+_TRAINED_WITH = ("steps", "batch_size", "lr", "rank", "cat_factor")
 
 PLAIN = "LoRA"
 CAT = "CAT"
-PRESERVE_FILE = "preserve_prompts.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +45,9 @@ class Settings(SamplingSettings):
     lr: float = option(2e-4, group=_TRAINING, help="learning rate")
     rank: int = option(16, group=_TRAINING, help="rank r of the adapters")
     cat_factor: float = option(1.0, group=_TRAINING, help="weight of the preservation term in the CAT adapter")
-    preserve: bool = option(
-        True, group=_TRAINING, help="the CAT adapter also preserves the prompts in the model's preserve_prompts.txt"
+    preserve: Literal["captions", "blank", "set"] | None = option(
+        None, group=_TRAINING, help="what the CAT adapter preserves, as for cat-rs train; its default if not given"
     )
-    teacher_draws: int = option(
-        0,
-        group=_TRAINING,
-        help="cached base predictions per picture for CAT, with --no-preserve; 0 predicts anew in every step",
-    )
-
-    def preserve_file(self) -> str | None:
-        """Return the file of prompts to preserve in addition to the captions."""
-        return str(Path(self.emoji_model, PRESERVE_FILE)) if self.preserve else None
 
 
 @dataclass(frozen=True)
@@ -77,6 +70,7 @@ class DemoRun:
         concept: The concept's name.
         seed: The training seed.
         seconds: Training time of each adapter.
+        preserved: What the CAT adapter preserved, as `TrainConfig.preserved` names it.
         evaluation: A `cat_rs.evaluation.EvaluationResult`.
         folder: Where the adapters and pictures of this run are.
     """
@@ -84,6 +78,7 @@ class DemoRun:
     concept: str
     seed: int
     seconds: dict[str, float]
+    preserved: dict[str, Any]
     evaluation: Any
     folder: Path
 
@@ -174,28 +169,32 @@ def _run_one(settings: Settings, concept: Concept, seed: int) -> DemoRun:
     from cat_rs.report import contact_sheet, save_all_pictures, training_curves
 
     folder = Path(settings.output_dir, "runs", f"{concept.name.replace(' ', '_')}-seed{seed}")
-    factors = {PLAIN: 0.0, CAT: settings.cat_factor}
-    results = {name: _train(settings, concept, seed, factor, folder / name) for name, factor in factors.items()}
+    configs = {
+        PLAIN: _config(settings, concept, seed, folder / PLAIN, cat_factor=0.0),
+        CAT: _config(settings, concept, seed, folder / CAT, settings.cat_factor, settings.preserve),
+    }
+    results = {name: _train(config) for name, config in configs.items()}
     evaluation = _evaluate(settings, concept, {name: str(result.output_dir) for name, result in results.items()})
     save_all_pictures(evaluation, folder / PICTURES_FOLDER)
     contact_sheet(evaluation, folder / CONTACT_SHEET_FILE)
     training_curves({name: result.metrics for name, result in results.items()}, folder / CURVES_FILE)
     seconds = {name: round(result.seconds, 1) for name, result in results.items()}
-    return DemoRun(concept.name, seed, seconds, evaluation, folder)
+    return DemoRun(concept.name, seed, seconds, configs[CAT].preserved()._asdict(), evaluation, folder)
 
 
-def _train(settings: Settings, concept: Concept, seed: int, cat_factor: float, output: Path) -> Any:
-    from cat_rs.training import TrainConfig, train
+def _config(
+    settings: Settings, concept: Concept, seed: int, output: Path, cat_factor: float, preserve: Any = None
+) -> TrainConfig:
+    from cat_rs.training import TrainConfig
 
-    config = TrainConfig(
+    return TrainConfig(
         model=str(Path(settings.emoji_model, "model")),
         data=str(concept.pictures),
         output_dir=str(output),
         trigger=(concept.trigger,),
         class_word=concept.class_word,
         cat_factor=cat_factor,
-        preserve_prompts=settings.preserve_file() if cat_factor > 0 else None,
-        teacher_draws=settings.teacher_draws if cat_factor else 0,
+        preserve=preserve,
         rank=settings.rank,
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -205,7 +204,12 @@ def _train(settings: Settings, concept: Concept, seed: int, cat_factor: float, o
         overwrite=True,
         dtype=settings.dtype,
     )
-    print(f"training {output.name} (cat_factor {cat_factor:g})")
+
+
+def _train(config: TrainConfig) -> Any:
+    from cat_rs.training import train
+
+    print(f"training {Path(config.output_dir).name} (cat_factor {config.cat_factor:g})")
     return train(config)
 
 
@@ -235,7 +239,7 @@ def _write_results(settings: Settings, runs: Sequence[DemoRun], summary: dict[st
     output = Path(settings.output_dir)
     content = {
         "format": DEMO_FORMAT,
-        "training": {name: getattr(settings, name) for name in _TRAINED_WITH},
+        "training": {name: getattr(settings, name) for name in _TRAINED_WITH} | runs[0].preserved,
         "summary": summary,
         "runs": [
             {

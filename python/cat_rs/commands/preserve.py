@@ -24,7 +24,7 @@ class Settings(SamplingSettings):
     output: str = option(group=_WHAT, help="file of the set", metavar="FILE")
     overwrite: bool = option(False, group=_WHAT, help="replace an earlier set")
     teacher_draws: int = option(
-        0, group=_WHAT, help="cached base predictions per picture; with 0 each step of a training predicts anew"
+        8, group=_WHAT, help="cached base predictions per picture; with 0 each step of a training predicts anew"
     )
 
     prompts: tuple[str, ...] = option((), group=_PROMPTS, help="files of prompts, one a line", metavar="FILE")

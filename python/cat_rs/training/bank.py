@@ -27,7 +27,8 @@ def open_bank(
     Raises:
         CheckpointError: The bank cannot be written.
     """
-    if not config.teacher_draws or config.preserve == "set":
+    preserve, _, draws = config.preserved()
+    if not draws or preserve == "set":
         return None
     mean, std, cond_no_trigger = dataset.all_views()
     latents, latents_std = (values.to("cpu", getattr(torch, config.dtype)) for values in (mean, std))
@@ -42,7 +43,7 @@ def open_bank(
                 scheduler,
                 latents,
                 cond_no_trigger,
-                draws=config.teacher_draws,
+                draws=draws,
                 latents_std=latents_std,
                 # A generator of its own, so that a resumed training whose bank is gone builds the same one.
                 generator=torch.Generator().manual_seed(config.seed),

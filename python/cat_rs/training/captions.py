@@ -76,7 +76,7 @@ def pair_captions(captions: Sequence[str], config: TrainConfig) -> CaptionPairs:
             f"trigger: expected {' or '.join(map(repr, triggers))} in the captions, which cat_factor > 0 needs; "
             f"got no caption with it: {shown}"
         )
-    without_trigger = tuple("" if config.preserve == "blank" else caption for caption, _ in removed)
+    without_trigger = tuple("" if config.preserved().preserve == "blank" else caption for caption, _ in removed)
     return CaptionPairs(tuple(captions), without_trigger, changed, _read_preserved(config))
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cat_rs.atomic import write_bytes
 from cat_rs.options import ConfigError, check_range, from_mapping, option, read_config_file
@@ -36,6 +36,18 @@ _BESIDE_PRESERVATION = {
     "cat_ratio": ("cat", "l2", "layers"),
     "cat_drift": ("cat", "l2", "layers"),
 }
+
+
+# What trainings did before there were such settings.
+_BEFORE_THEY_CAME = {"preserve": "captions", "preserve_every": 1}
+
+
+class Preserved(NamedTuple):
+    """What the preservation term is taken at, in which steps, and with how many stored base predictions a picture."""
+
+    preserve: Literal["captions", "blank", "set"]
+    preserve_every: int
+    teacher_draws: int
 
 
 @dataclass(frozen=True)
@@ -92,11 +104,11 @@ class TrainConfig:
         "fraction is above this one, and falls while it is below, between a tenth and a hundred times cat_factor",
         metavar="DRIFT",
     )
-    preserve_every: int = option(
-        1,
+    preserve_every: int | None = option(
+        None,
         group=_CAT,
         help="the preservation term is in every so many steps only, at so many times its weight; the others cost what "
-        "plain LoRA costs",
+        "plain LoRA costs; if not given, 4 with a set and --preservation cat, else 1",
     )
     preservation: Literal["cat", "prior", "dco", "l2", "layers"] = option(
         "cat",
@@ -106,18 +118,18 @@ class TrainConfig:
         "whose beta is cat_factor (dco); the norm of the weights' change (l2); the change of each layer's output "
         "(layers)",
     )
-    preserve: Literal["captions", "blank", "set"] = option(
-        "captions",
+    preserve: Literal["captions", "blank", "set"] | None = option(
+        None,
         group=_CAT,
-        help="what L_cat is taken at: the pictures of the concept, for their captions without the trigger or for the "
-        "empty caption (blank); or a set of pictures that the base model drew for those captions and for general "
-        "prompts",
+        help="what L_cat is taken at: a set of pictures that the base model drew for the captions without the trigger "
+        "and for general prompts, the default of --preservation cat and prior; or the pictures of the concept, for "
+        "those captions or for the empty one (blank)",
     )
     preserve_prompts: str | None = option(
         None,
         group=_CAT,
-        help="file of more prompts to preserve, one a line, beside the captions; with --preserve set, in the place of "
-        "the bundled general prompts",
+        help="file of prompts to preserve, one a line, in the place of the bundled general prompts; with --preserve "
+        "captions, beside them",
         metavar="FILE",
     )
     preserve_share: float = option(
@@ -136,11 +148,12 @@ class TrainConfig:
     snr_gamma: float | None = option(
         None, group=_CAT, help="weight both terms by min-SNR with this gamma (5 is usual)", metavar="GAMMA"
     )
-    teacher_draws: int = option(
-        0,
+    teacher_draws: int | None = option(
+        None,
         group=_CAT,
-        help="cached base predictions per picture (per view of it, with crops or mirroring; or per picture of the "
-        "set); 0 predicts anew in every step",
+        help="cached base predictions per picture of the set, or of the concept (per view of it, with crops or "
+        "mirroring); 0 predicts anew in every step; if not given, 8 for a set that the training builds for "
+        "--preservation cat, else 0",
     )
 
     rank: int = option(16, group=_ADAPTER, help="rank r: A is r x in, B is out x r")
@@ -258,43 +271,7 @@ class TrainConfig:
         for name in ("cat_ratio", "cat_drift", "preserve_prompts"):
             if getattr(self, name) is not None and not self.preserves():
                 raise ConfigError(f"cat_factor: expected a number > 0 with {name}, got 0")
-        has_set = self.preserve == "set"
-        if not self.preserves() and self.preserve != "captions":
-            raise ConfigError(f"preserve: expected captions with cat_factor 0, got {self.preserve}")
-        if self.preserve != "captions" and self.preservation not in ("cat", "prior", "layers"):
-            expected = f"cat, prior or layers with preserve {self.preserve}"
-            raise ConfigError(f"preservation: expected {expected}, got {self.preservation}")
-        if not has_set and self.preservation == "prior":
-            raise ConfigError(f"preserve: expected set with preservation prior, which learns it, got {self.preserve}")
-        if not self.target_modules:
-            raise ConfigError("target_modules: expected at least one layer name, got none")
-        if not self.trigger and self.preserves():
-            raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
-        for name, allowed in _BESIDE_PRESERVATION.items():
-            if getattr(self, name) and self.preservation not in allowed:
-                expected = " or ".join(allowed)
-                raise ConfigError(f"preservation: expected {expected} with {name}, got {self.preservation}")
-        if self.preservation == "dco" and self.preserve_every > 1:
-            raise ConfigError(f"preserve_every: expected 1 with preservation dco, got {self.preserve_every}")
-        if self.preserve_every > 1 and not self.preserves():
-            raise ConfigError(f"preserve_every: expected 1 with cat_factor 0, got {self.preserve_every}")
-        if self.teacher_draws and not self.preserves():
-            raise ConfigError(f"teacher_draws: expected 0 with cat_factor 0, got {self.teacher_draws}")
-        if not has_set and (self.preserve_set or self.preserve_batch is not None):
-            raise ConfigError(f"preserve: expected set with preserve_set or preserve_batch, got {self.preserve}")
-        takes_share = self.preserve_prompts is not None or (has_set and not self.preserve_set)
-        if self.preserve_share != type(self).preserve_share and not takes_share:
-            raise ConfigError(
-                "preserve_share: expected it with preserve_prompts, or with preserve set and no preserve_set, got "
-                f"{self.preserve_share} without"
-            )
-        if self.preserve_set and (self.preserve_prompts is not None or self.teacher_draws):
-            raise ConfigError(
-                "preserve_set: expected none with preserve_prompts or teacher_draws, with which one is built; got both"
-            )
-        if not has_set and self.teacher_draws and (self.preserve_prompts is not None or self.noise_offset):
-            # A bank holds one prompt a picture, and its noise.
-            raise ConfigError("teacher_draws: expected 0 with preserve_prompts or noise_offset, got both")
+        self._check_preserved()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ConfigError(
                 "lr_warmup_steps: expected 0 with lr_scheduler constant, which does not warm up, got "
@@ -309,9 +286,64 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ConfigError("resume, overwrite: expected one of them, got both")
 
+    def _check_preserved(self) -> None:
+        """Raise ConfigError where settings of the preservation term do not go together."""
+        preserve, every, draws = self.preserved()
+        has_set = preserve == "set"
+        if not self.preserves() and preserve != "captions":
+            raise ConfigError(f"preserve: expected captions with cat_factor 0, got {preserve}")
+        if preserve != "captions" and self.preservation not in ("cat", "prior", "layers"):
+            expected = f"cat, prior or layers with preserve {preserve}"
+            raise ConfigError(f"preservation: expected {expected}, got {self.preservation}")
+        if not has_set and self.preservation == "prior":
+            raise ConfigError(f"preserve: expected set with preservation prior, which learns it, got {preserve}")
+        if not self.target_modules:
+            raise ConfigError("target_modules: expected at least one layer name, got none")
+        if not self.trigger and self.preserves():
+            raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
+        for name, allowed in _BESIDE_PRESERVATION.items():
+            if getattr(self, name) and self.preservation not in allowed:
+                expected = " or ".join(allowed)
+                raise ConfigError(f"preservation: expected {expected} with {name}, got {self.preservation}")
+        if self.preservation == "dco" and every > 1:
+            raise ConfigError(f"preserve_every: expected 1 with preservation dco, got {every}")
+        if every > 1 and not self.preserves():
+            raise ConfigError(f"preserve_every: expected 1 with cat_factor 0, got {every}")
+        if draws and not self.preserves():
+            raise ConfigError(f"teacher_draws: expected 0 with cat_factor 0, got {draws}")
+        if not has_set and (self.preserve_set or self.preserve_batch is not None):
+            raise ConfigError(f"preserve: expected set with preserve_set or preserve_batch, got {preserve}")
+        takes_share = self.preserve_prompts is not None or (has_set and not self.preserve_set)
+        if self.preserve_share != type(self).preserve_share and not takes_share:
+            raise ConfigError(
+                "preserve_share: expected it with preserve_prompts, or with preserve set and no preserve_set, got "
+                f"{self.preserve_share} without"
+            )
+        if self.preserve_set and (self.preserve_prompts is not None or draws):
+            raise ConfigError(
+                "preserve_set: expected none with preserve_prompts or teacher_draws, with which one is built; got both"
+            )
+        if not has_set and draws and (self.preserve_prompts is not None or self.noise_offset):
+            # A bank holds one prompt a picture, and its noise.
+            raise ConfigError("teacher_draws: expected 0 with preserve_prompts or noise_offset, got both")
+
     def preserves(self) -> bool:
         """Whether the preservation term has a weight in any step."""
         return self.cat_factor > 0 or (self.cat_factor_end or 0) > 0
+
+    def preserved(self) -> Preserved:
+        """Return `preserve`, `preserve_every` and `teacher_draws` as given, or as the study found them best."""
+        preserve = self.preserve
+        if preserve is None:
+            draws_set = self.preserves() and self.preservation in ("cat", "prior")
+            preserve = "set" if draws_set else "captions"
+        of_recipe = preserve == "set" and self.preservation == "cat"
+        every, draws = self.preserve_every, self.teacher_draws
+        if every is None:
+            every = 4 if of_recipe else 1
+        if draws is None:
+            draws = 8 if of_recipe and not self.preserve_set else 0
+        return Preserved(preserve, every, draws)
 
     def class_words(self) -> dict[str, str | None]:
         """Return trigger word -> class word."""
@@ -322,6 +354,10 @@ class TrainConfig:
         """Return the settings as plain values, as a config file holds them."""
         values = dataclasses.asdict(self)
         return {name: _plain(value) for name, value in values.items()}
+
+    def effective(self) -> dict[str, Any]:
+        """Return the settings as plain values, those of `preserved` as they take effect."""
+        return self.to_dict() | self.preserved()._asdict()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrainConfig:
@@ -339,10 +375,10 @@ class TrainConfig:
 
     def check_continues(self, earlier: dict[str, Any]) -> None:
         """Raise ConfigError if these settings cannot continue a training with the settings `earlier`."""
-        values = self.to_dict()
+        values = self.effective()
         # An option that came after the checkpoint was written had its default there.
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        before = {name: earlier.get(name, _plain(defaults[name])) for name in values}
+        defaults = {field.name: _plain(field.default) for field in dataclasses.fields(self)} | _BEFORE_THEY_CAME
+        before = {name: earlier.get(name, defaults[name]) for name in values}
         names = [name for name in values if name not in _FREE_ON_RESUME and values[name] != before[name]]
         if names:
             changes = ", ".join(f"{name} was {before[name]!r}, is {values[name]!r}" for name in names)
@@ -358,7 +394,7 @@ def base_model_name(config: TrainConfig) -> str:
 def learning_settings(config: TrainConfig) -> dict[str, Any]:
     """Return the settings that decide what is learned from the pictures, without local paths."""
     without = _FREE_ON_RESUME - {"steps"} | {"model", "device"}
-    values = {name: value for name, value in config.to_dict().items() if name not in without}
+    values = {name: value for name, value in config.effective().items() if name not in without}
     if config.preserve_prompts is not None:
         values["preserve_prompts"] = Path(config.preserve_prompts).name
     values["preserve_set"] = [Path(file).name for file in config.preserve_set]

@@ -117,10 +117,9 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         pipeline = load_pipeline(config.model, getattr(torch, config.dtype), device)
-        preserved = open_set(config, pipeline, captions, processes, progress)
+        preserved = open_set(config, pipeline, captions, processes, progress, report)
         if preserved is not None:
             captions = dataclasses.replace(captions, preserved=())
-            report(f"{len(preserved)} pictures of {len(set(preserved.prompts))} prompts are preserved")
         dataset = encode_dataset(pipeline, bar(examples, desc="encoding pictures"), captions, config)
         unet, scheduler, pipeline_name = pipeline.unet, pipeline.scheduler, type(pipeline).__name__
         if config.gradient_checkpointing:

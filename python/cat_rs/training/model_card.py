@@ -122,10 +122,12 @@ def _subject(config: TrainConfig) -> Iterator[str]:
 def _method(config: TrainConfig) -> str:
     if not config.preserves():
         return "without a preservation term (plain LoRA)"
-    when = f"in one of {config.preserve_every} steps" if config.preserve_every > 1 else "in every step"
+    preserve, every, _ = config.preserved()
+    drawn = ", at pictures that this one drew" if preserve == "set" else ""
+    when = f"in one of {every} steps" if every > 1 else "in every step"
     method = {
         "cat": f"by {_PAPER}: {when}, without the trigger the adapted model also had to predict what the base model "
-        "predicts",
+        f"predicts{drawn}",
         "prior": f"with [prior preservation](https://arxiv.org/abs/2208.12242): {when}, it also learned pictures that "
         "the base model drew",
         "dco": "by [Direct Consistency Optimization](https://arxiv.org/abs/2402.12004), which compares its errors "

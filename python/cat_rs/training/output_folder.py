@@ -127,7 +127,7 @@ class OutputFolder:
         state = {
             "run": trainer.state_dict(),
             "other_processes": others,
-            "config": self._config.to_dict(),
+            "config": self._config.effective(),
             "data": data,
             "seconds": seconds,
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,14 @@ CAPTION_PICTURES = 40
 
 
 def open_set(
-    config: TrainConfig, pipeline: Any, captions: CaptionPairs, processes: Processes, progress: bool
+    config: TrainConfig,
+    pipeline: Any,
+    captions: CaptionPairs,
+    processes: Processes,
+    progress: bool,
+    report: Callable[[str], object],
 ) -> PreservationSet | None:
-    """Read the given sets, or find or build those of the captions and the general prompts; None for `captions`.
+    """Read the given sets, or find or build those of the captions and the general prompts; None without a set.
 
     Those that are built stay in the user's cache, where other trainings on the model find them.
 
@@ -36,6 +41,7 @@ def open_set(
         captions: Of the pictures.
         processes: The ranks, which draw in turns.
         progress: Whether to show a progress bar.
+        report: Called with a line that says what is preserved, before the first picture is drawn.
 
     Raises:
         DatasetError: A set holds a prompt with a trigger.
@@ -43,7 +49,8 @@ def open_set(
         InvalidValueError, ShapeError: A file is no set of this model, or the sets do not fit each other.
         OSError: A file cannot be read or written.
     """
-    if config.preserve != "set" or not config.preserves():
+    preserve, _, draws = config.preserved()
+    if preserve != "set" or not config.preserves():
         return None
     # Without class words: nothing takes a trigger's place here.
     triggers = list(config.class_words())
@@ -52,25 +59,33 @@ def open_set(
         for prompt in dict.fromkeys(prompt for each in sets for prompt in each.prompts):
             if remove_trigger(prompt, triggers)[1]:
                 raise DatasetError(f"preserve_set: expected prompts without a trigger, got {prompt!r}")
-        return PreservationSet.joined(sets)
+        joined = PreservationSet.joined(sets)
+        report(f"{len(joined)} pictures of {len(set(joined.prompts))} prompts are preserved")
+        return joined
 
     def built(prompts: Sequence[str], seeds: int) -> PreservationSet:
         return PreservationSet.build(
             pipeline,
             prompts,
-            cache_folder(),
+            folder,
             sampling=EvaluationConfig(seeds=tuple(range(seeds)), height=config.resolution, width=config.resolution),
-            draws=config.teacher_draws,
+            draws=draws,
             processes=processes,
             progress=progress,
         )
 
     own = list(dict.fromkeys(captions.without_trigger))
     general = captions.preserved or [text for text in general_prompts() if not remove_trigger(text, triggers)[1]]
+    seeds = 0 if config.preserve_share == 1 else math.ceil(CAPTION_PICTURES / len(own))
+    folder = cache_folder()
+    report(
+        f"{len(general) + seeds * len(own)} pictures that the base model draws are preserved; they are drawn once and "
+        f"kept in {folder} (--preserve captions needs none)"
+    )
     of_general = built(general, 1)
-    if config.preserve_share == 1:
+    if not seeds:
         return of_general
-    of_captions = built(own, math.ceil(CAPTION_PICTURES / len(own)))
+    of_captions = built(own, seeds)
     return PreservationSet.joined([of_captions, of_general], [1 - config.preserve_share, config.preserve_share])
 
 
