@@ -32,6 +32,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def few_general_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings in this process preserve two general prompts, whose pictures are soon drawn."""
+    monkeypatch.setattr("cat_rs.training.preserved_pictures.general_prompts", lambda: ["a house", "a tree"])
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionPipeline with random weights, 16x16 pictures, in a folder."""

@@ -20,6 +20,7 @@ from cat_rs.evaluation import Interval
 from cat_rs.training import TrainConfig
 
 TRAIN = ["--trigger", "sks", "--class-word", "cat", "--rank", "2", "--steps", "4", "--batch-size", "2"]
+TRAIN += ["--preserve", "captions"]
 
 
 @pytest.fixture
@@ -30,7 +31,9 @@ def train_arguments(tiny_pipeline_dir: Path, concept_dir: Path, tmp_path: Path) 
 
 
 @pytest.fixture
-def emoji_model(tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path, tmp_path: Path) -> Path:
+def emoji_model(
+    tiny_pipeline_dir: Path, tiny_clip_dir: Path, concept_dir: Path, few_general_prompts: None, tmp_path: Path
+) -> Path:
     """A folder laid out as the bundled emoji model, with the tiny models in it."""
     folder = tmp_path / "emoji"
     shutil.copytree(tiny_pipeline_dir, folder / "model")

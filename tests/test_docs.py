@@ -105,6 +105,7 @@ def test_what_does_not_run_here_says_why(block: Block) -> None:
 def reader(
     tiny_pipeline_dir: Path,
     tiny_clip_dir: Path,  # noqa: F811
+    few_general_prompts: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,7 +130,6 @@ def reader(
             draw_picture(Path(side, kind, f"{number}.png"), colour)
     Path("prompts.txt").write_text("a sks dog on a beach\na photo of a sks dog\n")
     Path("my_prompts.txt").write_text("a lighthouse\n")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "runs").mkdir()
 
 
@@ -139,7 +139,8 @@ def adapter_dir(tiny_pipeline_dir: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("trained")
     draw_picture(folder / "0.png", "red")
     (folder / "0.txt").write_text("a sks dog")
-    options = f"--model {tiny_pipeline_dir} --data {folder} --trigger sks --class-word dog --output-dir {folder}/run"
+    options = f"--model {tiny_pipeline_dir} --data {folder} --trigger sks --class-word dog --preserve captions"
+    options += f" --output-dir {folder}/run"
     assert main(["train", *shlex.split(options), *shlex.split(SHORT_OPTIONS["train"]), "--no-tensorboard"]) == 0
     return folder / "run"
 
