@@ -35,7 +35,7 @@ def study() -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        own = ("analysis", "checks", "concepts", "judge", "methods", "multi", "rule", "study")
+        own = ("analysis", "checks", "concepts", "judge", "measured", "methods", "multi", "rule", "study")
         modules = (*own, "by_prompts", "demo_setting", "stopped_early", "teacher_bank")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in modules})
     finally:
@@ -263,8 +263,51 @@ def test_the_rate_of_wrong_concepts(study: Any) -> None:
     assert rates["right"] == pytest.approx(2 / 3)
 
 
+@pytest.fixture
+def published(study: Any) -> Any:
+    """What the committed study measured."""
+    return study.measured.Measured.published(ROOT / "docs/study/study.json")
+
+
+def test_the_published_figures_and_tables_follow_from_the_published_runs(study: Any, published: Any) -> None:
+    written = json.loads((ROOT / "docs/study/study.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(study.analysis.content(published), default=vars)) == written
+    assert study.analysis.tables(published) == (ROOT / "docs/study/tables.md").read_text(encoding="utf-8")
+
+
+def test_runs_of_other_work_folders_make_one_study(published: Any) -> None:
+    def of(*seeds: int) -> Any:
+        """The published study with these seeds alone."""
+
+        def kept(runs: dict[Any, Any]) -> dict[Any, Any]:
+            return {run: value for run, value in runs.items() if run[1] in seeds}
+
+        return replace(
+            published,
+            points=kept(published.points),
+            pairs={
+                name: {rule: kept(pairs) for rule, pairs in rules.items()} for name, rules in published.pairs.items()
+            },
+            unlisted={
+                title: {name: kept(pairs) for name, pairs in found.items()}
+                for title, found in published.unlisted.items()
+            },
+            judged={rule: kept(pairs) for rule, pairs in published.judged.items()},
+            rates={seed: rates for seed, rates in published.rates.items() if seed in seeds},
+        )
+
+    seeds = sorted(published.rates)
+    first, others = of(seeds[0]), of(*seeds[1:])
+    assert first.updated(others) == published
+    assert list(others.updated(first).points) == list(published.points)
+    # A run that is measured again replaces the earlier one, which may have had pairs that this one has not.
+    again = replace(first, judged={rule: {} for rule in first.judged})
+    assert published.updated(again).judged == others.judged
+    assert published.updated(again).points == published.points
+
+
 def test_equal_identity_takes_the_nearest_adapter_of_plain_lora(study: Any) -> None:
-    point = study.analysis.Point
+    point = study.measured.Point
     plain = {
         f"LoRA @ {step}": point({"identity": 0.4 + step / 1000, "ups": 1.0 - step / 1000}, {})
         for step in study.methods.METHODS["LoRA"].kept

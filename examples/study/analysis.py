@@ -1,4 +1,4 @@
-"""From the evaluations of the study to tables, a figure, and all figures as JSON."""
+"""From what the study measured to tables, a figure, and all figures as JSON."""
 
 from __future__ import annotations
 
@@ -11,29 +11,13 @@ from typing import Any
 
 import cat_rs
 from cat_rs.atomic import write_bytes
-from cat_rs.evaluation import EvaluationResult
 from concepts import read_concepts
+from measured import FIRST_RULE, FORMAT, KINDS, OTHERS, Measured, Pairs, Point, Run, mean
 from methods import BATCH, LR, METHODS, PLAIN, RANK, RECIPE, STEPS, adapter_name
-from multi import COMPARED, TRIO, wrong_at_equal_right, wrong_rates
-from rule import RULES, match
+from multi import COMPARED, TRIO, wrong_at_equal_right
 from rule import __doc__ as rule_text
 
-Run = tuple[str, int]
-"""A concept and a seed."""
-
-KINDS = ("class", "neighbour", "other class", "unlike captions")
-FIGURES = ("identity", "ups", "tps", "kps", "drift", "diversity_retained", "prompt_similarity")
 EQUAL_IDENTITY = 0.02
-FIRST_RULE = next(iter(RULES))
-UNLISTED = {"without those of any kind": KINDS, "without those of other kinds than the class": KINDS[1:]}
-
-
-@dataclass(frozen=True)
-class Point:
-    """The figures of one adapter."""
-
-    figures: dict[str, float]
-    kinds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -56,86 +40,58 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def write(
-    output: Path,
-    results: Mapping[Run, Path],
-    judged: Mapping[Run, Path],
-    together: Mapping[int, Path],
-    costs: Mapping[str, Path],
-) -> None:
+def write(output: Path, measured: Measured) -> None:
     """Write tables.md, front.png and study.json."""
     output.mkdir(parents=True, exist_ok=True)
-    own, others = ({run: EvaluationResult.load(file) for run, file in files.items()} for files in (results, judged))
-    points = {run: read_points(result, run[0]) for run, result in own.items()}
-    ruled = {name: gains(own, own, name) for name in METHODS if name != PLAIN}
-    by_other = gains(own, others, RECIPE)
-    unlisted = {
-        title: {name: gains(own, own, name, kinds)[FIRST_RULE] for name in METHODS if name != PLAIN}
-        for title, kinds in UNLISTED.items()
+    write_bytes(output / "tables.md", tables(measured).encode())
+    write_bytes(output / "front.png", front_figure(measured.points))
+    text = json.dumps(content(measured), indent=1, ensure_ascii=False, default=vars)
+    write_bytes(output / "study.json", (text + "\n").encode())
+
+
+def content(measured: Measured) -> dict[str, Any]:
+    """What study.json holds: every run, and the means."""
+    rates = list(measured.rates.values())
+    return {
+        "format": FORMAT,
+        "training": {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "lr": LR},
+        "runs": [
+            {"concept": run[0], "seed": run[1], "adapter": name, "figures": point.figures, "ups_by_kind": point.kinds}
+            for run, adapters in measured.points.items()
+            for name, point in adapters.items()
+        ],
+        "equal_identity": {name: compare(measured.points, name) for name in OTHERS},
+        "against_the_best_plain": {name: gains(by_rule) for name, by_rule in measured.pairs.items()},
+        "without_prompts_of_the_general_list": {title: gains(found) for title, found in measured.unlisted.items()},
+        "judged_by_another_encoder": gains(measured.judged),
+        "judge": measured.judge,
+        "wrong_at_equal_right": {name: wrong_at_equal_right(rates, name) for name in COMPARED[1:]},
+        "cost": measured.cost,
+        "three_concepts": measured.rates,
     }
-    spent = {name: json.loads(file.read_text()) for name, file in costs.items()}
-    rates = {
-        seed: wrong_rates(json.loads(file.read_text(encoding="utf-8"))["appearances"])
-        for seed, file in together.items()
-    }
-    scores = {
-        seed: EvaluationResult.from_json(json.dumps(json.loads(file.read_text(encoding="utf-8"))["evaluation"]))
-        for seed, file in together.items()
-    }
-    compared = {name: compare(points, name) for name in METHODS if name != PLAIN}
+
+
+def tables(measured: Measured) -> str:
+    """The page of tables."""
+    points = measured.points
+    ruled = {name: gains(by_rule) for name, by_rule in measured.pairs.items()}
     sections = [
         "Written by `python examples/study/study.py`; the text about it is in [README.md](README.md).",
         "## At the last step\n\n" + last_step_table(points),
         "## UPS by kind of prompt, at the last step\n\n" + kinds_table(points),
         "## Against the best plain LoRA\n\n" + gains_table(ruled),
-        "## Without the prompts that share a word with the general list\n\n" + unlisted_table(unlisted),
+        "## Without the prompts that share a word with the general list\n\n"
+        + unlisted_table({title: gains(found) for title, found in measured.unlisted.items()}),
         "## Judged by a network that was trained on other pictures\n\n"
-        + judged_table(ruled[RECIPE], by_other, list(others.values())),
+        + judged_table(ruled[RECIPE], gains(measured.judged), measured.judge),
         "## The highest identity that a method reaches\n\n" + reach_table(points),
-        "## Against plain LoRA stopped early, at equal identity\n\n" + equal_identity_table(compared),
-        "## Cost\n\n" + cost_table(spent),
-        "## One adapter for three concepts, and three adapters added\n\n" + together_table(rates, scores),
+        "## Against plain LoRA stopped early, at equal identity\n\n"
+        + equal_identity_table({name: compare(points, name) for name in OTHERS}),
+        "## Cost\n\n" + cost_table(measured.cost),
+        "## One adapter for three concepts, and three adapters added\n\n" + together_table(measured.rates),
         "## Every run, at the last step\n\n" + runs_table(points),
     ]
-    write_bytes(output / "tables.md", ("# Study: tables\n\n" + "\n\n".join(sections) + "\n").encode())
-    write_bytes(output / "front.png", front_figure(points))
-    content = {
-        "format": "cat-rs study 1",
-        "training": {"steps": STEPS, "batch_size": BATCH, "rank": RANK, "lr": LR},
-        "runs": [
-            {"concept": run[0], "seed": run[1], "adapter": name, "figures": point.figures, "ups_by_kind": point.kinds}
-            for run, adapters in points.items()
-            for name, point in adapters.items()
-        ],
-        "equal_identity": compared,
-        "against_the_best_plain": ruled,
-        "without_prompts_of_the_general_list": unlisted,
-        "judged_by_another_encoder": by_other,
-        "wrong_at_equal_right": {name: wrong_at_equal_right(list(rates.values()), name) for name in COMPARED[1:]},
-        "cost": spent,
-        "three_concepts": rates,
-    }
-    text = json.dumps(content, indent=1, ensure_ascii=False, default=vars)
-    write_bytes(output / "study.json", (text + "\n").encode())
-
-
-def read_points(result: EvaluationResult, concept: str) -> dict[str, Point]:
-    """The figures of every adapter of a run."""
-    kinds = read_concepts()[concept].kinds
-    points = {}
-    for name, scores in result.adapters.items():
-        figures = {key: getattr(scores, key).value for key in FIGURES if getattr(scores, key) is not None}
-        by_kind = {}
-        for kind, prompts in kinds.items():
-            values = [
-                value
-                for row in result.prompts
-                if row.model == name and row.prompt in prompts
-                for value in row.similarity
-            ]
-            by_kind[kind] = cat_rs.harmonic_mean(values)
-        points[name] = Point(figures, by_kind)
-    return points
+    return "# Study: tables\n\n" + "\n\n".join(sections) + "\n"
 
 
 def last(name: str) -> str:
@@ -168,33 +124,18 @@ def compare(points: Mapping[Run, Mapping[str, Point]], name: str) -> dict[str, A
     }
 
 
-def gains(
-    results: Mapping[Run, EvaluationResult],
-    judged: Mapping[Run, EvaluationResult],
-    name: str,
-    unlisted: Sequence[str] = (),
-) -> dict[str, Any]:
-    """A method against plain LoRA by each rule: differences on the scored prompts, concepts resampled as wholes.
-
-    The adapters are chosen by `results`, the differences are those in `judged`. Prompts of the kinds `unlisted` that
-    share a word with the general list are left out.
-    """
-    concepts = read_concepts()
-    numbers = {concept: number for number, concept in enumerate(concepts)}
-    found = {}
-    for title, rule in RULES.items():
-        matches = {
-            run: match(each, concepts[run[0]], name, rule, judged[run], concepts[run[0]].listed(*unlisted))
-            for run, each in results.items()
+def gains(named: Mapping[str, Pairs]) -> dict[str, Any]:
+    """Name of a rule or method -> its pairs with plain LoRA, and their means, concepts resampled as wholes."""
+    numbers = {concept: number for number, concept in enumerate(read_concepts())}
+    found: dict[str, Any] = {}
+    for name, pairs in named.items():
+        clusters = [numbers[concept] for concept, _ in pairs]
+        found[name] = {
+            "runs": len(pairs),
+            "matches": {f"{concept}, {seed}": pair._asdict() for (concept, seed), pair in pairs.items()},
         }
-        matched = {run: each for run, each in matches.items() if each is not None}
-        clusters = [numbers[concept] for concept, _ in matched]
-        found[title] = {
-            "runs": len(matched),
-            "matches": {f"{concept}, {seed}": each._asdict() for (concept, seed), each in matched.items()},
-        }
-        for figure in ("ups", "identity") if matched else ():
-            found[title][figure] = Estimate.of([getattr(each, figure) for each in matched.values()], clusters)
+        for figure in ("ups", "identity") if pairs else ():
+            found[name][figure] = Estimate.of([getattr(pair, figure) for pair in pairs.values()], clusters)
     return found
 
 
@@ -212,8 +153,7 @@ def gains_table(ruled: Mapping[str, Mapping[str, Any]]) -> str:
 def unlisted_table(unlisted: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     rows = [
         [name, *(f"{by_name[name][key]}" for by_name in unlisted.values() for key in ("ups", "identity"))]
-        for name in METHODS
-        if name != PLAIN
+        for name in OTHERS
     ]
     heading = ("method", *(f"{figure}, {title}" for title in unlisted for figure in ("UPS", "identity")))
     text = (
@@ -223,9 +163,7 @@ def unlisted_table(unlisted: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> s
     return f"{text}\n\n{table(heading, rows)}"
 
 
-def judged_table(
-    own: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]], results: Sequence[EvaluationResult]
-) -> str:
+def judged_table(own: Mapping[str, Any], other: Mapping[str, Any], judge: Mapping[str, Any]) -> str:
     """The same pairs of adapters by both encoders."""
     rows = [
         [title, str(found["runs"]), *(f"{each[title][key]}" for each in (own, other) for key in ("ups", "identity"))]
@@ -233,11 +171,10 @@ def judged_table(
         if found["runs"]
     ]
     heading = ("rule", "runs", "UPS by CLIP", "identity by CLIP", "UPS by the other", "identity by the other")
-    floor = mean(result.other_seed.ups.value for result in results if result.other_seed is not None)
-    base = mean(result.base.identity.value for result in results)
     text = (
-        f"{RECIPE} less plain LoRA, the same adapters, by {results[0].settings['encoder']}. On its scale, base "
-        f"against base with other noise has a UPS of {floor:.3f}, and the base model an identity of {base:.3f}."
+        f"{RECIPE} less plain LoRA, the same adapters, by {judge['encoder']}. On its scale, base against base with "
+        f"other noise has a UPS of {judge['base_with_other_noise']:.3f}, and the base model an identity of "
+        f"{judge['base_identity']:.3f}."
     )
     return f"{text}\n\n{table(heading, rows)}"
 
@@ -306,20 +243,11 @@ def cost_table(spent: Mapping[str, Mapping[str, float]]) -> str:
     return f"One thread, one process a method, from runs of two lengths.\n\n{table(heading, rows)}"
 
 
-def together_table(rates: Mapping[int, Mapping[str, Mapping[str, float]]], scores: Mapping[int, Any]) -> str:
-    rows = []
+def together_table(rates: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
     kinds = ("wrong", "wrong with trigger", "wrong without trigger", "right")
-    names = [f"{name}, {way}" for way in ("together", "added") for name in COMPARED]
-    for name in ["base", *names]:
-        means = [f"{mean(rate[name][kind] for rate in rates.values()):.3f}" for kind in kinds]
-        if name == "base":
-            rows.append([name, *means, "-", "-"])
-        else:
-            figures = (
-                mean(getattr(result.adapters[name], key).value for result in scores.values()) for key in ("ups", "kps")
-            )
-            rows.append([name, *means, *(f"{value:.3f}" for value in figures)])
-    heading = ("adapter", "wrong concept", "with trigger", "without trigger", "asked concept appears", "UPS", "KPS")
+    names = ("base", *(f"{name}, {way}" for way in ("together", "added") for name in COMPARED))
+    rows = [[name, *(f"{mean(rate[name][kind] for rate in rates.values()):.3f}" for kind in kinds)] for name in names]
+    heading = ("adapter", "wrong concept", "with trigger", "without trigger", "asked concept appears")
     return f"Concepts: {', '.join(TRIO)}. Means over {len(rates)} seeds.\n\n{table(heading, rows)}"
 
 
@@ -383,8 +311,3 @@ def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def mean(values: Any) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)

@@ -2,9 +2,10 @@
 
 `check` sees an adapter's file and the base model alone. Ranks adapters by its UPS and by the study's: of each concept
 every sixth of all methods, steps and scales, from another one on. The prompts of `check` were settled on the adapters
-of the first seed; nobody had checked those of the second before. Asks whether the largest safe scale that one
-picture seed finds is safe with three others, and tells what is left of the base model at false triggers. Every
-finished check is a file in the study's work folder: stop it at any time and start it again. Writes checks.json.
+of the first seed; nobody had checked those of the others before. Of the first seed's last adapters, asks whether the
+largest safe scale that one picture seed finds is safe with three others, and tells what is left of the base model at
+false triggers. Every finished check is a file in the study's work folder: stop it at any time and start it again.
+Writes checks.json, in which the seeds that are not run here stay as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from study import INFERENCE_STEPS, PICTURE_SEEDS, SEEDS, evaluation_file, run, s
 
 EVERY = 6
 SCALED = (PLAIN, RECIPE)
-RANKED_SEEDS = SEEDS[:2]
 # About as many as the class and its neighbours have.
 PROMPTS_OF_A_KIND = 24
 WITHOUT = "without the trigger"
@@ -50,17 +50,23 @@ def main() -> None:
         "--output", type=Path, default=Path("docs/study"), metavar="DIR", help="folder for the results"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, of one thread each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, metavar="SEED", help="some of the seeds")
     options = parser.parse_args()
     concepts = list(read_concepts())
     scored = {
         seed: [(options.work, concept, seed, name) for concept in concepts for name in sample(concepts.index(concept))]
-        for seed in RANKED_SEEDS
+        for seed in options.seeds
     }
-    scaled = [(options.work, concept, SEEDS[0], name) for concept in concepts for name in map(last, SCALED)]
+    scaled = []
+    if SEEDS[0] in options.seeds:
+        scaled = [(options.work, concept, SEEDS[0], name) for concept in concepts for name in map(last, SCALED)]
     run(check_ups, list(itertools.chain(*scored.values())), options.workers)
     run(check_scale, scaled, options.workers)
-    ups = {seed: [json.loads(ups_file(*call).read_text()) for call in calls] for seed, calls in scored.items()}
-    scales = [json.loads(scale_file(*call).read_text()) for call in scaled]
+    target = options.output / "checks.json"
+    published = json.loads(target.read_text()) if target.exists() else {"ups": {}, "scales": []}
+    ups = {int(seed): rows for seed, rows in published["ups"].items()}
+    ups |= {seed: [json.loads(ups_file(*call).read_text()) for call in calls] for seed, calls in scored.items()}
+    scales = [json.loads(scale_file(*call).read_text()) for call in scaled] or published["scales"]
     content = {
         "format": "cat-rs study checks 1",
         "spearman": {
@@ -75,7 +81,7 @@ def main() -> None:
         "found": sum(row["safest"] is not None for row in scales),
         "scales": scales,
     }
-    write_bytes(options.output / "checks.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_bytes(target, (json.dumps(content, indent=1) + "\n").encode())
     print(json.dumps({name: value for name, value in content.items() if name not in ("ups", "scales")}, indent=1))
 
 

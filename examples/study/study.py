@@ -28,6 +28,7 @@ import multi
 from cat_rs.atomic import write_bytes
 from concepts import CLIP, MODEL, read_concepts
 from judge import ImageNetEncoder
+from measured import Measured
 from methods import METHODS, PLAIN, RECIPE, adapter_file
 from tqdm import tqdm
 
@@ -90,13 +91,18 @@ def cost(options: argparse.Namespace) -> None:
 
 
 def analyse(options: argparse.Namespace) -> None:
-    """Tables and figure."""
+    """Tables and figure; what was published of other seeds stays a part of them."""
     units = list(itertools.product(read_concepts(), options.seeds))
-    results = {unit: evaluation_file(options.work, *unit) for unit in units}
-    judged = {unit: judged_file(options.work, *unit) for unit in units}
-    together = {seed: together_folder(options.work, seed) / "scores.json" for seed in options.seeds}
-    costs = {name: cost_file(options.work, name) for name in METHODS}
-    analysis.write(options.output, results, judged, together, costs)
+    measured = Measured.in_work(
+        {unit: evaluation_file(options.work, *unit) for unit in units},
+        {unit: judged_file(options.work, *unit) for unit in units},
+        {seed: together_folder(options.work, seed) / "scores.json" for seed in options.seeds},
+        {name: cost_file(options.work, name) for name in METHODS},
+    )
+    published = options.output / "study.json"
+    if published.exists():
+        measured = Measured.published(published).updated(measured)
+    analysis.write(options.output, measured)
 
 
 STAGES = {"train": train, "evaluate": evaluate, "judge": judge, "cost": cost, "analyse": analyse}
