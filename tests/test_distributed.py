@@ -386,7 +386,7 @@ def run_trainings(rank: int, folder: Path, model: Path) -> dict[Any, Any]:
     run("full", fill_disk)
     run("full", resume=True)
     run("bank", teacher_draws=2)
-    default = {"preserve": None, "preserve_prompts": str(folder / "general.txt")}
+    default = {"preserve": None, "cat_drift": None, "preserve_prompts": str(folder / "general.txt")}
     run("set", **default)
     run("set parted", fail, **default)
     run("set parted", resume=True, **default)

@@ -320,7 +320,9 @@ def test_equal_identity_takes_the_nearest_adapter_of_plain_lora(study: Any) -> N
     assert found["ups"].value == pytest.approx(0.9 - 0.8)
 
 
-@pytest.mark.parametrize("settings", [{"cat_factor": 0.0}, {"teacher_draws": 1}], ids=["plain", "bank"])
+@pytest.mark.parametrize(
+    "settings", [{"cat_factor": 0.0}, {"preserve": "captions", "teacher_draws": 1}], ids=["plain", "bank"]
+)
 def test_an_adapter_trains_as_in_the_demo(study: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     result = study.demo_setting.train_adapter("tractor", 0, tmp_path, steps=2, **settings)
     assert result.steps == 2

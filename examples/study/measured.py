@@ -50,7 +50,8 @@ class Measured:
         pairs: Method -> rule -> its pairs with plain LoRA.
         unlisted: Which prompts are left out -> method -> its pairs by the first rule.
         judged: Rule -> pairs of the recipe, scored by the other encoder.
-        judge: That encoder's name, and what it says of the base model: UPS beside other noise, and identity.
+        judge: That encoder's name, and what it says of the base model, which is the same in all seeds: UPS beside
+            other noise, and identity.
         rates: Seed -> adapter of three concepts -> how often which concepts appear.
         cost: Method -> seconds and memory.
     """
@@ -71,7 +72,7 @@ class Measured:
         together: Mapping[int, Path],
         costs: Mapping[str, Path],
     ) -> Measured:
-        """Read evaluations and costs; methods whose cost was not measured here have none."""
+        """Read evaluations, and the costs that were measured here."""
         own, other = ({run: EvaluationResult.load(file) for run, file in files.items()} for files in (results, judged))
         floors = [each.other_seed.ups.value for each in other.values() if each.other_seed is not None]
         return cls(
@@ -134,7 +135,8 @@ class Measured:
             judged=joined_each(self.judged, newer.judged),
             judge=newer.judge,
             rates=dict(sorted({**self.rates, **newer.rates}.items())),
-            cost={**self.cost, **newer.cost},
+            # Times of one machine are comparable.
+            cost=newer.cost if newer.cost.keys() == set(METHODS) else self.cost,
         )
 
 

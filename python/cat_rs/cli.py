@@ -49,7 +49,7 @@ _COMMANDS = {
         "cat_rs.commands.preserve",
         "draw the pictures that preserve a base model, for all trainings on it",
         "Draws pictures with the base model, and writes their latents and embedded prompts as a preservation set, at "
-        "which cat-rs train --preserve set takes the preservation term. A build that was killed goes on where it "
+        "which cat-rs train --preserve-set takes the preservation term. A build that was killed goes on where it "
         "stopped.",
         "build ",
     ),

@@ -62,7 +62,7 @@ def test_prompts_to_preserve_are_read_once_each(tmp_path: Path) -> None:
     file.write_text("a dog\n\n  a red car \na dog\n")
     pairs = pair_captions(["a sks cat"], config(preserve_prompts=str(file)))
     assert pairs.preserved == ("a dog", "a red car")
-    assert pairs.summary().endswith("; 2 more prompts are preserved")
+    assert pairs.summary().endswith("; 2 prompts to preserve")
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,10 @@ def test_what_a_preservation_does_not_have_is_refused(settings: dict[str, Any], 
         ({"preserve": "captions"}, ("captions", 1, 0)),
         ({"preserve": "blank"}, ("blank", 1, 0)),
         ({"preservation": "layers"}, ("captions", 1, 0)),
-        ({"preservation": "layers", "preserve": "set"}, ("set", 1, 0)),
+        ({"preservation": "layers", "preserve_set": ("a",)}, ("set", 1, 0)),
+        ({"cat_drift": 0.1}, ("set", 1, 8)),
+        ({"cat_ratio": 0.1}, ("set", 1, 8)),
+        ({"noise_offset": 0.1}, ("set", 4, 0)),
         ({"preservation": "dco"}, ("captions", 1, 0)),
         ({"cat_factor": 0.0}, ("captions", 1, 0)),
         ({"cat_factor": 0.0, "cat_factor_end": 1.0}, ("set", 4, 8)),
@@ -150,7 +153,7 @@ def test_a_saved_file_leaves_to_its_reader_what_was_not_given(tmp_path: Path) ->
 
 
 def test_a_checkpoint_from_before_sets_continues_on_the_captions() -> None:
-    before = {"preserve", "preserve_every", "preserve_set", "preserve_batch"}
+    before = {"preserve", "preserve_every", "preserve_set", "preserve_batch", "teacher_draws"}
     earlier = TrainConfig(**REQUIRED, preserve="captions").effective()
     earlier = {name: value for name, value in earlier.items() if name not in before}
     TrainConfig(**REQUIRED, preserve="captions").check_continues(earlier)
@@ -175,7 +178,12 @@ def test_plain_lora_has_no_term_to_leave_out() -> None:
             {"preserve": "captions", "preserve_set": ("a",)},
             "preserve: expected set with preserve_set or preserve_batch, got captions",
         ),
-        ({"cat_factor": 0.0, "preserve_batch": 2}, "preserve: expected set with preserve_set .* got captions"),
+        ({"cat_factor": 0.0, "preserve_batch": 2}, "preserve_batch: expected none with cat_factor 0, got 2"),
+        ({"cat_factor": 0.0, "preserve_set": ("a",)}, "preserve_set: expected none with cat_factor 0, got"),
+        (
+            {"preservation": "dco", "preserve_set": ("a",)},
+            "preserve: expected set with preserve_set or preserve_batch",
+        ),
         ({"preserve": "set", "preserve_set": ("a",), "teacher_draws": 2}, "preserve_set: expected none with"),
         ({"preserve": "set", "preserve_set": ("a",), "preserve_prompts": "b"}, "preserve_set: expected none with"),
         ({"preserve": "set", "cat_factor": 0.0}, "preserve: expected captions with cat_factor 0, got set"),

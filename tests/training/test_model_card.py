@@ -92,8 +92,8 @@ def test_no_trigger_no_trigger_words() -> None:
         (
             {},
             "by [Contrastive Adapter Training](https://arxiv.org/abs/2404.07554): in one of 4 steps, without the "
-            "trigger the adapted model also had to predict what the base model predicts, at pictures that this one "
-            "drew, so that it forgets less",
+            "trigger the adapted model also had to predict what the base model predicts on pictures that the base "
+            "model drew, so that it forgets less",
         ),
         ({"preserve": "captions"}, "in every step, without the trigger the adapted model also had to predict what "),
         ({"preserve": "captions"}, "what the base model predicts, so that it forgets less"),

@@ -216,6 +216,51 @@ def test_a_captured_step_with_a_set_is_the_eager_one(
     assert_same_weights(tmp_path / "eager", tmp_path / "captured")
 
 
+@pytest.mark.parametrize(("preservation", "stored"), [("cat", True), ("prior", False), ("layers", False)])
+def test_only_cats_term_takes_stored_draws(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preservation: str, stored: bool
+) -> None:
+    pipeline = load_pipeline(configure().model, torch.float32, torch.device("cpu"))
+    PreservationSet.build(pipeline, OTHERS, tmp_path / "set", draws=3, progress=False)
+    seen, step = [], Trainer._advance_batch
+
+    def watched(trainer: Trainer) -> torch.Tensor:
+        call = trainer._step
+
+        def noting(*given: Any, preserve: Any) -> Any:
+            seen.append([getattr(preserve, name) is not None for name in ("noise", "timesteps", "base_pred")])
+            return call(*given, preserve=preserve)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, "_step", noting)
+            patch.setattr(noting, "preserves_next", True, raising=False)
+            return step(trainer)
+
+    monkeypatch.setattr(Trainer, "_advance_batch", watched)
+    result = quiet(configure(preservation=preservation, preserve_set=(str(tmp_path / "set"),), checkpoint_every=0))
+    assert seen == [[stored] * 3] * 4
+    assert cat_rs.load_lora(result.adapter).metadata["teacher_draws"] == 3 * stored
+
+
+def test_of_many_captions_some_are_drawn(
+    configure: Configure, concept_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cat_rs.training.preserved_pictures.MOST_CAPTIONS", 2)
+    seen = watch_sets(monkeypatch)
+    quiet(configure())
+    of_captions = [prompt for prompt in dict.fromkeys(seen[0].prompts) if prompt.startswith("a cat")]
+    assert of_captions == ["a cat on a red background", "a cat on a blue background"]
+
+
+def test_a_training_too_short_for_the_term_says_so(configure: Configure) -> None:
+    lines: list[str] = []
+    train(configure(**DEFAULT, steps=3), progress=False, report=lines.append)
+    assert "no step has the preservation term, which is in one of 4 steps: steps is 3" in lines
+    lines.clear()
+    train(configure(**DEFAULT, steps=4, overwrite=True), progress=False, report=lines.append)
+    assert not any("no step" in line for line in lines)
+
+
 def write_set(config: TrainConfig, path: Path, prompts: list[str]) -> Path:
     pipeline = load_pipeline(config.model, torch.float32, torch.device("cpu"))
     PreservationSet.build(pipeline, prompts, path, progress=False)

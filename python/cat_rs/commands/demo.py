@@ -46,7 +46,9 @@ class Settings(SamplingSettings):
     rank: int = option(16, group=_TRAINING, help="rank r of the adapters")
     cat_factor: float = option(1.0, group=_TRAINING, help="weight of the preservation term in the CAT adapter")
     preserve: Literal["captions", "blank", "set"] | None = option(
-        None, group=_TRAINING, help="what the CAT adapter preserves, as for cat-rs train; its default if not given"
+        None,
+        group=_TRAINING,
+        help="what the CAT adapter preserves, as for cat-rs train; the default of cat-rs train if not given",
     )
 
 

@@ -35,7 +35,7 @@ class CaptionPairs:
         text = f"trigger removed from {self.changed} of {len(self.with_trigger)} captions"
         pairs = zip(self.with_trigger, self.without_trigger, strict=True)
         example = next((f" ({before!r} -> {after!r})" for before, after in pairs if before != after), "")
-        more = f"; {len(self.preserved)} more prompts are preserved" if self.preserved else ""
+        more = f"; {len(self.preserved)} prompts to preserve" if self.preserved else ""
         return text + example + more
 
 

@@ -39,7 +39,7 @@ _BESIDE_PRESERVATION = {
 
 
 # What trainings did before there were such settings.
-_BEFORE_THEY_CAME = {"preserve": "captions", "preserve_every": 1}
+_BEFORE_THEY_CAME = {"preserve": "captions", "preserve_every": 1, "teacher_draws": 0}
 
 
 class Preserved(NamedTuple):
@@ -108,7 +108,7 @@ class TrainConfig:
         None,
         group=_CAT,
         help="the preservation term is in every so many steps only, at so many times its weight; the others cost what "
-        "plain LoRA costs; if not given, 4 with a set and --preservation cat, else 1",
+        "plain LoRA costs; if not given, 4 with a set, --preservation cat and a constant factor, else 1",
     )
     preservation: Literal["cat", "prior", "dco", "l2", "layers"] = option(
         "cat",
@@ -153,7 +153,7 @@ class TrainConfig:
         group=_CAT,
         help="cached base predictions per picture of the set, or of the concept (per view of it, with crops or "
         "mirroring); 0 predicts anew in every step; if not given, 8 for a set that the training builds for "
-        "--preservation cat, else 0",
+        "--preservation cat without --noise-offset, else 0; a set that is given has its own",
     )
 
     rank: int = option(16, group=_ADAPTER, help="rank r: A is r x in, B is out x r")
@@ -271,6 +271,8 @@ class TrainConfig:
         for name in ("cat_ratio", "cat_drift", "preserve_prompts"):
             if getattr(self, name) is not None and not self.preserves():
                 raise ConfigError(f"cat_factor: expected a number > 0 with {name}, got 0")
+        if not self.target_modules:
+            raise ConfigError("target_modules: expected at least one layer name, got none")
         self._check_preserved()
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ConfigError(
@@ -288,6 +290,9 @@ class TrainConfig:
 
     def _check_preserved(self) -> None:
         """Raise ConfigError where settings of the preservation term do not go together."""
+        for name in ("preserve_set", "preserve_batch"):
+            if getattr(self, name) and not self.preserves():
+                raise ConfigError(f"{name}: expected none with cat_factor 0, got {getattr(self, name)}")
         preserve, every, draws = self.preserved()
         has_set = preserve == "set"
         if not self.preserves() and preserve != "captions":
@@ -297,8 +302,6 @@ class TrainConfig:
             raise ConfigError(f"preservation: expected {expected}, got {self.preservation}")
         if not has_set and self.preservation == "prior":
             raise ConfigError(f"preserve: expected set with preservation prior, which learns it, got {preserve}")
-        if not self.target_modules:
-            raise ConfigError("target_modules: expected at least one layer name, got none")
         if not self.trigger and self.preserves():
             raise ConfigError("trigger: expected a trigger word, which cat_factor > 0 needs; got none")
         for name, allowed in _BESIDE_PRESERVATION.items():
@@ -335,14 +338,16 @@ class TrainConfig:
         """Return `preserve`, `preserve_every` and `teacher_draws` as given, or as the study found them best."""
         preserve = self.preserve
         if preserve is None:
-            draws_set = self.preserves() and self.preservation in ("cat", "prior")
-            preserve = "set" if draws_set else "captions"
+            needs_set = self.preserves() and (self.preservation in ("cat", "prior") or self.preserve_set)
+            preserve = "set" if needs_set else "captions"
         of_recipe = preserve == "set" and self.preservation == "cat"
         every, draws = self.preserve_every, self.teacher_draws
         if every is None:
-            every = 4 if of_recipe else 1
+            # A factor that follows L_cat wants to see it in every step.
+            every = 4 if of_recipe and self.cat_ratio is None and self.cat_drift is None else 1
         if draws is None:
-            draws = 8 if of_recipe and not self.preserve_set else 0
+            # Stored noise has no offset.
+            draws = 8 if of_recipe and not self.preserve_set and not self.noise_offset else 0
         return Preserved(preserve, every, draws)
 
     def class_words(self) -> dict[str, str | None]:

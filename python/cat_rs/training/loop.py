@@ -107,6 +107,8 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     examples = read_folder(config.data, caption=fill_template(config))
     captions = pair_captions([example.caption for example in examples], config)
     report(f"{len(examples)} pictures; {captions.summary()}")
+    if config.preserves() and config.steps < (every := config.preserved().preserve_every):
+        report(f"no step has the preservation term, which is in one of {every} steps: steps is {config.steps}")
     data = fingerprint(examples, captions.preserved)
     evaluations, samples = CheckpointEvaluations(config), Samples(config)
     state = processes.on_main(lambda: output.resume_state(data, processes.world_size))
@@ -117,10 +119,10 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         pipeline = load_pipeline(config.model, getattr(torch, config.dtype), device)
+        has_set = config.preserved().preserve == "set"
+        of_pictures = dataclasses.replace(captions, preserved=()) if has_set else captions
+        dataset = encode_dataset(pipeline, bar(examples, desc="encoding pictures"), of_pictures, config)
         preserved = open_set(config, pipeline, captions, processes, progress, report)
-        if preserved is not None:
-            captions = dataclasses.replace(captions, preserved=())
-        dataset = encode_dataset(pipeline, bar(examples, desc="encoding pictures"), captions, config)
         unet, scheduler, pipeline_name = pipeline.unet, pipeline.scheduler, type(pipeline).__name__
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()

@@ -123,7 +123,7 @@ def _method(config: TrainConfig) -> str:
     if not config.preserves():
         return "without a preservation term (plain LoRA)"
     preserve, every, _ = config.preserved()
-    drawn = ", at pictures that this one drew" if preserve == "set" else ""
+    drawn = " on pictures that the base model drew" if preserve == "set" else ""
     when = f"in one of {every} steps" if every > 1 else "in every step"
     method = {
         "cat": f"by {_PAPER}: {when}, without the trigger the adapted model also had to predict what the base model "

@@ -21,6 +21,8 @@ from cat_rs.training.preservation_set import PreservationSet
 
 # Of the captions together, at least: as many as the study has.
 CAPTION_PICTURES = 40
+# Of a large dataset, so that drawing them does not take longer than the training.
+MOST_CAPTIONS = 200
 
 
 def open_set(
@@ -75,12 +77,13 @@ def open_set(
         )
 
     own = list(dict.fromkeys(captions.without_trigger))
+    own = own[:: math.ceil(len(own) / MOST_CAPTIONS)]
     general = captions.preserved or [text for text in general_prompts() if not remove_trigger(text, triggers)[1]]
     seeds = 0 if config.preserve_share == 1 else math.ceil(CAPTION_PICTURES / len(own))
     folder = cache_folder()
     report(
         f"{len(general) + seeds * len(own)} pictures that the base model draws are preserved; they are drawn once and "
-        f"kept in {folder} (--preserve captions needs none)"
+        "kept in the user's cache" + (" (--preserve captions needs none)" if config.preservation == "cat" else "")
     )
     of_general = built(general, 1)
     if not seeds:
@@ -114,6 +117,6 @@ def cache_folder() -> Path:
     except OSError as error:
         raise ConfigError(
             f"preserve: expected a cache that can be written, got {folder}: {error}; set XDG_CACHE_HOME, or give "
-            "preserve_set"
+            "preserve_set, or preserve captions"
         ) from error
     return folder

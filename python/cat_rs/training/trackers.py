@@ -59,7 +59,7 @@ def _start(name: str, config: TrainConfig) -> Any:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         tracker = kind(_PROJECT, *folder, **settings)
         tracker.start()
-        tracker.store_init_configuration({key: _plain(value) for key, value in config.to_dict().items()})
+        tracker.store_init_configuration({key: _plain(value) for key, value in config.effective().items()})
     except Exception as error:
         # Each of these libraries has errors of its own.
         raise TrainingError(f"log_with: {name} cannot start: {error}") from error

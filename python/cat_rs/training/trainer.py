@@ -11,7 +11,7 @@ from cat_rs._version import __version__
 from cat_rs.adapter_file import save_lora
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
-from cat_rs.step import CatStep
+from cat_rs.step import CatStep, PreservationSamples
 from cat_rs.step.cat_factor import CatFactor, CatFactorRamp, CatFactorRatio, CatFactorTarget
 from cat_rs.step.teacher_bank import TeacherBank
 from cat_rs.training.config import TrainConfig, base_model_name
@@ -124,7 +124,7 @@ class Trainer:
             "cat_ratio": config.cat_ratio,
             "cat_drift": config.cat_drift,
             "preservation": config.preservation,
-            **config.preserved()._asdict(),
+            **config.preserved()._replace(teacher_draws=self._stored_draws())._asdict(),
             "snr_gamma": config.snr_gamma,
             "rank": config.rank,
             "lr": config.lr,
@@ -183,6 +183,12 @@ class Trainer:
         if state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self._device)
 
+    def _stored_draws(self) -> int:
+        """How many base predictions each picture has that the steps use."""
+        if self._preserved is None:
+            return self._config.preserved().teacher_draws
+        return self._preserved.draws if self._config.preservation == "cat" else 0
+
     def _preserved_key(self) -> str | None:
         return None if self._preserved is None else self._preserved.key
 
@@ -194,7 +200,11 @@ class Trainer:
             metrics = self._step(latents, batch.cond, batch.cond_no_trigger)
         else:
             drawn = self._preserved.draw(self._config.preserve_batch or self._config.batch_size, self._choices)
-            metrics = self._step(latents, batch.cond, drawn.cond, preserve=drawn.samples)
+            # Other terms would see stored noise again and again, and no base prediction of it.
+            samples = (
+                drawn.samples if self._config.preservation == "cat" else PreservationSamples(drawn.samples.latents)
+            )
+            metrics = self._step(latents, batch.cond, drawn.cond, preserve=samples)
         return torch.stack([value.float() for value in metrics])
 
 
