@@ -182,7 +182,7 @@ def test_plain_lora_has_no_term_to_leave_out() -> None:
         ({"cat_factor": 0.0, "preserve_set": ("a",)}, "preserve_set: expected none with cat_factor 0, got"),
         (
             {"preservation": "dco", "preserve_set": ("a",)},
-            "preserve: expected set with preserve_set or preserve_batch",
+            "preservation: expected cat, prior or layers with preserve set, got dco",
         ),
         ({"preserve": "set", "preserve_set": ("a",), "teacher_draws": 2}, "preserve_set: expected none with"),
         ({"preserve": "set", "preserve_set": ("a",), "preserve_prompts": "b"}, "preserve_set: expected none with"),
