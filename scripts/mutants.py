@@ -26,7 +26,7 @@ from cosmic_ray.work_item import MutationSpec, WorkerOutcome
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "mutants"
 PACKAGE = "python/cat_rs"
-COPIED = ("python", "tests", "examples", "pyproject.toml", "README.md", "Cargo.toml")
+COPIED = ("python", "tests", "examples", "docs", "pyproject.toml", "README.md", "Cargo.toml")
 # Modules, and the tests that must notice their faults, the quick ones first. The first pattern that fits counts.
 STEP = ("tests/step/test_cat_step.py", "tests/cuda/test_step.py")
 OPTIMIZER = (
