@@ -124,7 +124,8 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
         fronts.append([name, "; ".join(on_the_way)])
     sections = [
         "# Plain LoRA stopped at CAT's identity",
-        "Written by `python examples/study/stopped_early.py`; [earlier.md](earlier.md) says what was trained.",
+        "Written by `python examples/study/stopped_early.py`. The demo's CAT is the default of `cat-rs train`; the "
+        "others preserved 206 prompts beside the captions ([earlier.md](earlier.md)).",
         f"Plain LoRA is scored every {EVERY} steps and stopped when its identity is CAT's up to {EQUAL_IDENTITY}.",
         "## Scores\n\n" + table(("concept, seed", "adapter, steps", *FIGURES.values()), scores),
         "## CAT - LoRA, paired\n\n" + table(("concept, seed", "LoRA's steps", *COMPARED.values()), differences),
