@@ -234,6 +234,14 @@ REFUSED: dict[str, Case] = {
         lambda: step(timesteps=make.escaped(torch.ones(2, dtype=torch.int64))),
         "`timesteps` must be a plain dense tensor, got one of torch.func",
     ),
+    "follower-quantized": (
+        lambda: make.drift_target().update(diffusion=1.0, cat=torch.empty((), dtype=torch.quint8)),
+        "`cat` must be a plain dense tensor, got one of torch.quint8",
+    ),
+    "trigger-freed": (
+        lambda: cat_rs.remove_trigger("a sks cat", [freed(torch.ones(3))]),  # type: ignore[list-item]
+        "trigger_words: expected words, got a Tensor",
+    ),
     "step-state": (lambda: make.cat_step().load_state_dict([]), "`state_dict` must be what state_dict"),  # type: ignore[arg-type]
     "patch": (lambda: cat_rs.patch_peft(None), "`model` must be a torch.nn.Module, got None"),  # type: ignore[arg-type]
     "unpatch": (lambda: cat_rs.unpatch_peft("a"), "`model` must be a torch.nn.Module, got 'a'"),  # type: ignore[arg-type]

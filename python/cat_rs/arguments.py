@@ -88,7 +88,7 @@ def check_no_mode(op: str) -> None:
 
 
 def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
-    """Refuses a tensor that computes in its own way: fake, sharded, nested, sparse, or one of torch.func."""
+    """Refuses a tensor that computes in its own way: fake, sharded, nested, sparse, quantized, of torch.func."""
     got = None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         got = "one of torch.func (vmap, grad, jvp ...): call it outside"
@@ -96,6 +96,8 @@ def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
         got = f"a {type(tensor).__name__}"
     elif tensor.layout != torch.strided or tensor.is_nested:
         got = f"one of layout {tensor.layout}"
+    elif tensor.is_quantized:
+        got = f"one of {tensor.dtype}"
     if got is not None:
         raise LayoutError(f"{op}: `{argument}` must be a plain dense tensor, got {got}")
     check_memory(op, argument, tensor)

@@ -205,7 +205,9 @@ def _class_words(trigger_words: TriggerWords, class_word: str | None) -> dict[st
     for trigger, own_class in given.items():
         folded = without_marks(fold(trigger)[0]) if isinstance(trigger, str) else ""
         if not folded:
-            raise PromptError(f"trigger_words: expected words, got {trigger!r}")
+            # Other objects may have no text that can be shown, such as a tensor without memory.
+            got = repr(trigger) if isinstance(trigger, str) else f"a {type(trigger).__name__}"
+            raise PromptError(f"trigger_words: expected words, got {got}")
         for word in (own_class, class_word):
             if not isinstance(word, str | None):
                 raise PromptError(f"class_word: expected a text or None, got {type(word).__name__}")

@@ -146,6 +146,8 @@ def _work(work: Sequence[Any], run: Callable[[Any], Outcome], memory: int, pipe:
         tempfile.tempdir = str(folder)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _limit_memory(memory)
+        # After a fork PyTorch makes its pool of threads anew; two threads that ask for it at once end the process.
+        torch.set_num_threads(1)
         for piece in work:
             started = time.monotonic()
             outcome = run(piece)
