@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cat_rs
+from cat_rs.adapter_file.model import check_ldm_layout
 from cat_rs.errors import AdapterError, InvalidValueError
 from tests.models import add_lora, tiny_unet
 
@@ -95,6 +98,14 @@ def test_what_kohya_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert "layers_per_block 2, got 1" in message(add_lora(tiny_unet()), family="sdxl")
     assert "no names for these layers of family flux" in message(add_lora(tiny_unet()), family="flux")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("layers", "has_names"), [(2, True), ([2, 2, 2], True), ([2, 2, 1], False)], ids=str)
+def test_sdxls_names_count_two_layers_a_block(layers: int | list[int], has_names: bool) -> None:
+    unet = torch.nn.Module()
+    unet.config = SimpleNamespace(layers_per_block=layers)
+    with contextlib.nullcontext() if has_names else pytest.raises(AdapterError, match="layers_per_block 2, got"):
+        check_ldm_layout(unet)
 
 
 def test_family_must_be_known_for_kohya(tmp_path: Path) -> None:

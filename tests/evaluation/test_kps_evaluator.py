@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,9 +118,11 @@ def test_useless_embedding_names_the_picture(tmp_path: Path, value: float, found
         KpsEvaluator(constant(value)).embed_images(tmp_path)
 
 
-def test_callable_with_the_wrong_shape_is_refused() -> None:
-    with pytest.raises(EvaluationInputError, match=r"expected embeddings \[2, D\], got shape \[1, 4\]"):
-        KpsEvaluator(lambda images: torch.ones(1, 4)).embed_images([noise_picture(0)] * 2)
+@pytest.mark.parametrize("shape", [(1, 4), (3, 4), (2, 4, 1)], ids=str)
+def test_callable_with_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
+    expected = re.escape(f"expected embeddings [2, D], got shape {list(shape)}")
+    with pytest.raises(EvaluationInputError, match=expected):
+        KpsEvaluator(lambda images: torch.ones(shape)).embed_images([noise_picture(0)] * 2)
 
 
 def test_callable_has_no_text_side() -> None:
