@@ -89,6 +89,8 @@ def overlapping(value: torch.Tensor) -> torch.Tensor:
 
 def negative(value: torch.Tensor) -> torch.Tensor:
     """A view whose values are negated when they are read."""
+    if value.is_quantized:
+        raise TypeError("PyTorch's own operations end the process where they read such a view")
     return torch._neg_view(value)
 
 
