@@ -246,6 +246,14 @@ REFUSED: dict[str, Case] = {
         lambda: make.drift_target().update(diffusion=1.0, cat=quantized()),
         "`cat` must be a plain dense tensor, got one of torch.quint8",
     ),
+    "kps-functional-freed": (
+        lambda: cat_rs.kps(*[make.functional(freed(torch.ones(2, 2)))] * 4),
+        "`a` must have 16 bytes of memory",
+    ),
+    "bank-functional-freed": (
+        lambda: cat_rs.TeacherBank.load(make.bank_file(), latents=make.functional(freed(tensor((3, 4, 4, 4))))),
+        "`latents` must have 768 bytes of memory",
+    ),
     "trigger-freed": (
         lambda: cat_rs.remove_trigger("a sks cat", [freed(torch.ones(3))]),  # type: ignore[list-item]
         "trigger_words: expected words, got a Tensor",

@@ -112,6 +112,8 @@ def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
     functorch = torch._C._functorch
     if functorch.maybe_current_level() is None and functorch.is_functorch_wrapped_tensor(tensor):
         raise LayoutError(f"{op}: `{argument}` must be a plain tensor, got one that outlived its torch.func call")
+    while torch._is_functional_tensor(tensor):  # as torch.compile wraps those that it traces
+        tensor = torch._from_functional_tensor(tensor)
     try:
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         needed = (tensor.storage_offset() + extent) * tensor.element_size() if tensor.numel() else 0

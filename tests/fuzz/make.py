@@ -134,6 +134,12 @@ def quantized(value: torch.Tensor) -> torch.Tensor:
     return torch.quantize_per_tensor(value.float(), 0.1, 0, torch.quint8)
 
 
+def as_bytes(value: torch.Tensor) -> torch.Tensor:
+    if value.is_quantized:
+        raise TypeError("PyTorch's own operations end the process where they read such a view")
+    return value.view(torch.uint8)
+
+
 def meta(value: torch.Tensor) -> torch.Tensor:
     return value.to("meta")
 
@@ -639,6 +645,9 @@ def _use(result: Any, *, create_graph: bool = False) -> Any:
     elif isinstance(result, contextlib.AbstractContextManager) and not isinstance(result, torch.nn.Module):
         with result:
             pass
+    if isinstance(result, cat_rs.PreservationSamples):
+        # It holds what it was given, and computes nothing.
+        return result
     leaves = [each for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]
     graphs = [each for each in leaves if each.grad_fn is not None and each.dtype in (F32, F64, BF16, F16)]
     if graphs:

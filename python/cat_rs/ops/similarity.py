@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cat_rs._native import core_of
-from cat_rs.arguments import refusing
+from cat_rs.arguments import check_memory, refusing
 from cat_rs.errors import DtypeError
 from cat_rs.ops.operator import stream_of
 
@@ -61,6 +61,8 @@ def _tensor(argument: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
     if not isinstance(array, torch.Tensor | np.ndarray):
         got = type(array).__name__
         raise DtypeError(f"similarity: `{argument}` must be a torch.Tensor or a numpy.ndarray, got {got}")
+    if isinstance(array, torch.Tensor):
+        check_memory("similarity", argument, array)
     with refusing("similarity", argument, "an array of floats", array):
         return torch.from_numpy(_viewable(array)) if isinstance(array, np.ndarray) else array.detach()
 

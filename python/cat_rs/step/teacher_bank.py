@@ -19,6 +19,7 @@ import torch
 from cat_rs.adapter_file.disk import TensorParts, write_safetensors
 from cat_rs.arguments import (
     check,
+    check_memory,
     check_module,
     check_no_mode,
     check_path,
@@ -206,6 +207,7 @@ class TeacherBank:
             )
         if latents is not None:
             check_tensors("TeacherBank.load", latents=latents)
+            check_memory("TeacherBank.load", "latents", latents)
             with refusing("TeacherBank.load", "latents", "a dense tensor on the CPU", latents):
                 bank._check_same_latents(latents)
         return bank
