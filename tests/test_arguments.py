@@ -60,11 +60,11 @@ def step(**arguments: Any) -> cat_rs.StepMetrics:
     return make.cat_step()(**{"latents": tensor((2, 4, 4, 4)), "cond": cond, "cond_no_trigger": cond, **arguments})
 
 
-def quantized() -> torch.Tensor:
+def quantized(*shape: int) -> torch.Tensor:
     """PyTorch warns that it will not make such tensors for ever."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.empty((), dtype=torch.quint8)
+        return torch.empty(shape, dtype=torch.quint8)
 
 
 REFUSED: dict[str, Case] = {
@@ -244,7 +244,11 @@ REFUSED: dict[str, Case] = {
     ),
     "follower-quantized": (
         lambda: make.drift_target().update(diffusion=1.0, cat=quantized()),
-        "`cat` must be a plain dense tensor, got one of torch.quint8",
+        "`cat` must be a plain tensor, got a quantized one",
+    ),
+    "snr-bytes-of-quantized": (
+        lambda: cat_rs.snr_weights(quantized(1).view(torch.uint8), torch.rand(9), 5.0),
+        "`timesteps` must be a plain tensor, got a quantized one",
     ),
     "kps-functional-freed": (
         lambda: cat_rs.kps(*[make.functional(freed(torch.ones(2, 2)))] * 4),

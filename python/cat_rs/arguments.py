@@ -88,7 +88,7 @@ def check_no_mode(op: str) -> None:
 
 
 def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
-    """Refuses a tensor that computes in its own way: fake, sharded, nested, sparse, quantized, of torch.func."""
+    """Refuses a tensor that computes in its own way: fake, sharded, nested, sparse, or one of torch.func."""
     got = None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         got = "one of torch.func (vmap, grad, jvp ...): call it outside"
@@ -96,8 +96,6 @@ def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
         got = f"a {type(tensor).__name__}"
     elif tensor.layout != torch.strided or tensor.is_nested:
         got = f"one of layout {tensor.layout}"
-    elif tensor.is_quantized:
-        got = f"one of {tensor.dtype}"
     if got is not None:
         raise LayoutError(f"{op}: `{argument}` must be a plain dense tensor, got {got}")
     check_memory(op, argument, tensor)
@@ -106,12 +104,14 @@ def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
 def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor whose storage was freed, as FSDP frees that of parameters: PyTorch does not survive reading it.
 
-    For operations that are PyTorch's own; this package's kernels check what they read. A tensor of torch.func that
+    Nor does it survive some views of quantized tensors. For operations that are PyTorch's own; this package's kernels check what they read. A tensor of torch.func that
     outlived its transformation is refused too.
     """
     functorch = torch._C._functorch
     if functorch.maybe_current_level() is None and functorch.is_functorch_wrapped_tensor(tensor):
         raise LayoutError(f"{op}: `{argument}` must be a plain tensor, got one that outlived its torch.func call")
+    if tensor.is_quantized:  # a byte view or a negative view of one ends the process where it is read
+        raise LayoutError(f"{op}: `{argument}` must be a plain tensor, got a quantized one")
     while torch._is_functional_tensor(tensor):  # as torch.compile wraps those that it traces
         tensor = torch._from_functional_tensor(tensor)
     try:

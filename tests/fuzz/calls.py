@@ -23,14 +23,14 @@ WRAPPERS = (
     *("strided", "transposed", "expanded", "huge", "overlapping", "negative", "conjugate", "imaginary", "misaligned"),
     *("sparse", "csr", "mkldnn", "nested", "jagged", "quantized", "meta", "freed", "shortened", "trained", "computed"),
     *("parameter", "inference", "fake", "functional", "escaped", "escaped_grad", "distributed", "dispatching"),
-    *("subclass", "tiled", "as_bytes"),
+    *("subclass", "tiled"),
 )
 """Functions of a tensor in :mod:`tests.fuzz.make`."""
 
 METHODS = (
     *(".unsqueeze(0)", ".flatten()", "[0]", "[..., :1]", "[:0]", "[..., :0]", ".squeeze()", ".sum()", ".mT", ".T"),
     *(".tolist()", ".numpy()", ".item()", " * nan", " * inf", " * 1e38", " * 1e-42", " * 0", " - 1", ".abs()"),
-    *(".unsqueeze(-1)", ".repeat(2, *[1] * 9)", ".storage()", ".__dlpack__()", ".shape", ".t"),
+    *(".unsqueeze(-1)", ".repeat(2, *[1] * 9)", ".view(torch.uint8)", ".storage()", ".__dlpack__()", ".shape", ".t"),
     *(".to_mkldnn().to_dense()", ".contiguous(memory_format=torch.channels_last)", ".expand(3, *[-1] * 4)"),
 )
 """What is written behind a tensor."""

@@ -134,12 +134,6 @@ def quantized(value: torch.Tensor) -> torch.Tensor:
     return torch.quantize_per_tensor(value.float(), 0.1, 0, torch.quint8)
 
 
-def as_bytes(value: torch.Tensor) -> torch.Tensor:
-    if value.is_quantized:
-        raise TypeError("PyTorch's own operations end the process where they read such a view")
-    return value.view(torch.uint8)
-
-
 def meta(value: torch.Tensor) -> torch.Tensor:
     return value.to("meta")
 
