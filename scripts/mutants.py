@@ -45,6 +45,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "step/collectives.py": ("tests/test_distributed.py",),
     "step/*.py": (
         *STEP,
+        "tests/step/test_families.py",
         "tests/step/test_text_encoders.py",
         "tests/step/test_autocast.py",
         "tests/step/test_tools.py",

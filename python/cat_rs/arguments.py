@@ -104,8 +104,8 @@ def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
 def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
     """Refuses a tensor whose storage was freed, as FSDP frees that of parameters: PyTorch does not survive reading it.
 
-    Nor does it survive some views of quantized tensors. For operations that are PyTorch's own; this package's kernels check what they read. A tensor of torch.func that
-    outlived its transformation is refused too.
+    Nor does it survive some views of quantized tensors. For operations that are PyTorch's own; this package's kernels
+    check what they read. A tensor of torch.func that outlived its transformation is refused too.
     """
     functorch = torch._C._functorch
     if functorch.maybe_current_level() is None and functorch.is_functorch_wrapped_tensor(tensor):

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import cat_rs
+from cat_rs.adapter_file.layer import parse
+from cat_rs.adapter_file.model import family_of_model
 from cat_rs.errors import AdapterError
-from tests.models import add_lora, tiny_unet
+from tests.models import add_lora, tiny_transformer, tiny_unet
 
 from .models import add_text_lora, assert_same_state, clip, flux_transformer, state_of
 
@@ -94,3 +96,17 @@ def test_more_than_lora_is_refused(tmp_path: Path) -> None:
     unet = add_lora(tiny_unet(), modules_to_save=["conv_in"])
     with pytest.raises(AdapterError, match="got unknown names: `conv_in"):
         cat_rs.save_lora(tmp_path, unet)
+
+
+def test_names_without_a_model_belong_to_the_one_at_hand_that_has_them() -> None:
+    tensors = {"own.lora_A.weight": torch.ones(2, 8), "own.lora_B.weight": torch.ones(8, 2)}
+    known = {"unet": ["own", "shared"], "text_encoder": ["other", "shared"]}
+    (layer,) = parse(tensors, known, None)[2]
+    assert layer.component == "unet"
+    with pytest.raises(AdapterError, match="expected layers of a known denoiser or text encoder, got own"):
+        parse(tensors, {"unet": ["other"], "text_encoder": ["another"]}, None)
+
+
+def test_a_transformer_is_flux_only_with_its_single_blocks() -> None:
+    assert family_of_model(tiny_transformer()) is None
+    assert family_of_model(flux_transformer()) == "flux"
