@@ -152,5 +152,7 @@ def test_the_safest_scale_is_named() -> None:
         "effect at 1 (drift 0.040 [0.038, 0.042] on 'cat')." in text_of(check(*scales, safest=0.5))
     )
     text = text_of(check(*scales, max_drift=0.01))
-    assert "At no scale tried does drift without the trigger stay under 0.01: the least is 0.040" in text
+    assert (
+        "At no scale tried does the interval of drift without the trigger stay under 0.01: the least is 0.040" in text
+    )
     assert "scale tried" not in text_of(check(at_scale(1.0)))

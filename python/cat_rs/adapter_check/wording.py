@@ -121,7 +121,7 @@ def _strength(check: PictureCheck, at: ScaleCheck) -> Iterator[str]:
     if check.safest is None:
         least = min(check.scales, key=lambda each: each.damage.value)
         yield (
-            f"At no scale tried does drift without the trigger stay under {bound}: the least is "
+            f"At no scale tried does the interval of drift without the trigger stay under {bound}: the least is "
             f"{format_interval(least.damage)} at {least.scale:g}, on {_what(check, least.damaged)}."
         )
         return
