@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import cat_rs
-from cat_rs import _core
+from cat_rs import PreservationSet, _core
 from cat_rs.arguments import shown
 from cat_rs.errors import CatRsError, KernelError
 from cat_rs.ops.lora_up import lora_up_operator
@@ -114,6 +114,14 @@ REFUSED: dict[str, Case] = {
         lambda: cat_rs.harmonic_mean(torch.empty(1, dtype=torch.bits8)),
         "`values` must be numbers, got torch.bits8",
     ),
+    "values-list-freed": (
+        lambda: cat_rs.harmonic_mean([freed(torch.ones(3))]),
+        "`values` must have 12 bytes of memory, got a tensor with 0",
+    ),
+    "clusters-list-freed": (
+        lambda: cat_rs.bootstrap_interval(VALUES, clusters=[freed(torch.ones(2)), 1, 2]),
+        "`clusters` must have 8 bytes of memory, got a tensor with 0",
+    ),
     "clusters": (lambda: cat_rs.bootstrap_interval(VALUES, clusters=[[1], 2]), "`clusters` must be integers"),
     "seed": (lambda: cat_rs.bootstrap_interval(VALUES, seed="a"), "`seed` must be in 0..2.*64 - 1, got 'a'"),  # type: ignore[arg-type]
     "statistic": (lambda: cat_rs.bootstrap_interval(VALUES, np.zeros(2)), "`statistic` must be 'mean' or"),  # type: ignore[arg-type]
@@ -203,6 +211,18 @@ REFUSED: dict[str, Case] = {
     "ratio-state": (lambda: make.ratio().load_state_dict([]), "`state_dict` must be what state_dict"),  # type: ignore[arg-type]
     "lr": (lambda: cat_rs.FlatAdamW(params(), lr="a"), "`lr` must be a finite number >= 0, got 'a'"),  # type: ignore[arg-type]
     "betas": (lambda: cat_rs.FlatAdamW(params(), betas=0.5), "`betas` must be two numbers in .*, got 0.5"),  # type: ignore[arg-type]
+    "betas-freed": (
+        lambda: cat_rs.FlatAdamW(params(), betas=(freed(torch.ones(())), 0.9)),  # type: ignore[arg-type]
+        "`betas` must have 4 bytes of memory, got a tensor with 0",
+    ),
+    "shares-freed": (
+        lambda: PreservationSet.joined([make.preservation_set()] * 2, shares=[freed(torch.ones(())), 1.0]),  # type: ignore[list-item]
+        "`shares` must have 4 bytes of memory, got a tensor with 0",
+    ),
+    "shares-deep": (
+        lambda: PreservationSet.joined([make.preservation_set()] * 2, shares=[make.deep(), 1.0]),  # type: ignore[list-item]
+        "`shares` must be ",
+    ),
     "group": (lambda: make.optimizer().add_param_group({"lr": 1.0}), "`param_group` must be a parameter group"),
     "group-betas": (
         lambda: make.optimizer().add_param_group({"params": params(), "betas": 0.5}),

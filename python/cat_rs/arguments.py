@@ -51,8 +51,7 @@ def shown(value: object) -> str:
 
 def check(op: str, argument: str, value: Any, expected: str, holds: Callable[[Any], Any]) -> None:
     """Refuses a value of which ``holds`` is false, or cannot be told because it has another type."""
-    if isinstance(value, torch.Tensor):
-        check_memory(op, argument, value)
+    check_memory(op, argument, value)
     try:
         if holds(value):
             return
@@ -101,12 +100,24 @@ def check_plain(op: str, argument: str, tensor: torch.Tensor) -> None:
     check_memory(op, argument, tensor)
 
 
-def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
+def check_memory(op: str, argument: str, value: object) -> None:
     """Refuses a tensor whose storage was freed, as FSDP frees that of parameters: PyTorch does not survive reading it.
 
     Nor does it survive some views of quantized tensors. For operations that are PyTorch's own; this package's kernels
-    check what they read. A tensor of torch.func that outlived its transformation is refused too.
+    check what they read. A tensor of torch.func that outlived its transformation is refused too. The value may be a
+    tensor, lists and tuples of them, or anything else, which is let through.
     """
+    pending, seen = [value], {id(value)}  # of lists that may be deep, or hold themselves
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            _check_memory(op, argument, item)
+        elif isinstance(item, list | tuple):
+            pending += [each for each in item if id(each) not in seen]
+            seen.update(map(id, item))
+
+
+def _check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
     functorch = torch._C._functorch
     if functorch.maybe_current_level() is None and functorch.is_functorch_wrapped_tensor(tensor):
         raise LayoutError(f"{op}: `{argument}` must be a plain tensor, got one that outlived its torch.func call")
@@ -126,8 +137,7 @@ def check_memory(op: str, argument: str, tensor: torch.Tensor) -> None:
 
 def as_float(op: str, argument: str, value: Any) -> float:
     """The value as a float."""
-    if isinstance(value, torch.Tensor):
-        check_memory(op, argument, value)
+    check_memory(op, argument, value)
     with refusing(op, argument, "a number", value):
         return float(value)
 

@@ -61,8 +61,7 @@ def _tensor(argument: str, array: torch.Tensor | np.ndarray) -> torch.Tensor:
     if not isinstance(array, torch.Tensor | np.ndarray):
         got = type(array).__name__
         raise DtypeError(f"similarity: `{argument}` must be a torch.Tensor or a numpy.ndarray, got {got}")
-    if isinstance(array, torch.Tensor):
-        check_memory("similarity", argument, array)
+    check_memory("similarity", argument, array)
     with refusing("similarity", argument, "an array of floats", array):
         return torch.from_numpy(_viewable(array)) if isinstance(array, np.ndarray) else array.detach()
 

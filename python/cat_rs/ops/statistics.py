@@ -33,8 +33,8 @@ _NUMBERS = (
 def vector(op: str, argument: str, values: Any) -> np.ndarray:
     """Numbers as the kernels take them: float64, [N], on the CPU."""
     with refusing(op, argument, "numbers", values):
+        check_memory(op, argument, values)
         if isinstance(values, torch.Tensor):
-            check_memory(op, argument, values)
             if values.dtype not in _NUMBERS:  # PyTorch does not survive to convert some others
                 raise DtypeError(f"{op}: `{argument}` must be numbers, got {values.dtype}")
             values = values.detach().to("cpu", torch.float64).numpy()
@@ -167,6 +167,7 @@ def _clusters(op: str, argument: str, clusters: Any) -> np.ndarray | None:
     if clusters is None:
         return None
     with refusing(op, argument, "integers", clusters):
+        check_memory(op, argument, clusters)
         numbers = np.asarray(clusters)
     if numbers.dtype.kind not in "iu":
         raise DtypeError(f"{op}: `{argument}` must be integers, got {numbers.dtype}")
