@@ -52,6 +52,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "peft.py": ("tests/test_peft.py", "tests/step/test_autocast.py", "tests/step/test_low_precision.py"),
     "adapter_file/*.py": ("tests/adapter_file",),
+    "evaluation/encoder.py": ("tests/evaluation", "tests/test_hub.py"),
     "evaluation/*.py": ("tests/evaluation",),
 }
 # `X | None` in an annotation computes nothing.
