@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import select
@@ -35,7 +36,7 @@ def study() -> Iterator[Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        own = ("analysis", "checks", "concepts", "judge", "measured", "methods", "multi", "rule", "study")
+        own = ("analysis", "checks", "concepts", "judge", "measured", "methods", "multi", "rule", "study", "weights")
         modules = (*own, "by_prompts", "demo_setting", "stopped_early", "teacher_bank")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in modules})
     finally:
@@ -273,6 +274,27 @@ def test_the_published_figures_and_tables_follow_from_the_published_runs(study: 
     written = json.loads((ROOT / "docs/study/study.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(study.analysis.content(published), default=vars)) == written
     assert study.analysis.tables(published) == (ROOT / "docs/study/tables.md").read_text(encoding="utf-8")
+
+
+def test_the_published_table_of_weights_follows_from_the_published_runs(study: Any) -> None:
+    runs = json.loads((ROOT / "docs/study/weights.json").read_text(encoding="utf-8"))["runs"]
+    assert study.weights.page(runs) == (ROOT / "docs/study/weights.md").read_text(encoding="utf-8")
+    expected = itertools.product(study.weights.WEIGHTS, study.weights.CONCEPTS, study.weights.SEEDS)
+    assert [(run["weight"], run["concept"], run["seed"]) for run in runs] == list(expected)
+
+
+@pytest.mark.parametrize(("weight", "factor"), [("factor 1, the default", 1.0), ("factor 2", 2.0)])
+def test_a_weight_trains_the_recipe_with_it(
+    study: Any, weight: str, factor: float, few_pictures: str, tmp_path: Path
+) -> None:
+    concept = study.concepts.read_concepts()["tractor"]
+    concept.write_data(tmp_path / "data")
+    method = replace(with_few(study.weights.weighted(weight), few_pictures), steps=4, kept=(4,))
+    method.train(method, concept, 0, tmp_path / "data", tmp_path / "run")
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {row["cat_factor"] for row in logged} == {factor}
+    # In every fourth step, which the default is.
+    assert [row["cat"] is not None for row in logged] == [False, False, False, True]
 
 
 def test_runs_of_other_work_folders_make_one_study(published: Any) -> None:

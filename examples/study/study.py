@@ -26,6 +26,7 @@ from typing import Any
 import analysis
 import multi
 from cat_rs.atomic import write_bytes
+from cat_rs.evaluation import ScaledAdapter
 from concepts import CLIP, MODEL, read_concepts
 from judge import ImageNetEncoder
 from measured import Measured
@@ -179,29 +180,35 @@ def evaluate_unit(work: Path, concept_name: str, seed: int) -> None:
 
     target = evaluation_file(work, concept_name, seed)
     if not target.exists():
-        score(work, concept_name, seed, METHODS, ClipEncoder.from_pretrained(CLIP), target)
+        adapters = adapters_of(work, METHODS, concept_name, seed)
+        score(work, concept_name, adapters, ClipEncoder.from_pretrained(CLIP), target)
 
 
 def judge_unit(work: Path, concept_name: str, seed: int) -> None:
     """Score the adapters of plain LoRA and of the recipe by the other encoder, unless that is done."""
     target = judged_file(work, concept_name, seed)
     if not target.exists():
-        score(work, concept_name, seed, (PLAIN, RECIPE), ImageNetEncoder(), target)
+        score(work, concept_name, adapters_of(work, (PLAIN, RECIPE), concept_name, seed), ImageNetEncoder(), target)
 
 
-def score(work: Path, concept_name: str, seed: int, methods: Iterable[str], encoder: Any, target: Path) -> None:
-    """Score the adapters of some methods beside one base model."""
+def adapters_of(work: Path, methods: Iterable[str], concept_name: str, seed: int) -> dict[str, ScaledAdapter]:
+    """Name -> adapter, of some methods."""
+    return {
+        name: adapter
+        for method in methods
+        for name, adapter in METHODS[method].adapters(unit_folder(work, method, concept_name, seed)).items()
+    }
+
+
+def score(work: Path, concept_name: str, adapters: dict[str, ScaledAdapter], encoder: Any, target: Path) -> None:
+    """Score adapters of a concept beside one base model."""
     import torch
     from cat_rs.evaluation import evaluate
     from diffusers import StableDiffusionPipeline
 
     result = evaluate(
         StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32),
-        {
-            name: adapter
-            for method in methods
-            for name, adapter in METHODS[method].adapters(unit_folder(work, method, concept_name, seed)).items()
-        },
+        adapters,
         read_concepts()[concept_name].prompts(),
         encoder,
         concept_images=data_folder(work, concept_name),
