@@ -50,7 +50,12 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/step/test_autocast.py",
         "tests/step/test_tools.py",
     ),
-    "peft.py": ("tests/test_peft.py", "tests/step/test_autocast.py", "tests/step/test_low_precision.py"),
+    "peft.py": (
+        "tests/test_peft.py",
+        "tests/step/test_preservation.py",
+        "tests/step/test_autocast.py",
+        "tests/step/test_low_precision.py",
+    ),
     "adapter_file/*.py": ("tests/adapter_file",),
     "evaluation/encoder.py": ("tests/evaluation", "tests/test_hub.py"),
     "evaluation/*.py": ("tests/evaluation",),

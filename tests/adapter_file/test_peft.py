@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cat_rs
 from tests.models import add_lora, randomize_b, tiny_unet
@@ -61,3 +62,12 @@ def test_diffusers_own_single_model_file_comes_back(tmp_path: Path) -> None:
     cat_rs.load_lora(tmp_path, model=other)
     assert_same_output(other, unet)
     assert_same_state(other, unet)
+
+
+def test_a_folder_named_for_a_component_says_whose_layers_a_file_without_a_config_holds(tmp_path: Path) -> None:
+    names = [f"text_model.encoder.layers.0.self_attn.{each}_proj.lora_" for each in "qv"]
+    state = {f"{name}{side}.weight": torch.ones(2, 2) for name in names for side in "AB"}
+    (tmp_path / "text_encoder_2").mkdir()
+    config = {"lora_adapter_metadata": json.dumps({"r": 2, "lora_alpha": 4})}
+    save_file(state, tmp_path / "text_encoder_2" / "adapter_model.safetensors", config)
+    assert list(cat_rs.load_lora(tmp_path).state) == ["text_encoder_2"]
