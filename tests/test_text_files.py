@@ -14,7 +14,7 @@ import pytest
 from cat_rs.commands.demo import read_concepts
 from cat_rs.errors import CatRsError
 from cat_rs.evaluation import EvaluationPrompts, EvaluationResult
-from cat_rs.options import read_config_file
+from cat_rs.options import ConfigError, read_config_file
 from cat_rs.run_folder import metrics_rows
 from cat_rs.text_files import TextFileError, general_prompts, json_lines, read_prompts, read_text
 from cat_rs.training.captions import pair_captions
@@ -150,6 +150,13 @@ def test_half_a_surrogate_pair_is_no_prompt(tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text('{"trigger_prompts": ["a sks \\ud83d"]}')
     with pytest.raises(CatRsError, match=r"prompts\.json, got half of a surrogate pair"):
         prompts(tmp_path / "prompts.json")
+
+
+def test_a_setting_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("class_word: fruit\nclass-word: dog\n")
+    with pytest.raises(ConfigError, match="expected each setting once, got class_word as class-word and in its other"):
+        read_config_file(path)
 
 
 @pytest.mark.parametrize("name", ["half \ud800.txt", "nul \0.txt"])

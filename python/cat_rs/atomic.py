@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -79,10 +79,14 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
+def locked_folder(path: str | os.PathLike[str], waits: Callable[[], object] | None = None) -> Iterator[None]:
     """Make a folder, and wait until no other process is in such a block with it.
 
     Who waited may find that the other has removed the folder.
+
+    Args:
+        path: The folder.
+        waits: Called before waiting for another process.
 
     Raises:
         OSError: The folder cannot be made.
@@ -92,7 +96,7 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[None]:
         os.makedirs(path, exist_ok=True)
         # Another process may remove it before it is locked.
         with suppress(FileNotFoundError):
-            lock = _lock(Path(path))
+            lock = _lock(Path(path), waits=waits)
     try:
         yield
     finally:
@@ -151,10 +155,15 @@ def _own_place(folder: Path) -> tuple[Path, int]:
             os.close(lock)
 
 
-def _lock(folder: Path, flags: int = 0) -> int:
+def _lock(folder: Path, flags: int = 0, waits: Callable[[], object] | None = None) -> int:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | flags)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waits is not None:
+                waits()
+            fcntl.flock(handle, fcntl.LOCK_EX | flags)
     except OSError:
         # Some file systems have no locks: there, nothing is ever taken for left over.
         if flags & fcntl.LOCK_NB:

@@ -139,7 +139,8 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML (`.yaml`, `.yml`) or JSON file of settings.
 
     Raises:
-        ConfigError: The file cannot be read, or does not hold a mapping.
+        ConfigError: The file cannot be read, or does not hold a mapping, or has a setting in both spellings, such as
+            `class_word` and `class-word`.
     """
     import yaml
 
@@ -155,7 +156,13 @@ def read_config_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name in named:
+            raise ConfigError(f"{path}: expected each setting once, got {name} as {key} and in its other spelling")
+        named[name] = value
+    return named
 
 
 def from_mapping(settings: type[Settings], values: Mapping[str, Any], source: str = "settings") -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import cat_rs
 from cat_rs.atomic import locked_folder
 from cat_rs.errors import CatRsError, InvalidValueError, ShapeError
 from cat_rs.evaluation import EvaluationConfig, EvaluationFileError, EvaluationInputError, generate_pictures
+from cat_rs.evaluation.fingerprint import tensors_hash
 from cat_rs.training.model import encode_caption, load_pipeline
 from cat_rs.training.preservation_set import PreservationSet, content_key
 from tests.evaluation.conftest import CountingPipeline, Stopped
@@ -186,13 +188,17 @@ def test_a_set_that_is_there_is_only_read(build: Build, pipeline: Any, tmp_path:
     assert len(build(pipeline=counting, path=tmp_path)) == 6
 
 
-def test_a_second_build_waits_for_the_first(build: Build, pipeline: Any, tmp_path: Path) -> None:
+def test_a_second_build_waits_for_the_first(
+    build: Build, pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     counting = CountingPipeline(pipeline)
     build(pipeline=counting, path=tmp_path / "made")
     counting.pictures.clear()
     with ThreadPoolExecutor(1) as pool:
         with locked_folder(tmp_path / "set.safetensors.parts"):
-            second = pool.submit(build, pipeline=counting)
+            second = pool.submit(build, pipeline=counting, progress=True)
+            while "waiting for another process, which draws it" not in capsys.readouterr().err:
+                assert not second.done()
             shutil.copy(tmp_path / "made", tmp_path / "set.safetensors")
         assert len(second.result()) == 6
     assert counting.pictures == []
@@ -299,7 +305,9 @@ def test_files_that_are_no_set_are_refused(build: Build, pipeline: Any, tmp_path
     ],
     ids=str,
 )
-def test_damaged_sets_are_refused(build: Build, pipeline: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_sets_that_no_build_writes_are_refused(
+    build: Build, pipeline: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -313,11 +321,52 @@ def test_damaged_sets_are_refused(build: Build, pipeline: Any, tmp_path: Path, c
     else:
         tensors[name] = value
     with safe_open(path, "pt") as file:
-        save_file(tensors, broken, file.metadata())
+        save_file(tensors, broken, file.metadata() | {"content": tensors_hash(tensors)})
     with pytest.raises(
         InvalidValueError, match=r"`path`, .*broken.safetensors, must have a prompt and finite latents"
     ):
         PreservationSet.load(broken, pipeline.unet, pipeline.scheduler)
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt", "base_pred", "schedule"])
+def test_a_damaged_set_is_refused_and_in_a_cache_made_anew(
+    build: Build, pipeline: Any, tmp_path: Path, name: str
+) -> None:
+    from safetensors import safe_open
+
+    counting = CountingPipeline(pipeline)
+    made = build(pipeline=counting, path=tmp_path, draws=1)
+    file = tmp_path / f"{made.key}.safetensors"
+    written = file.read_bytes()
+    with safe_open(file, "pt") as opened:
+        found = written.index(opened.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    damaged = bytearray(written)
+    damaged[found] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(InvalidValueError, match=rf"a whole preservation set, got .*{made.key}.*, which is damaged"):
+        PreservationSet.load(file, pipeline.unet, pipeline.scheduler)
+    counting.pictures.clear()
+    build(pipeline=counting, path=tmp_path, draws=1)
+    assert sum(count for _, count in counting.pictures) == 6
+    assert file.read_bytes() == written
+    # It is still a set, which a build of that name replaces.
+    file.write_bytes(damaged)
+    build(pipeline=counting, path=file, draws=1)
+    assert file.read_bytes() == written
+
+
+def test_a_set_that_is_there_is_read_from_a_place_that_cannot_be_written(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build()
+
+    def read_only(_folder: Path, _waits: Any = None) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("cat_rs.training.preservation_set.locked_folder", read_only)
+    assert len(build()) == 6
+    with pytest.raises(EvaluationFileError, match=r"cannot write .*Read-only file system"):
+        build(draws=1)
 
 
 def test_files_of_others_are_not_replaced(build: Build, tmp_path: Path) -> None:
@@ -399,6 +448,12 @@ def test_a_place_that_cannot_be_written_is_named(build: Build, tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(EvaluationFileError, match=r"cannot write .*file/set.parts"):
         build(path=tmp_path / "file" / "set")
+
+
+def test_a_size_that_cannot_be_drawn_leaves_nothing(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationInputError, match="height"):
+        build(sampling=replace(SAMPLING, height=33, width=33))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_draws_are_checked(build: Build) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import cat_rs
 from cat_rs.errors import CatRsError
 from cat_rs.options import ConfigError
-from cat_rs.training import DatasetError, TrainConfig, TrainResult, loop, train
+from cat_rs.training import CheckpointError, DatasetError, TrainConfig, TrainResult, loop, train
 from cat_rs.training.model import load_pipeline
 from cat_rs.training.preservation_set import PreservationSet
 from cat_rs.training.trainer import Trainer
@@ -311,6 +311,34 @@ def test_a_cache_that_cannot_be_made_is_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match=r"preserve: expected a cache that can be written, got .*XDG_CACHE_HOME"):
         quiet(configure())
+
+
+def test_the_output_folder_is_claimed_before_anything_is_drawn(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draws(config: TrainConfig, *_given: Any) -> None:
+        assert (Path(config.output_dir) / ".training.lock").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "open_set", draws)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(configure())
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write to the output folder .*file/run"):
+        quiet(configure(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_what_an_interrupted_drawing_keeps_is_said(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_args: Any, **_settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreservationSet, "build", interrupted)
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(), progress=False, report=lines.append)
+    assert "the pictures drawn so far are kept" in lines[-1]
+    with pytest.raises(ConfigError, match=r"resume: expected a checkpoint .* start the training without resume"):
+        quiet(configure(resume=True))
 
 
 def test_sdxl_trains_with_a_set(configure: Configure, tiny_sdxl_pipeline_dir: Path) -> None:

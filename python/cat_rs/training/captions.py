@@ -73,8 +73,8 @@ def pair_captions(captions: Sequence[str], config: TrainConfig) -> CaptionPairs:
     if config.preserves() and changed == 0:
         shown = "; ".join(map(repr, captions[:_SHOWN])) + (" ..." if len(captions) > _SHOWN else "")
         raise DatasetError(
-            f"trigger: expected {' or '.join(map(repr, triggers))} in the captions, which cat_factor > 0 needs; "
-            f"got no caption with it: {shown}"
+            f"trigger: expected {' or '.join(map(repr, triggers))} in the captions, which are preserved without "
+            f"it; got no caption with it: {shown}"
         )
     without_trigger = tuple("" if config.preserved().preserve == "blank" else caption for caption, _ in removed)
     return CaptionPairs(tuple(captions), without_trigger, changed, _read_preserved(config))

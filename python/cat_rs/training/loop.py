@@ -122,6 +122,9 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
         has_set = config.preserved().preserve == "set"
         of_pictures = dataclasses.replace(captions, preserved=()) if has_set else captions
         dataset = encode_dataset(pipeline, bar(examples, desc="encoding pictures"), of_pictures, config)
+        if has_set and not config.preserve_set:
+            # Before pictures are drawn for a training that could not begin.
+            processes.on_main(output.claim)
         preserved = open_set(config, pipeline, captions, processes, progress, report)
         unet, scheduler, pipeline_name = pipeline.unet, pipeline.scheduler, type(pipeline).__name__
         if config.gradient_checkpointing:

@@ -81,7 +81,10 @@ class OutputFolder:
             return None
         checkpoint = self.checkpoints.latest()
         if checkpoint is None:
-            raise ConfigError(f"resume: expected a checkpoint in {self.path / run_folder.CHECKPOINT_FOLDER}, got none")
+            raise ConfigError(
+                f"resume: expected a checkpoint in {self.path / run_folder.CHECKPOINT_FOLDER}, got none; "
+                "start the training without resume"
+            )
         state = load_state(checkpoint)
         self._config.check_continues(state["config"])
         if state["data"] != data:
@@ -91,6 +94,19 @@ class OutputFolder:
         if before != world_size:
             raise ConfigError(f"resume: expected as many processes as wrote {checkpoint}, {before}, got {world_size}")
         return state
+
+    def claim(self) -> None:
+        """Make the folder, and keep other trainings out of it from here on.
+
+        Raises:
+            ConfigError: Another training is running in the folder.
+            CheckpointError: The folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock_folder()
+        except OSError as error:
+            raise self._not_written(error) from error
 
     def open(self, after_step: int) -> None:
         """Make the folder, write the settings, and remove what the training will write anew.
@@ -102,14 +118,13 @@ class OutputFolder:
             ConfigError: Another training is running in the folder.
             CheckpointError: The folder cannot be written, or the log in it is broken.
         """
+        self.claim()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_folder()
             if self._config.overwrite:
                 self._clear()
             self._config.save(self.path / run_folder.CONFIG_FILE)
         except OSError as error:
-            raise CheckpointError(f"cannot write to the output folder {self.path}: {error}") from error
+            raise self._not_written(error) from error
         drop_lines_after(self.path, after_step)
 
     def save_checkpoint(self, trainer: Trainer, others: list[dict[str, Any]], data: str, seconds: float) -> Path:
@@ -152,6 +167,9 @@ class OutputFolder:
         for name in (run_folder.BANK_FILE, run_folder.LOCK_FILE):
             (self.path / name).unlink(missing_ok=True)
         return adapter
+
+    def _not_written(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"cannot write to the output folder {self.path}: {error}")
 
     def _lock_folder(self) -> None:
         """Keep other processes out of the folder as long as this object lives."""

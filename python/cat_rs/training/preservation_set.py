@@ -11,8 +11,9 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from cat_rs.errors import InvalidValueError, ShapeError
 from cat_rs.evaluation import EvaluationConfig, EvaluationFileError
 from cat_rs.evaluation.disk_cache import Store, Tensors
 from cat_rs.evaluation.distributed import compute_missing
-from cat_rs.evaluation.fingerprint import canonical_json, pipeline_fingerprint, text_hash
+from cat_rs.evaluation.fingerprint import canonical_json, pipeline_fingerprint, tensors_hash, text_hash
 from cat_rs.evaluation.generation import (
     PictureRequest,
     generate_latents,
@@ -158,14 +159,16 @@ class PreservationSet:
             file = Path(path)
             processes.on_main(lambda: _check_replaceable(file))
         parts = file.with_name(f"{file.name}.parts")
-        with ExitStack() as locked:
-            processes.on_main(lambda: _lock(parts, locked))
-            if processes.on_main(lambda: _key_of(file)) != key:
-                cond = _encoded(pipeline, prompts, sampling)
-                made = _made(pipeline, prompts, cond, sampling, draws, key, parts, processes, progress)
-                processes.on_main(lambda: write_set(file, pipeline, prompts, cond, made, key))
-            if processes.is_main:
-                shutil.rmtree(parts, ignore_errors=True)
+        # A set that is there needs no place that can be written.
+        if processes.on_main(lambda: _key_of(file) != key or parts.exists()):
+            with ExitStack() as locked:
+                processes.on_main(lambda: _lock(parts, locked, progress))
+                if processes.on_main(lambda: _key_of(file)) != key:
+                    cond = _encoded(pipeline, prompts, sampling)
+                    made = _made(pipeline, prompts, cond, sampling, draws, key, parts, processes, progress)
+                    processes.on_main(lambda: write_set(file, pipeline, prompts, cond, made, key))
+                if processes.is_main:
+                    shutil.rmtree(parts, ignore_errors=True)
         return cls.load(file, pipeline.unet, pipeline.scheduler)
 
     @classmethod
@@ -185,7 +188,7 @@ class PreservationSet:
         check_no_mode(op)
         check_path(op, "path", path)
         check_module(op, "model", model)
-        tensors, facts = read_stored(op, path, FORMAT)
+        tensors, facts = _read_whole(op, path)
         with refusing(op, "path", "a whole preservation set", os.fspath(path)):
             argument, table = f"{op}: `path`, {os.fspath(path)},", tensors.pop("schedule")
             check_base(argument, facts, table, model, NoiseSchedule(scheduler))
@@ -347,6 +350,7 @@ def write_set(
         "model": base_fingerprint(pipeline.unet),
         "prediction_type": schedule.prediction_type,
         "prompts": json.dumps(list(prompts)),
+        "content": tensors_hash(tensors),
     }
     with _file_errors(file):
         write_safetensors(file, tensors, facts)
@@ -373,26 +377,50 @@ def _check_whole(argument: str, tensors: Tensors, prompts: int, timesteps: int) 
         )
 
 
+def _read_whole(op: str, path: str | os.PathLike[str]) -> tuple[Tensors, dict[str, str]]:
+    """The tensors and facts of a set, refused where a byte of it is not what was written."""
+    tensors, facts = read_stored(op, path, FORMAT)
+    if tensors_hash(tensors) != facts.get("content"):
+        raise InvalidValueError(
+            f"{op}: `path` must be a whole preservation set, got {path}, which is damaged; build it again"
+        )
+    return tensors, facts
+
+
 def _check_replaceable(file: Path) -> None:
     """Refuse to write a set in the place of something else."""
-    if file.exists() and _key_of(file) is None:
-        raise InvalidValueError(
-            f"PreservationSet.build: `path` must be new, or a set to replace, got {file}, which is none"
-        )
+    if file.exists():
+        try:
+            read_stored("PreservationSet.build", file, FORMAT)
+        except (InvalidValueError, OSError) as error:
+            raise InvalidValueError(
+                f"PreservationSet.build: `path` must be new, or a set to replace, got {file}, which is none"
+            ) from error
 
 
 def _key_of(file: Path) -> str | None:
     """The key of the set in a file; None where there is none that is whole."""
     try:
-        return read_stored("PreservationSet.build", file, FORMAT)[1].get("key")
+        return _read_whole("PreservationSet.build", file)[1].get("key")
     except (InvalidValueError, OSError):
         return None
 
 
-def _lock(folder: Path, stack: ExitStack) -> None:
+def _lock(folder: Path, stack: ExitStack, progress: bool) -> None:
     """Keep another build of the same file waiting, which then finds the set."""
+
+    def waits() -> None:
+        tqdm.write("preservation set: waiting for another process, which draws it", file=sys.stderr)
+
     with _file_errors(folder):
-        stack.enter_context(locked_folder(folder))
+        stack.enter_context(locked_folder(folder, waits if progress else None))
+    stack.callback(_remove_if_empty, folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Leave nothing of a build that was refused before its first batch."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @contextmanager

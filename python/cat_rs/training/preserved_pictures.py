@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cat_rs.evaluation import EvaluationConfig
+from cat_rs.evaluation import EvaluationConfig, EvaluationFileError
 from cat_rs.options import ConfigError
 from cat_rs.processes import Processes
 from cat_rs.prompts import remove_trigger
@@ -23,6 +23,7 @@ from cat_rs.training.preservation_set import PreservationSet
 CAPTION_PICTURES = 40
 # Of a large dataset, so that drawing them does not take longer than the training.
 MOST_CAPTIONS = 200
+_ELSEWHERE = "set XDG_CACHE_HOME, or give preserve_set, or preserve captions"
 
 
 def open_set(
@@ -66,15 +67,23 @@ def open_set(
         return joined
 
     def built(prompts: Sequence[str], seeds: int) -> PreservationSet:
-        return PreservationSet.build(
-            pipeline,
-            prompts,
-            folder,
-            sampling=EvaluationConfig(seeds=tuple(range(seeds)), height=config.resolution, width=config.resolution),
-            draws=draws,
-            processes=processes,
-            progress=progress,
-        )
+        try:
+            return PreservationSet.build(
+                pipeline,
+                prompts,
+                folder,
+                sampling=EvaluationConfig(
+                    seeds=tuple(range(seeds)), height=config.resolution, width=config.resolution
+                ),
+                draws=draws,
+                processes=processes,
+                progress=progress,
+            )
+        except EvaluationFileError as error:
+            raise ConfigError(f"preserve: {error}; {_ELSEWHERE}") from error
+        except KeyboardInterrupt:
+            report(f"the pictures drawn so far are kept in {folder}; the same command goes on with the others")
+            raise
 
     own = list(dict.fromkeys(captions.without_trigger))
     own = own[:: math.ceil(len(own) / MOST_CAPTIONS)]
@@ -116,7 +125,6 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"preserve: expected a cache that can be written, got {folder}: {error}; set XDG_CACHE_HOME, or give "
-            "preserve_set, or preserve captions"
+            f"preserve: expected a cache that can be written, got {folder}: {error}; {_ELSEWHERE}"
         ) from error
     return folder
