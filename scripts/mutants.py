@@ -46,6 +46,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "step/*.py": (
         *STEP,
         "tests/step/test_families.py",
+        "tests/step/test_preservation.py",
         "tests/step/test_text_encoders.py",
         "tests/step/test_autocast.py",
         "tests/step/test_tools.py",

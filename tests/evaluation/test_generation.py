@@ -136,6 +136,14 @@ def test_progress_bar_setting_of_the_pipeline_is_kept(pipeline: Any, config: Eva
     assert pipeline._progress_bar_config == {"desc": "mine"}
 
 
+def test_the_progress_bar_counts_every_picture(
+    pipeline: Any, config: EvaluationConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_pictures(pipeline, PROMPTS, replace(config, seeds=(0, 1, 2)))
+    assert "100%" in (last := capsys.readouterr().err.splitlines()[-1])
+    assert "9/9" in last
+
+
 def test_missing_broken_and_foreign_adapters_are_named(pipeline: Any, tmp_path: Path) -> None:
     cases = {
         "absent": (EvaluationFileError, "expected a safetensors file or a folder"),
