@@ -32,6 +32,7 @@ STEP = ("tests/step/test_cat_step.py", "tests/cuda/test_step.py")
 OPTIMIZER = (
     "tests/ops/test_adamw.py",
     "tests/step/test_optimizer_tools.py",
+    "tests/step/test_tools.py",
     "tests/step/test_low_precision.py",
     *STEP,
 )
@@ -61,6 +62,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "evaluation/encoder.py": ("tests/evaluation", "tests/test_hub.py"),
     "evaluation/*.py": ("tests/evaluation",),
 }
+# The defaults of public functions.
+SIGNATURES = "tests/test_public_names.py"
 # `X | None` in an annotation computes nothing.
 LEFT_OUT = "core/ReplaceBinaryOperator_BitOr_*"
 TIMEOUT = 1800
@@ -127,7 +130,7 @@ def _pattern_of(path: Path) -> str | None:
 
 
 def _tests_of(mutant: MutationSpec) -> tuple[str, ...]:
-    return TESTS[str(_pattern_of(Path(mutant.module_path)))]
+    return *TESTS[str(_pattern_of(Path(mutant.module_path)))], SIGNATURES
 
 
 def _command(tests: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ def test_a_text_encoder_alone(tmp_path: Path) -> None:
     other = clip()
     cat_rs.load_lora(file).load_into(other)
     assert_same_state(other, encoder)
+
+
+def test_a_denoiser_takes_the_files_denoiser_whatever_the_file_calls_it(tmp_path: Path) -> None:
+    unet = add_lora(tiny_unet())
+    lora = cat_rs.load_lora(cat_rs.save_lora(tmp_path, unet))
+    renamed = replace(lora, **{name: {"transformer_2": getattr(lora, name)["unet"]} for name in ("state", "alphas")})
+    other = tiny_unet()
+    renamed.load_into(other)
+    assert_same_state(other, unet)
 
 
 def test_dtype_and_adapter_name(tmp_path: Path) -> None:

@@ -30,6 +30,11 @@ def test_prompts_without_the_trigger_are_derived() -> None:
     assert prompts.class_captions() == prompts.no_trigger
 
 
+def test_prompts_are_values() -> None:
+    one, other = (EvaluationPrompts.from_trigger_prompts(["a sks cat"], ["sks"], "cat") for _ in range(2))
+    assert {one: "cached"}[other] == "cached"
+
+
 def test_text_file_gives_trigger_prompts(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("# on colours\na sks cat on red\n\n  a sks cat on blue\n")

@@ -67,6 +67,8 @@ def test_a_ratio_follows_decaying_means() -> None:
     ratio.update(math.nan, 1.0)
     ratio.update(1.0, math.inf)
     assert ratio(4) == pytest.approx(0.5 * means[0] / means[1])
+    # Means of the terms themselves, which begin at zero.
+    assert ratio.state_dict() == pytest.approx({"diffusion": 0.25 * means[0], "cat": 0.25 * means[1]})
 
 
 def test_a_step_keeps_the_ratio() -> None:
