@@ -272,6 +272,7 @@ def test_prompts_of_one_kind_are_scored_as_those_without_the_trigger() -> None:
     floor = score_other_seed(base)
     assert floor is not None
     assert score_kind_other_seed(base.no_trigger) == replace(floor, **with_trigger)
+    assert score_kind_other_seed(random_pictures(0, seeds=2)) is not None
     assert score_kind_other_seed(random_pictures(0, seeds=1)) is None
 
 
