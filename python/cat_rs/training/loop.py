@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, progress: bool = True, report: Callable[[str],
         report: Called with each line of news.
 
     Raises:
-        ConfigError, DatasetError: The settings or the data cannot be used; nothing was written.
+        ConfigError, DatasetError: The settings or the data cannot be used; an earlier run is as it was.
         TrainingError: The model cannot be used, or the loss is not finite; the last checkpoint stays.
         CheckpointError: A file cannot be written, such as on a full disk; the checkpoint before it stays.
         TrainingInterrupted: A signal came.
